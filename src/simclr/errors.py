@@ -1,0 +1,8 @@
+"""The one exception that is the user's to mend."""
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: one sentence saying what was given, what is allowed, what to try.
+
+    The command line prints the sentence and exits with code 2; from Python it is an ordinary ValueError.
+    """
