@@ -1,0 +1,14 @@
+"""Data: a name or a path in, `Images` out (issue 2, point 2).
+
+`open_data("digits")`, `open_data("photos/")` and `open_data("set.npz")` all give `Images`: uint8 pixels,
+batch by batch, labels where there are any, and the sentences that are to be said aloud. Nothing here
+imports torch, except torchvision inside the one function that reads its sets.
+
+Shapes: n images, B of them in a batch, H x W pixels, C = 1 (gray) or 3 (RGB) channels.
+"""
+
+from simclr.data.images import Images, Skipped
+from simclr.data.source import NAMES, open_data
+from simclr.data.splits import label_subset, split_indices
+
+__all__ = ["NAMES", "Images", "Skipped", "label_subset", "open_data", "split_indices"]

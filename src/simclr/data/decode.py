@@ -1,0 +1,195 @@
+"""One image file -> uint8 pixels, or the reason why not.
+
+Whatever Pillow reads becomes gray (H, W, 1) or RGB (H, W, 3): the first frame, turned as its EXIF tag says,
+alpha composited on white, 16 bits rounded to 8. Colour profiles (ICC) are not applied. Pillow narrows
+16-bit *colour* files itself, by dropping the low byte. Files are material from strangers: sizes are read
+from the header before any pixel is decoded, only raster formats are tried (an EPS file would start
+Ghostscript), and no error leaves this file.
+"""
+
+import os
+import re
+import stat
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from simclr.errors import UserError
+
+MAX_PIXELS = 100_000_000
+"""An image whose header claims more is refused as a decompression bomb; the largest cameras have about it."""
+MAX_FILE_BYTES = 1 << 30
+"""No image within MAX_PIXELS needs a file this large, and some of Pillow's readers read it whole."""
+BACKGROUND = 255
+"""Gray value (of every channel) behind transparent pixels: white, as on the pages they are made for."""
+
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# fmt: off
+ENDINGS = frozenset([
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp",
+    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".avif",
+])
+# fmt: on
+
+
+def decode_files(paths: Iterable[Path], workers: int) -> Iterator[np.ndarray | str]:
+    """Decode files in their order with `workers` threads (0: in this one); a few are in flight at a time.
+
+    Pillow lets go of the interpreter lock while it decodes, so threads suffice.
+    """
+    _hush_pillow()
+    if workers < 1:
+        yield from map(decode_file, paths)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Future[np.ndarray | str]] = deque()
+        for path in paths:
+            ahead.append(pool.submit(decode_file, path))
+            if len(ahead) > 4 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def decode_image(source: Path | Image.Image) -> np.ndarray:
+    """One file or Pillow image as (H, W, 1 or 3) uint8 pixels.
+
+    Raises:
+        UserError: it cannot be read; the sentence says why.
+    """
+    _hush_pillow()
+    pixels = _guarded(source) if isinstance(source, Image.Image) else decode_file(source)
+    if isinstance(pixels, str):
+        raise UserError(f"{source} cannot be used as an image: {pixels}.")
+    return pixels
+
+
+def decode_file(path: Path) -> np.ndarray | str:
+    """(H, W, 1 or 3) uint8 pixels of a file, or a few words that say why there are none."""
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            return "not a regular file"  # opening a FIFO would wait for ever
+        if found.st_size == 0:
+            return "empty file"
+        if found.st_size > MAX_FILE_BYTES:
+            return f"file of {found.st_size:,} bytes, more than {MAX_FILE_BYTES:,}"
+        with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
+            return _guarded(image)
+    except Exception as error:  # Pillow's readers raise nearly every kind of error on damaged bytes
+        return _reason(error)
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """(H, W, 1 or 3) uint8 pixels of a Pillow image of any mode; 1 where its mode, or its palette, is gray.
+
+    16-bit values map 65535 to 255, and wider integers are clipped to 16 bits first. Floats are clipped to
+    [0, 1] where none is above 1, else to [0, 255].
+
+    Raises:
+        ValueError: float pixels that are not numbers. Pillow's own errors pass through.
+    """
+    image.load()
+    image = _upright(image)
+    mode, see_through = image.mode, image.has_transparency_data
+    if mode.startswith("I"):
+        return _from_integers(image)
+    if mode == "F":
+        return _from_floats(np.asarray(image))
+    if mode in ("LA", "La") or (mode in ("1", "L") and see_through):
+        return composite(np.asarray(image.convert("LA")))
+    if see_through:
+        pixels = composite(np.asarray(image.convert("RGBA")))
+    elif mode in ("1", "L"):
+        return np.array(image.convert("L"))[..., None]
+    else:
+        pixels = np.array(image.convert("RGB"))
+    if mode in ("P", "PA") and (pixels == pixels[..., :1]).all():
+        return pixels[..., :1].copy()
+    return pixels
+
+
+def composite(pixels: np.ndarray) -> np.ndarray:
+    """(..., C + 1) uint8 pixels with alpha last -> (..., C) over BACKGROUND, rounded to the nearest."""
+    colour, alpha = pixels[..., :-1].astype(np.uint16), pixels[..., -1:].astype(np.uint16)
+    # At most 255 * 255 + 127, which 16 bits hold; no half can occur, as 255 is odd.
+    return ((colour * alpha + BACKGROUND * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+def _guarded(image: Image.Image) -> np.ndarray | str:
+    """Pixels of an opened image whose header claims a sane size, or the reason why there are none."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        return f"decompression bomb: {width} x {height} pixels, more than {MAX_PIXELS:,}"
+    if width * height == 0:
+        return f"no pixels: {width} x {height}"
+    try:
+        return to_pixels(image)
+    except Exception as error:  # as in decode_file
+        return _reason(error)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except Exception:  # a damaged EXIF block says nothing about the pixels: show them as viewers do
+        return image
+
+
+def _from_integers(image: Image.Image) -> np.ndarray:
+    values = np.asarray(image).astype(np.int32)  # (H, W)
+    gray = ((values.clip(0, 65535) + 128) // 257).astype(np.uint8)  # nearest of v / 257; 65535 = 255 * 257
+    key = image.info.get("transparency")
+    if isinstance(key, int):
+        gray[values == key] = BACKGROUND
+    return gray[..., None]
+
+
+def _from_floats(values: np.ndarray) -> np.ndarray:
+    if np.isnan(values).any():
+        raise ValueError("pixels that are not numbers (NaN)")
+    unit = values.max() <= 1
+    scaled = values.clip(0, 1) * 255 if unit else values.clip(0, 255)
+    return np.rint(scaled).astype(np.uint8)[..., None]
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().split("\n")[0][:100]
+    text = text if text.isprintable() else ascii(text)
+    if isinstance(error, UnidentifiedImageError):
+        return "not a readable image"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"decompression bomb: more than {MAX_PIXELS:,} pixels"  # from Pillow's own, higher limit
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is"
+    if isinstance(error, OSError) and error.errno is not None:
+        return (error.strerror or text).lower()
+    if isinstance(error, EOFError) or "truncated" in text.lower():
+        return "truncated"
+    return f"damaged: {text or type(error).__name__}"
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()  # all readers, once: Pillow imports them at the first use, which threads would do together
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _hush_pillow() -> None:
+    """Ignore the warnings that Pillow's readers give on odd files, which `-W error` would turn into refusals.
+
+    The filter is never taken back: `warnings.catch_warnings` swaps a list of the whole process, and with
+    batches decoded in one thread and another using it too, either could restore a list that the other
+    has left.
+    """
+    wanted = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+    if wanted not in warnings.filters:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+    _formats()

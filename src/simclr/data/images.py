@@ -1,0 +1,184 @@
+"""`Images`: n images with keys, sizes and labels, read batch by batch as uint8 pixels.
+
+Where the pixels lie (one array, a list in memory, files that are decoded again) is a function handed in as
+`read`, so that everything above sees one kind of data.
+
+Shapes: n images, B of them in a batch, H x W pixels, C = 1 (gray) or 3 (RGB) channels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from hashlib import sha256
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from simclr.errors import UserError
+
+Split = Literal["train", "test", "all"]
+Channels = Literal["auto", "1", "3"]
+
+
+class Skipped(NamedTuple):
+    """A file that is left out, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Images:
+    """Images that were all readable when they were opened. Made by `simclr.data.open_data`."""
+
+    name: str
+    split: Split
+    """The part that this is; "all" where the data brings no split of its own."""
+    has_own_split: bool
+    """Whether the data brings a train and a test part (then `open_data(..., split="test")` works)."""
+    channels: int
+    """1 or 3: what `batch` returns."""
+    keys: Sequence[str]
+    """Relative POSIX paths for folders, else the index in the data set as text."""
+    sizes: np.ndarray
+    """(n, 2) int64: height and width of each image."""
+    labels: np.ndarray | None
+    """(n,) int64, -1 for an image without a label; None where no image has one."""
+    classes: list[str] | None
+    """Names that the labels index; None where there are none (labels of an .npz file with gaps)."""
+    fingerprint: str
+    """SHA-256 of the contents, the same on every machine: does a run resume on the data it began with?"""
+    read: Callable[[np.ndarray], np.ndarray | Sequence[np.ndarray]] = field(repr=False)
+    """Rows of the store -> its (H, W, 1 or 3) uint8 arrays, or one fresh (B, H, W, 1 or 3) array."""
+    rows: np.ndarray = field(repr=False)
+    """(n,) row in the store of each image."""
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Sentences to say aloud once: what was left out, what was converted."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"Images({self.name!r}, {len(self):,} images, split={self.split!r}, channels={self.channels})"
+
+    def batch(self, indices: np.ndarray | Sequence[int]) -> np.ndarray | list[np.ndarray]:
+        """Pixels of some images, in the order asked for; the arrays are the caller's to keep and to change.
+
+        Returns:
+            (B, H, W, C) uint8 where all images of the data have one size, else a list of B (H, W, C) uint8
+            arrays.
+
+        Raises:
+            UserError: a file that was readable at opening has changed or gone.
+        """
+        indices = np.asarray(indices, dtype=np.intp if len(indices) == 0 else None)
+        pixels = self.read(self.rows[indices])
+        if isinstance(pixels, np.ndarray):
+            return with_channels(pixels, self.channels)
+        images = [with_channels(image, self.channels) for image in pixels]
+        if not self._one_size:
+            return [image.copy() for image in images]
+        return np.stack(images) if images else np.empty((0, *self.sizes[0], self.channels), np.uint8)
+
+    def subset(self, indices: np.ndarray | Sequence[int]) -> "Images":
+        """The images at `indices` (integers or a mask), in that order, as data of their own."""
+        chosen = np.arange(len(self))[np.asarray(indices, dtype=np.intp if len(indices) == 0 else None)]
+        return replace(
+            self,
+            keys=[self.keys[i] for i in chosen],
+            sizes=self.sizes[chosen],
+            labels=None if self.labels is None else self.labels[chosen],
+            rows=self.rows[chosen],
+            fingerprint=sha256(self.fingerprint.encode() + chosen.astype("<i8").tobytes()).hexdigest(),
+        )
+
+    @cached_property
+    def _one_size(self) -> bool:
+        return len(self) > 0 and bool((self.sizes == self.sizes[0]).all())
+
+
+def array_images(
+    pixels: np.ndarray,
+    labels: np.ndarray | None,
+    *,
+    name: str,
+    split: Split,
+    has_own_split: bool,
+    classes: list[str] | None,
+    channels: Channels,
+    notes: Sequence[str] = (),
+    keys: Sequence[str] | None = None,
+) -> Images:
+    """`Images` over one array of pixels, (n, H, W) or (n, H, W, 1 or 3) uint8."""
+    pixels = pixels[..., None] if pixels.ndim == 3 else pixels  # (n, H, W, 1 or 3)
+    labels = None if labels is None else labels.astype(np.int64)
+    num_channels, said = choose_channels(channels, np.full(len(pixels), pixels.shape[-1] == 1))
+    return Images(
+        name=name,
+        split=split,
+        has_own_split=has_own_split,
+        channels=num_channels,
+        keys=[str(i) for i in range(len(pixels))] if keys is None else keys,
+        sizes=np.tile(np.array(pixels.shape[1:3], dtype=np.int64), (len(pixels), 1)),
+        labels=labels,
+        classes=classes,
+        fingerprint=_array_fingerprint(pixels, labels),
+        read=partial(_take, pixels),
+        rows=np.arange(len(pixels)),
+        notes=[*notes, *said],
+    )
+
+
+def choose_channels(channels: Channels, gray: np.ndarray) -> tuple[int, list[str]]:
+    """How many channels the data has, and what to say about it.
+
+    Args:
+        channels: "auto" is 1 where every image is gray, else 3; "1" and "3" convert what is different.
+        gray: (n,) whether each image is gray.
+    """
+    num_gray, num_images = int(gray.sum()), len(gray)
+    if channels == "auto":
+        channels = "1" if num_gray == num_images else "3"
+        if channels == "1":
+            return 1, ["Gray images: one channel."]
+    if channels == "1" and num_gray < num_images:
+        return 1, [f"{num_images - num_gray:,} of {num_images:,} images are colour and converted to gray."]
+    if channels == "3" and num_gray:
+        return 3, [f"{num_gray:,} of {num_images:,} images are gray and become three equal channels."]
+    return int(channels), []
+
+
+def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """(..., 1 or 3) uint8 pixels as (..., channels); gray is ITU-R 601-2 luma, just as Pillow's mode L."""
+    if pixels.shape[-1] == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=-1)
+    luma = pixels.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)  # 16-bit fixed point
+    return ((luma + 0x8000) >> 16).astype(np.uint8)[..., None]
+
+
+def part_of(split: Split, has_own_split: bool, name: str) -> Split:
+    """The part to open where `split` is asked for: all of the data where it brings no split of its own."""
+    if has_own_split:
+        return split
+    if split == "test":
+        raise UserError(
+            f"{name} has no test part of its own: open it whole and split it, or give a folder with train/ "
+            "and test/, or an .npz file with x_train and x_test."
+        )
+    return "all"
+
+
+def _take(pixels: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(pixels[rows])  # contiguous also where the store is a transposed view (STL-10)
+
+
+def _array_fingerprint(pixels: np.ndarray, labels: np.ndarray | None) -> str:
+    digest = sha256(repr(pixels.shape).encode())
+    for start in range(0, len(pixels), 4096):
+        digest.update(pixels[start : start + 4096].tobytes())
+    if labels is not None:
+        digest.update(labels.astype("<i8").tobytes())
+    return digest.hexdigest()

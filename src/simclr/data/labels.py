@@ -1,0 +1,106 @@
+"""Labels of any kind as indices into a list of classes, and the label file of a folder.
+
+A label file is CSV: one `path,label` a line, paths below the data's folder, an empty label for "not known".
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from simclr.data.scan import some
+from simclr.errors import UserError
+
+UNLABELLED = -1
+
+
+def index_labels(names: Sequence[str | None]) -> tuple[np.ndarray, list[str]]:
+    """Class names as indices.
+
+    Args:
+        names: n class names, None for an image without one.
+
+    Returns:
+        (n,) int64 indices into the classes, -1 for None; and the classes, sorted: by value if all are whole
+        numbers.
+    """
+    known = {name for name in names if name is not None}
+    whole = all(_is_whole(name) for name in known)
+    classes = sorted(known, key=lambda name: (int(name) if whole else 0, name))
+    index = {name: i for i, name in enumerate(classes)}
+    return np.array([UNLABELLED if name is None else index[name] for name in names], dtype=np.int64), classes
+
+
+def read_label_file(file: Path, folder: Path, wanted: Sequence[str], known: Sequence[str]) -> list[str | None]:
+    """Labels of images from a CSV file.
+
+    Args:
+        file: Lines `path,label`; a first line that says just that is skipped. A path is below `folder`, or
+            absolute.
+        folder: The folder of the images, for the sentences.
+        wanted: n keys of the images to label.
+        known: Keys of all files in the folder, of both parts, readable or not.
+
+    Returns:
+        n labels, None where the file leaves the label empty.
+
+    Raises:
+        UserError: no such file, not CSV, lines that are not `path,label`, paths that are not in the folder,
+            a path with two labels, images that are not named.
+    """
+    given: dict[str, str | None] = {}
+    known_keys = set(known)
+    unknown: list[str] = []
+    for line, path, label in _rows(file):
+        key = path if path in known_keys else _normal(path, folder)
+        if key not in known_keys:
+            unknown.append(path)
+            continue
+        if given.setdefault(key, label) != label:
+            raise UserError(f"{file}, line {line}: {some([path])} has two labels, {given[key]!r} and {label!r}.")
+    if unknown:
+        raise UserError(
+            f"{file} names {len(unknown):,} files that are not images in {folder}: {some(unknown)}; "
+            "paths are to be relative to that folder."
+        )
+    missing = [key for key in wanted if key not in given]
+    if missing:
+        raise UserError(
+            f"{file} labels {len(wanted) - len(missing):,} of {len(wanted):,} images in {folder}, it lacks "
+            f"{some(missing)}; an image without a label is written with an empty one ('path,')."
+        )
+    return [given[key] for key in wanted]
+
+
+def _rows(file: Path) -> list[tuple[int, str, str | None]]:
+    if not file.is_file():
+        raise UserError(f"There is no label file {file}: give a CSV file with a line 'path,label' for each image.")
+    rows = []
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as lines:
+            reader = csv.reader(lines)
+            for row in reader:
+                cells = [cell.strip() for cell in row]
+                if not any(cells) or (not rows and [cell.lower() for cell in cells] == ["path", "label"]):
+                    continue
+                if len(cells) != 2 or not cells[0]:
+                    raise UserError(
+                        f"{file}, line {reader.line_num}: expected 'path,label', found {','.join(row)!r:.80}."
+                    )
+                rows.append((reader.line_num, cells[0], cells[1] or None))
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} cannot be read as a CSV file of 'path,label' lines: {error}.") from error
+    return rows
+
+
+def _normal(path: str, folder: Path) -> str:
+    """A path as people write it (./a.png, a\\b.png, /data/a.png) as a key."""
+    candidate = Path(path.replace("\\", "/"))
+    if candidate.is_absolute() and candidate.is_relative_to(folder.resolve()):
+        candidate = candidate.relative_to(folder.resolve())
+    return candidate.as_posix()
+
+
+def _is_whole(name: str) -> bool:
+    return name.isascii() and name.removeprefix("-").isdigit()
