@@ -1,0 +1,220 @@
+"""Named, complete settings, each with its command, its cost and what to expect; and how one is chosen.
+
+A recipe is data: `simclr recipes` prints it, `--recipe NAME` starts from it, every flag given beside it wins.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from simclr.config import PretrainConfig, load_config
+from simclr.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings with what they are for."""
+
+    name: str
+    summary: str
+    command: str
+    cost: str
+    expect: str
+    config: PretrainConfig
+
+
+class ImageFacts(Protocol):
+    """What the choice of a recipe looks at; `simclr.data.Images` has it."""
+
+    @property
+    def channels(self) -> int: ...
+    @property
+    def sizes(self) -> "np.ndarray": ...  # (n, 2) heights and widths
+    def __len__(self) -> int: ...
+
+
+_SMALL = PretrainConfig(
+    size=32,
+    encoder="small",
+    strength=0.5,
+    temperature=0.2,
+    optimizer="adamw",
+    lr=2e-3,
+    lr_scaling="none",
+    weight_decay=1e-4,
+    warmup_epochs=1,
+    loss_scale=1.0,
+    batch_size=256,
+    epochs=30,
+    knn_every=5,
+    log_every=50,
+)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="digits",
+            summary="The 1,797 digits inside scikit-learn: the whole path in two minutes on a laptop.",
+            command="simclr pretrain digits --recipe digits --out runs/digits",
+            cost="about a minute on two cores",
+            expect="kNN near raw pixels (which are hard to beat on centred 8x8 digits), far above a random encoder",
+            config=replace(
+                _SMALL,
+                size=8,
+                flip=0.0,
+                crop_min=0.4,
+                epochs=150,
+                warmup_epochs=5,
+                knn_every=25,
+                log_every=20,
+            ),
+        ),
+        Recipe(
+            name="cpu",
+            summary="Any small images on a CPU: a 16-wide ResNet-10 at 32 pixels and below.",
+            command="simclr pretrain DATA --recipe cpu",
+            cost="60,000 images of 28 pixels: about 40 seconds per epoch on two cores",
+            expect="fashion-mnist: see the README's table",
+            config=_SMALL,
+        ),
+        Recipe(
+            name="cifar",
+            summary="The authors' README command for CIFAR-10: ResNet-18, batch 512, 1,000 epochs.",
+            command="simclr pretrain cifar10 --recipe cifar",
+            cost="hours on one GPU; not for a CPU",
+            expect="about 91 % linear accuracy on CIFAR-10 (google-research/simclr, README)",
+            config=PretrainConfig(
+                size=32,
+                strength=0.5,
+                encoder="resnet18",
+                head_layers=3,
+                temperature=0.5,
+                lr=1.0,
+                weight_decay=1e-4,
+                batch_size=512,
+                epochs=1000,
+                warmup_epochs=10,
+                knn_every=20,
+            ),
+        ),
+        Recipe(
+            name="cifar-r50",
+            summary="The paper's CIFAR-10 (B.9): ResNet-50, batch 1024, 1,000 epochs, two-layer head.",
+            command="simclr pretrain cifar10 --recipe cifar-r50",
+            cost="about a day on one GPU",
+            expect="94.0 % linear accuracy on CIFAR-10 (paper B.9)",
+            config=PretrainConfig(
+                size=32,
+                strength=0.5,
+                encoder="resnet50",
+                temperature=0.5,
+                lr=1.0,
+                weight_decay=1e-6,
+                batch_size=1024,
+                epochs=1000,
+                warmup_epochs=10,
+                knn_every=20,
+            ),
+        ),
+        Recipe(
+            name="photos",
+            summary="A folder of photographs on one GPU: ResNet-50 at 224 pixels, batch 256, square-root scaling.",
+            command="simclr pretrain FOLDER --recipe photos",
+            cost="100,000 images: about a day on one GPU",
+            expect="depends on the images: compare with `simclr evaluate`, and with features pretrained on ImageNet",
+            config=PretrainConfig(
+                size=224,
+                encoder="resnet50",
+                head_layers=3,
+                temperature=0.1,
+                lr=0.075,
+                lr_scaling="sqrt",
+                weight_decay=1e-6,
+                batch_size=256,
+                epochs=200,
+                warmup_epochs=10,
+                workers=8,
+            ),
+        ),
+        Recipe(
+            name="imagenet-v1",
+            summary="SimCLR v1 on ImageNet: ResNet-50, batch 4096, 1,000 epochs, LARS.",
+            command="torchrun --nproc-per-node 8 -m simclr pretrain IMAGENET/train --recipe imagenet-v1",
+            cost="1.3 billion views forward and backward: days on eight GPUs; needs 512 images a GPU",
+            expect="69.3 % linear top-1 (paper table 6); 64.5 % after 100 epochs (table 1)",
+            config=PretrainConfig(
+                size=224,
+                encoder="resnet50",
+                brightness="add",
+                temperature=0.1,
+                lr=0.3,
+                weight_decay=1e-6,
+                batch_size=4096,
+                epochs=1000,
+                warmup_epochs=10,
+                workers=8,
+                knn_every=0,
+            ),
+        ),
+    )
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name, or one made of a settings file (a path that ends in .json)."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if name.endswith(".json"):
+        return Recipe(
+            name=name,
+            summary="Settings from a file.",
+            command="",
+            cost="",
+            expect="",
+            config=load_config(Path(name)),
+        )
+    raise UserError(f"There is no recipe {name!r}; there are {', '.join(RECIPES)}, or give the path of a config.json.")
+
+
+def choose_recipe(images: ImageFacts, *, on_gpu: bool) -> tuple[Recipe, str]:
+    """A recipe for these images on this hardware, and the sentence that says why."""
+    shorter = _typical_side(images)
+    what = f"{len(images):,} images, shorter side typically {shorter} pixels"
+    if shorter <= 12:
+        return RECIPES["digits"], f"{what}: tiny images"
+    if not on_gpu:
+        return RECIPES["cpu"], f"{what}, no GPU"
+    if shorter <= 64:
+        return RECIPES["cifar"], f"{what}, a GPU"
+    if len(images) >= 500_000:
+        return RECIPES["imagenet-v1"], f"{what}, a GPU: ImageNet's scale"
+    return RECIPES["photos"], f"{what}, a GPU"
+
+
+def fit_recipe(recipe: Recipe, images: ImageFacts) -> tuple[PretrainConfig, dict[str, str]]:
+    """Bend a recipe's own numbers to the images; what a user asks for by flag is not bent.
+
+    Returns:
+        The settings, and for each that was bent a sentence that says so.
+    """
+    config, said = recipe.config, {}
+    shorter = _typical_side(images)
+    if 4 <= shorter < config.size:
+        said["size"] = f"Size {shorter} instead of {config.size}: most images have no more pixels a side."
+        config = replace(config, size=shorter)
+    if len(images) < config.batch_size and len(images) >= 2:
+        batch = 1 << (len(images).bit_length() - 1)
+        said["batch_size"] = f"Batch size {batch} instead of {config.batch_size}: there are {len(images)} images."
+        config = replace(config, batch_size=batch)
+    return config, said
+
+
+def _typical_side(images: ImageFacts) -> int:
+    """Median of the images' shorter sides, in pixels."""
+    shorter_sides = images.sizes.min(axis=1)  # (n,)
+    shorter_sides.sort()
+    return int(shorter_sides[len(shorter_sides) // 2])

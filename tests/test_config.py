@@ -1,0 +1,120 @@
+"""Settings: documented, refused in words, saved and read back; recipes: complete and chosen for the data."""
+
+import ast
+import inspect
+import itertools
+import json
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import simclr
+from simclr import config as config_module
+from simclr.config import PretrainConfig, changed_on_resume, load_config
+from simclr.errors import UserError
+from simclr.recipes import RECIPES, choose_recipe, find_recipe, fit_recipe
+
+
+class Facts:
+    """What a recipe is chosen by."""
+
+    def __init__(self, n, side, channels=3):
+        self.sizes = np.full((n, 2), side)
+        self.channels = channels
+
+    def __len__(self):
+        return len(self.sizes)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_a_recipe_survives_being_saved(recipe, tmp_path):
+    recipe.config.save(tmp_path / "config.json")
+    assert load_config(tmp_path / "config.json") == recipe.config
+    assert find_recipe(str(tmp_path / "config.json")).config == recipe.config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"sizes": 3}', "sizes"),
+        ('{"size": "big"}', "size"),
+        ('{"size": -1}', "--size was -1; it must be at least 4"),
+        ('{"optimizer": "adam"}', "optimizer"),
+        ('{"temperature": NaN}', "temperature"),
+        ("[]", "the file"),
+        ("not json", "the file"),
+    ],
+)
+def test_a_bad_settings_file_names_what_is_wrong(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path / "config.json")
+
+
+def test_every_setting_is_documented_and_used():
+    tree = ast.parse(inspect.getsource(config_module))
+    body = next(node for node in tree.body if isinstance(node, ast.ClassDef)).body
+    documented = {
+        first.target.id
+        for first, second in itertools.pairwise(body)
+        if isinstance(first, ast.AnnAssign) and isinstance(second, ast.Expr) and isinstance(second.value, ast.Constant)
+    }
+    names = {f.name for f in fields(PretrainConfig)}
+    assert names == documented
+    sources = "".join(
+        path.read_text()
+        for path in Path(simclr.__file__).parent.glob("*.py")
+        if path.name not in ("config.py", "recipes.py")
+    )
+    unused = {name for name in names if not re.search(rf"config\.{name}\b", sources)}
+    assert not unused
+
+
+def test_what_may_change_on_resume():
+    saved = PretrainConfig()
+    assert changed_on_resume(saved, replace(saved, workers=7, keep=5)) == []
+    assert changed_on_resume(saved, replace(saved, lr=0.1, seed=1, workers=7)) == ["lr", "seed"]
+
+
+@pytest.mark.parametrize(
+    ("n", "side", "on_gpu", "name"),
+    [
+        (1797, 8, False, "digits"),
+        (60_000, 28, False, "cpu"),
+        (500, 3000, False, "cpu"),
+        (50_000, 32, True, "cifar"),
+        (20_000, 400, True, "photos"),
+        (1_281_167, 400, True, "imagenet-v1"),
+    ],
+)
+def test_a_recipe_is_chosen_and_the_choice_explained(n, side, on_gpu, name):
+    recipe, why = choose_recipe(Facts(n, side), on_gpu=on_gpu)
+    assert recipe.name == name
+    assert f"{n:,}" in why and str(side) in why
+
+
+def test_a_recipe_is_bent_to_few_and_small_images_and_says_so():
+    config, said = fit_recipe(RECIPES["cpu"], Facts(100, 20))
+    assert (config.size, config.batch_size) == (20, 64)
+    assert set(said) == {"size", "batch_size"}
+    config, said = fit_recipe(RECIPES["cpu"], Facts(10_000, 200))
+    assert config == RECIPES["cpu"].config and not said
+
+
+def test_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(UserError, match=r"no recipe 'imagenet'.*digits, cpu"):
+        find_recipe("imagenet")
+
+
+def test_recipes_hold_the_papers_numbers():
+    cifar, imagenet = RECIPES["cifar"].config, RECIPES["imagenet-v1"].config
+    assert (cifar.lr, cifar.weight_decay, cifar.temperature, cifar.strength, cifar.batch_size, cifar.epochs) == (
+        1.0, 1e-4, 0.5, 0.5, 512, 1000,
+    )  # fmt: skip
+    assert (imagenet.lr, imagenet.weight_decay, imagenet.temperature, imagenet.batch_size, imagenet.head_layers) == (
+        0.3, 1e-6, 0.1, 4096, 2,
+    )  # fmt: skip
+    assert json.dumps(cifar.loss_scale) == json.dumps(imagenet.loss_scale) == "2.0"
