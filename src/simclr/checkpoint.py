@@ -1,0 +1,109 @@
+"""Checkpoints that survive anything: written whole or not at all, and never trusted unread.
+
+A checkpoint is an ordinary torch file (`torch.load(path, weights_only=True)` reads it) named
+`step-00001234-0123456789abcdef.pt`: the step, and the first 16 hex digits of the file's SHA-256. The name
+carries the checksum, so that one atomic rename publishes content and checksum together.
+"""
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simclr.errors import UserError
+
+_NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Give `path` this content, or leave it untouched: temporary file, fsync, rename, fsync of the folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
+    """Write the state of `step`, then delete all but the newest `keep` checkpoints.
+
+    Args:
+        state: Plain dicts, lists, tensors, numbers and strings only.
+
+    Raises:
+        UserError: The disk refused; the checkpoints that were there are all still there.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    path = folder / f"step-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(
+            f"The checkpoint of step {step} ({len(content) / 2**20:.1f} MiB) could not be written to {folder}: "
+            f"{error.strerror}. The last good checkpoint is kept; make room, then `simclr resume {folder.parent}`."
+        ) from None
+    for old in checkpoints(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint files of a folder, newest step first."""
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name states."""
+    match = _NAME.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
+def load_newest(folder: Path, say: Callable[[str], None]) -> tuple[int, dict[str, Any]] | None:
+    """The newest checkpoint whose content matches its name, telling of each damaged one that was passed over.
+
+    Returns:
+        (step, state), or None where no good checkpoint is left.
+    """
+    for path in checkpoints(folder):
+        match = _NAME.fullmatch(path.name)
+        assert match
+        try:
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest()[:16] != match[2]:
+                raise ValueError("its content does not match its checksum")
+            return int(match[1]), torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file raises, the one before it may be good
+            say(f"The checkpoint {path.name} is damaged ({error}); trying the one before.")
+    return None
+
+
+def set_aside_newer(folder: Path, step: int) -> None:
+    """Rename the (damaged) checkpoints newer than `step`, so that they no longer count among those kept."""
+    for path in checkpoints(folder):
+        if step_of(path) > step:
+            path.rename(path.with_name(path.name + ".damaged"))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
