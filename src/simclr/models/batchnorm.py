@@ -1,0 +1,207 @@
+"""Batch norm with TensorFlow's statistics, over one process or all (google-research/simclr, resnet.py).
+
+The authors normalise by the statistics of the global batch, lest a replica's images know each other by
+theirs (SimCLR section 2.3), and keep the biased batch variance as running variance, where torch keeps the
+unbiased one. torch.nn.SyncBatchNorm is no substitute: it keeps the unbiased one and refuses CPU tensors.
+
+Shapes: x is (N, C), (N, C, L) or (N, C, H, W); n is its number of values per channel, over all processes.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from simclr.errors import UserError
+
+
+class TensorFlowBatchNorm(_BatchNorm):
+    """What `BatchNorm1d` and `BatchNorm2d` share; see there.
+
+    Attributes:
+        process_group: The processes whose batches form the batch; None: this process alone.
+        unbiased: Keep the unbiased running variance, as torch does; so set on layers that were torch's.
+    """
+
+    process_group: dist.ProcessGroup | None = None
+    unbiased: bool = False
+
+    def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float = 0.1, beta: bool = True) -> None:
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        if not beta:
+            self.register_parameter("bias", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise each channel by the batch's statistics in training, by the running ones otherwise.
+
+        Raises:
+            ValueError: In training, one value per channel alone, which has no variance (torch's rule).
+        """
+        self._check_input_dim(input)
+        if not self.training:
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if self.process_group is None or dist.get_world_size(self.process_group) == 1:
+            y, mean, variance = self._over_this_process(input)
+        else:
+            y, mean, variance = self._over_all_processes(input, self.process_group)
+        self._track(mean, variance)
+        return y
+
+    def _over_this_process(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, mean and variance by torch's kernel: at momentum 1 its running ones are the batch's."""
+        assert self.running_mean is not None
+        mean, variance = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_mean)
+        y = F.batch_norm(x, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
+        n = x.numel() // x.shape[1]
+        return y, mean, variance if self.unbiased else variance * ((n - 1) / n)
+
+    def _over_all_processes(self, x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+        """The same over a group; the kernel's variance is the biased one."""
+        y, mean, variance, n = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps, group)
+        return y, mean, variance * (n / (n - 1)) if self.unbiased else variance
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+
+
+class BatchNorm1d(TensorFlowBatchNorm, nn.BatchNorm1d):
+    """Batch norm of (N, C) or (N, C, L).
+
+    Args:
+        num_features: C.
+        eps: Added to the variance.
+        momentum: Weight of the new batch in the running statistics; TensorFlow's decay of 0.9 is 0.1 here.
+        beta: Whether to learn an offset; the last layer of a projection head has none.
+    """
+
+
+class BatchNorm2d(TensorFlowBatchNorm, nn.BatchNorm2d):
+    """Batch norm of (N, C, H, W); arguments as in `BatchNorm1d`."""
+
+
+class BatchNormAct2d(BatchNorm2d):
+    """Stands in for timm's layer of the same name: batch norm, then that layer's drop and activation."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same."""
+        return self.act(self.drop(super().forward(input)))
+
+
+def set_global_batch_norm(module: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Let every batch norm inside `module` use the statistics of the global batch, in place.
+
+    With equal shards that is the authors' definition: the mean of the replicas' means; the mean of their
+    variances plus the mean squared deviation of their means. Unequal shards are weighted by their sizes.
+    The gradient of x is that of the global batch; those of gamma and beta are this process's share, as DDP
+    expects.
+
+    Args:
+        module: Changed in place. torch's own layers (of timm models) become ours but keep their parameters,
+            their buffers, their names and their unbiased running variance.
+        group: The processes, such as `torch.distributed.group.WORLD`; None: each process for itself again.
+
+    Raises:
+        UserError: `module` has a kind of batch norm that has no global version.
+    """
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, _BatchNorm) and not isinstance(child, TensorFlowBatchNorm):
+                setattr(parent, name, _adopt(child))
+    for layer in module.modules():
+        if isinstance(layer, TensorFlowBatchNorm):
+            layer.process_group = group
+
+
+def _adopt(layer: _BatchNorm) -> TensorFlowBatchNorm:
+    """The layer of ours that computes what torch's or timm's `layer` does."""
+    kind = {
+        "torch.nn.modules.batchnorm.BatchNorm1d": BatchNorm1d,
+        "torch.nn.modules.batchnorm.BatchNorm2d": BatchNorm2d,
+        "timm.layers.norm_act.BatchNormAct2d": BatchNormAct2d,
+    }.get(f"{type(layer).__module__}.{type(layer).__name__}")
+    if kind is None or layer.running_mean is None or layer.momentum is None:
+        raise UserError(
+            f"Global batch norm does not know this encoder's {type(layer).__name__} layers; turn it off, or "
+            "take another encoder."
+        )
+    ours = kind(layer.num_features, eps=layer.eps, momentum=layer.momentum)
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        setattr(ours, name, getattr(layer, name))
+    ours.unbiased = True
+    if isinstance(ours, BatchNormAct2d):
+        for name in ("drop", "act"):
+            setattr(ours, name, getattr(layer, name))
+    return ours.train(layer.training)
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    """Batch norm over a process group, by one collective forward and one backward.
+
+    Statistics are fp32, or fp64 for fp64 x, whatever the autocast.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: dist.ProcessGroup
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Output like x, and the global mean (C,), biased variance (C,) and n ()."""
+        channels = x.shape[1]
+        variance, mean = torch.var_mean(_wide(x), _all_but_channels(x), correction=0)  # (C,), (C,)
+        shard = torch.cat([mean.new_tensor([x.numel() // channels]), mean, variance])  # (1 + 2C,)
+        shards = shard.new_empty(dist.get_world_size(group) * len(shard))
+        dist.all_gather_into_tensor(shards, shard, group=group)
+        counts, means, variances = shards.view(-1, len(shard)).split([1, channels, channels], dim=1)
+
+        n = counts.sum()
+        share = counts / n  # (P, 1) for P processes
+        mean = (share * means).sum(0)  # (C,)
+        variance = (share * (variances + (means - mean) ** 2)).sum(0)  # (C,)
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps), n)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean, variance, n)
+        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance, n
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyrefly: ignore[bad-override]
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """dx of the global batch's loss; the parameters' gradients are sums over this process's rows only."""
+        x, weight, mean, inverse_std, n = ctx.saved_tensors
+        dims, shape = _all_but_channels(x), [1, -1] + [1] * (x.ndim - 2)
+        dy = _wide(grad_outputs[0])
+        xhat = (_wide(x) - mean.view(shape)) * inverse_std.view(shape)  # x normalised
+        sum_dy, sum_dy_xhat = dy.sum(dims), (dy * xhat).sum(dims)  # (C,), (C,)
+
+        dx = None
+        if ctx.needs_input_grad[0]:
+            sums = torch.stack([sum_dy, sum_dy_xhat])  # (2, C)
+            dist.all_reduce(sums, group=ctx.group)
+            mean_dy, mean_dy_xhat = sums / n
+            scale = inverse_std if weight is None else inverse_std * weight  # (C,)
+            dx = scale.view(shape) * (dy - mean_dy.view(shape) - xhat * mean_dy_xhat.view(shape))
+            dx = dx.to(x.dtype)
+        dweight = sum_dy_xhat if ctx.needs_input_grad[1] else None
+        dbias = sum_dy if ctx.needs_input_grad[2] else None
+        return dx, dweight, dbias, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precisions as fp32; fp32 and fp64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [0, *range(2, x.ndim)]

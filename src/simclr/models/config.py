@@ -1,0 +1,147 @@
+"""Which encoder, and what it expects of its input. Imports no torch, so that the command line stays quick.
+
+The ResNets are those of google-research/simclr, resnet.py; `resnet10` and `small` are ours.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+from simclr.errors import UserError
+
+TIMM = "timm/"
+CIFAR_STEM_UP_TO = 32  # pixels; the authors' run.py takes the small stem at and below this size
+
+
+class ResNetShape(NamedTuple):
+    """Blocks of a ResNet before the width multiplier."""
+
+    bottleneck: bool
+    blocks: tuple[int, int, int, int]
+    width: float = 1.0
+
+
+RESNETS = {
+    "small": ResNetShape(False, (1, 1, 1, 1), width=0.25),  # 16-32-64-128 channels, for CPUs
+    "resnet10": ResNetShape(False, (1, 1, 1, 1)),
+    "resnet18": ResNetShape(False, (2, 2, 2, 2)),
+    "resnet34": ResNetShape(False, (3, 4, 6, 3)),
+    "resnet50": ResNetShape(True, (3, 4, 6, 3)),
+    "resnet101": ResNetShape(True, (3, 4, 23, 3)),
+    "resnet152": ResNetShape(True, (3, 8, 36, 3)),
+    "resnet200": ResNetShape(True, (3, 24, 36, 3)),
+}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """An encoder's architecture and input, as they travel with its weights.
+
+    Raises:
+        UserError: A value is not allowed, or does not go with the others.
+    """
+
+    name: str
+    """One of `RESNETS`, or timm/NAME for a model of timm."""
+
+    _: KW_ONLY
+
+    channels: int
+    """Channels of the input: 1 for gray, 3 for colour."""
+
+    size: int
+    """Height and width of the input, in pixels."""
+
+    width: float = 1.0
+    """Multiplier on every channel count of a ResNet, whole or fractional (SimCLR section 4.1: 1, 2, 4)."""
+
+    stem: Literal["auto", "cifar", "imagenet"] = "auto"
+    """First layers of a ResNet: 3x3 (cifar), or 7x7/2 and max-pool (imagenet); auto: cifar up to size 32."""
+
+    mean: tuple[float, ...] | None = None
+    """Per channel, subtracted from pixels in [0, 1]; None: pixels go in as they are, as the authors do."""
+
+    std: tuple[float, ...] | None = None
+    """Per channel, divides what `mean` left."""
+
+    feature: Literal["h"] = "h"
+    """Where features are taken: h, after the global average pool (SimCLR section 2.1)."""
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        for name in ("channels", "size"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UserError(f"The encoder's {name} was {value!r}; it must be a whole number of at least 1.")
+        self._check_width()
+        if self.stem not in ("auto", "cifar", "imagenet"):
+            raise UserError(f"The stem was {self.stem!r}; it must be auto, cifar or imagenet.")
+        if self.is_timm and (self.width != 1.0 or self.stem != "auto"):
+            raise UserError(
+                f"{self.name} was given the width {self.width} and the stem {self.stem!r}; timm models have "
+                "their own, so leave the width at 1 and the stem at auto, or take a ResNet."
+            )
+        if self.feature != "h":
+            raise UserError(f"The feature layer was {self.feature!r}; it must be h, the encoder's output.")
+        self._check_normalisation()
+
+    @property
+    def is_timm(self) -> bool:
+        """Whether the encoder is a model of timm."""
+        return self.name.startswith(TIMM)
+
+    @property
+    def resolved_stem(self) -> Literal["cifar", "imagenet"]:
+        """The stem of a ResNet, with auto decided by the size."""
+        if self.stem == "auto":
+            return "cifar" if self.size <= CIFAR_STEM_UP_TO else "imagenet"
+        return self.stem
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain JSON values."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "EncoderConfig":
+        """The inverse of `to_dict`.
+
+        Raises:
+            UserError: A field is unknown or missing, or a value is not allowed.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown, missing = sorted(set(values) - known), sorted({"name", "channels", "size"} - set(values))
+        if unknown or missing:
+            found = [f"{key} is unknown" for key in unknown] + [f"{key} is missing" for key in missing]
+            raise UserError(f"The encoder's description does not fit: {', '.join(found)}; fields: {sorted(known)}.")
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
+
+    def _check_width(self) -> None:
+        width = self.width
+        if isinstance(width, bool) or not isinstance(width, int | float) or not (0 < width < math.inf):
+            raise UserError(f"The width multiplier was {width!r}; it must be a number greater than 0.")
+        least = 1 if self.is_timm else 64 * RESNETS[self.name].width * width
+        if int(least) < 1:
+            raise UserError(
+                f"A width multiplier of {width} leaves {self.name} no channel; take at least "
+                f"{1 / (64 * RESNETS[self.name].width)}."
+            )
+
+    def _check_normalisation(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise UserError("Only one of mean and std was given; give both, or neither for pixels as they are.")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.channels:
+                raise UserError(f"The {name} has {len(values)} values; it needs one per channel, {self.channels}.")
+        if self.std is not None and min(self.std) <= 0:
+            raise UserError(f"The std was {self.std}; every value must be greater than 0.")
+
+
+def _check_name(name: str) -> None:
+    if name in RESNETS or (name.startswith(TIMM) and name != TIMM):
+        return
+    close = difflib.get_close_matches(name.lower(), RESNETS, n=2, cutoff=0.5)
+    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+    raise UserError(f"There is no encoder {name!r}{hint}; known: {', '.join(RESNETS)}, {TIMM}NAME for those of timm.")

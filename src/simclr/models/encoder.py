@@ -1,0 +1,96 @@
+"""An encoder that knows what it expects: images in [0, 1] in, features h out (SimCLR section 2.1, f)."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from simclr.errors import UserError
+from simclr.models.config import RESNETS, TIMM, EncoderConfig
+from simclr.models.init import seeded
+from simclr.models.resnet import ResNet
+
+
+class Encoder(nn.Module):
+    """A backbone with the description of its input.
+
+    Attributes:
+        config: What the encoder is and expects.
+        backbone: (B, C, S, S) -> (B, F).
+        num_features: F.
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(self, config: EncoderConfig, backbone: nn.Module, num_features: int) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.num_features = num_features
+        for name, values in (("mean", config.mean), ("std", config.std)):
+            column = None if values is None else torch.tensor(values).view(-1, 1, 1)  # (C, 1, 1)
+            self.register_buffer(name, column, persistent=False)  # the config carries them
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features of a batch of images.
+
+        Args:
+            x: (B, C, S, S) floats in [0, 1]; other sizes than S if the backbone takes them.
+
+        Returns:
+            (B, F) features h.
+
+        Raises:
+            UserError: Not a batch, not floating point, or other channels than the encoder's.
+        """
+        self._check(x)
+        if self.mean is not None and self.std is not None:
+            x = (x - self.mean) / self.std
+        return self.backbone(x)
+
+    def _check(self, x: Tensor) -> None:
+        channels = self.config.channels
+        if x.ndim != 4:
+            raise UserError(
+                f"This encoder expects a batch of shape (B, {channels}, height, width) and was given "
+                f"{tuple(x.shape)}; if it is one image, add the batch's axis with x[None]."
+            )
+        if not x.is_floating_point():
+            raise UserError(
+                f"This encoder expects floats in [0, 1] and was given {x.dtype}; convert bytes by x.float() / 255."
+            )
+        if x.shape[1] != channels:
+            raise UserError(
+                f"This encoder expects {channels} channels and was given {x.shape[1]}; convert the images, "
+                f"or build an encoder with channels={x.shape[1]}."
+            )
+
+
+def build_encoder(config: EncoderConfig, *, seed: int = 0, pretrained: bool = False) -> Encoder:
+    """The encoder of `config`, on the CPU, initialised from `seed` without touching torch's global generator.
+
+    Args:
+        pretrained: Begin a timm model from timm's weights; the encoder's config then has their mean and std.
+
+    Raises:
+        UserError: timm cannot build the model, or there are no pretrained weights.
+    """
+    if config.is_timm:
+        from simclr.models.timm_bridge import build_timm  # timm takes a second to import
+
+        with seeded(seed, "encoder"):
+            backbone, num_features, normalisation = build_timm(
+                config.name.removeprefix(TIMM),
+                channels=config.channels,
+                size=config.size,
+                pretrained=pretrained,
+            )
+        if normalisation is not None:
+            config = replace(config, mean=normalisation[0], std=normalisation[1])
+        return Encoder(config, backbone, num_features)
+    if pretrained:
+        raise UserError(f"There are no pretrained weights for {config.name}; take a timm model, such as timm/resnet50.")
+    with seeded(seed, "encoder"):
+        backbone = ResNet(RESNETS[config.name], width=config.width, stem=config.resolved_stem, channels=config.channels)
+    return Encoder(config, backbone, backbone.num_features)

@@ -1,0 +1,107 @@
+"""Projection heads and the linear classifier (SimCLR section 4.2; google-research/simclr, model_util.py).
+
+Shapes: B rows, F features of the encoder, D width of the projection.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simclr.errors import UserError
+from simclr.models.batchnorm import BatchNorm1d
+from simclr.models.init import DENSE_STD, seeded
+
+
+class ProjectionHead(nn.Module):
+    """Features h to the projection z that the contrastive loss compares.
+
+    Every dense layer is without bias and followed by batch norm, the last one too (the papers do not say so,
+    the code does). The last batch norm has no beta and no ReLU after it. Hidden layers are as wide as h.
+
+    Args:
+        num_features: F.
+        kind: none (z is h), linear (one layer) or nonlinear (`layers` of them).
+        layers: Of the nonlinear head: 2 in SimCLR, 3 in SimCLR v2. The others do not use it.
+        dim: D; without a head, z is F wide.
+        seed: Of the initial weights.
+
+    Raises:
+        UserError: An unknown kind, a nonlinear head of one layer, or a width below 1.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        kind: Literal["none", "linear", "nonlinear"] = "nonlinear",
+        layers: int = 2,
+        dim: int = 128,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if kind not in ("none", "linear", "nonlinear"):
+            raise UserError(f"The projection head was {kind!r}; it must be none, linear or nonlinear.")
+        if kind == "nonlinear" and layers < 2:
+            raise UserError(
+                f"A nonlinear projection head of {layers} layers was asked for; it has 2 (SimCLR), 3 (SimCLR "
+                "v2) or more, and the linear head is the one of 1 layer."
+            )
+        if dim < 1:
+            raise UserError(f"The projection's width was {dim}; it must be at least 1.")
+        num_layers = {"none": 0, "linear": 1, "nonlinear": layers}[kind]
+        with seeded(seed, "projection head"):
+            hidden = [_Layer(num_features, num_features, last=False) for _ in range(num_layers - 1)]
+            last = [_Layer(num_features, dim, last=True)] if num_layers else []
+        self.layers = nn.ModuleList(hidden + last)
+        self.dim = dim if num_layers else num_features
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(B, F) -> (B, D)."""
+        return self.hiddens(h)[-1]
+
+    def hiddens(self, h: Tensor) -> list[Tensor]:
+        """[h, output of layer 0, ..., z]; SimCLR v2 fine-tunes from one of them (`ft_proj_selector`)."""
+        outputs = [h]
+        for layer in self.layers:
+            outputs.append(layer(outputs[-1]))
+        return outputs
+
+
+class LinearClassifier(nn.Linear):
+    """Linear classifier on features, (B, F) -> (B, num_classes).
+
+    Args:
+        zero: Begin at zero, as the authors do for fine-tuning; otherwise at N(0, 0.01) and zero biases.
+        seed: Of the initial weights.
+    """
+
+    is_supervised_head = True  # its role: exempt from weight decay and from LARS's adaptation (authors' run.py)
+
+    def __init__(self, num_features: int, num_classes: int, *, zero: bool = False, seed: int = 0) -> None:
+        with seeded(seed, "supervised head"):
+            super().__init__(num_features, num_classes)
+            nn.init.normal_(self.weight, std=0.0 if zero else DENSE_STD)
+            nn.init.zeros_(self.bias)
+
+
+class _Layer(nn.Module):
+    """Dense, batch norm and, unless it is the last, ReLU."""
+
+    def __init__(self, in_features: int, out_features: int, *, last: bool) -> None:
+        super().__init__()
+        self.dense = _Dense(in_features, out_features)
+        self.norm = BatchNorm1d(out_features, beta=not last)
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.dense(x))
+        return x if self.last else F.relu_(x)
+
+
+class _Dense(nn.Linear):
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=DENSE_STD)

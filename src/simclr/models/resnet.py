@@ -1,0 +1,146 @@
+"""The authors' ResNet: He et al. 2015 (arXiv:1512.03385) as in google-research/simclr, resnet.py.
+
+It differs from torchvision's in four ways that matter to weights and results: a projection shortcut in the
+first block of every group (also group 1 of ResNet-18 and 34), a max-pool with TensorFlow's SAME padding, the
+truncated LeCun initialisation with the last gamma of each block at 0, and the biased running variance of its
+batch norm. Modules are created in the authors' order, shortcut first, so parameters line up with their
+checkpoints.
+
+Shapes: B images, C channels, H x W pixels.
+"""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simclr.models.batchnorm import BatchNorm2d
+from simclr.models.config import ResNetShape
+from simclr.models.init import lecun_normal_
+
+
+class ResNet(nn.Module):
+    """Images to features h, (B, C, H, W) -> (B, num_features), by a global average pool.
+
+    Initialised from torch's global generator; `build_encoder` gives it a seed.
+
+    Args:
+        shape: Kind and number of blocks; its own width multiplier comes on top of `width`.
+        width: Multiplier on every channel count.
+        stem: 3x3 convolution (cifar), or 7x7/2 convolution and 3x3/2 max-pool (imagenet).
+        channels: Of the input.
+    """
+
+    def __init__(
+        self,
+        shape: ResNetShape,
+        *,
+        width: float = 1.0,
+        stem: Literal["cifar", "imagenet"] = "imagenet",
+        channels: int = 3,
+    ) -> None:
+        super().__init__()
+        width = width * shape.width
+        self.stem = _stem(stem, channels, int(64 * width))
+        self.groups = nn.Sequential()
+        in_channels = int(64 * width)
+        for index, num_blocks in enumerate(shape.blocks):
+            inner = 64 * 2**index * width  # not yet whole: the authors cut each convolution's own count
+            group = nn.Sequential()
+            for block in range(num_blocks):
+                stride = 2 if block == 0 and index > 0 else 1
+                group.append(_block(shape.bottleneck, in_channels, inner, stride=stride, project=block == 0))
+                in_channels = int(4 * inner) if shape.bottleneck else int(inner)
+            self.groups.append(group)
+        self.num_features = in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, num_features)."""
+        x = self.groups(self.stem(x))  # (B, num_features, H/32, W/32) with the imagenet stem, H/8 with cifar's
+        return x.mean((2, 3))
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution without bias, padded by k // 2 whatever the stride, with the authors' initialisation."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Called by torch on creation."""
+        lecun_normal_(self.weight)
+
+
+class ConvNorm(nn.Module):
+    """Convolution, batch norm and, if asked, ReLU."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int = 1,
+        *,
+        relu: bool = True,
+        zero_gamma: bool = False,
+    ) -> None:
+        super().__init__()
+        self.conv = Conv2d(in_channels, out_channels, kernel, stride)
+        self.norm = BatchNorm2d(out_channels)
+        self.relu = relu
+        if zero_gamma:
+            nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+        x = self.norm(self.conv(x))
+        return F.relu_(x) if self.relu else x
+
+
+class Block(nn.Module):
+    """relu(shortcut(x) + residual(x)): any residual branch, beside any shortcut."""
+
+    def __init__(self, shortcut: nn.Module, residual: nn.Module) -> None:
+        super().__init__()
+        self.shortcut = shortcut  # before the residual branch: the authors' order of creation
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Post-activation: the sum is rectified, and nothing after it."""
+        return F.relu_(self.shortcut(x) + self.residual(x))
+
+
+class SameMaxPool(nn.Module):
+    """3x3 max-pool of stride 2 with TensorFlow's SAME padding: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)).
+
+    An even side is padded by 1 at its end only (bottom, right), an odd one by 1 at both ends. Padding 1
+    everywhere, as torchvision has it, shifts every window and moves h by 1.5 %.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Padding at the end is what `ceil_mode` adds; it never wins the maximum."""
+        height, width = x.shape[2:]
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=(height % 2, width % 2), ceil_mode=True)
+
+
+def _stem(kind: Literal["cifar", "imagenet"], in_channels: int, out_channels: int) -> nn.Sequential:
+    if kind == "cifar":
+        return nn.Sequential(ConvNorm(in_channels, out_channels, 3))
+    return nn.Sequential(ConvNorm(in_channels, out_channels, 7, stride=2), SameMaxPool())
+
+
+def _block(bottleneck: bool, in_channels: int, inner: float, *, stride: int, project: bool) -> Block:
+    out_channels = int(4 * inner) if bottleneck else int(inner)
+    shortcut = ConvNorm(in_channels, out_channels, 1, stride, relu=False) if project else nn.Identity()
+    if bottleneck:
+        residual = nn.Sequential(
+            ConvNorm(in_channels, int(inner), 1),
+            ConvNorm(int(inner), int(inner), 3, stride),
+            ConvNorm(int(inner), out_channels, 1, relu=False, zero_gamma=True),
+        )
+    else:
+        residual = nn.Sequential(
+            ConvNorm(in_channels, out_channels, 3, stride),
+            ConvNorm(out_channels, out_channels, 3, relu=False, zero_gamma=True),
+        )
+    return Block(shortcut, residual)
