@@ -1,0 +1,13 @@
+"""Contrastive losses of SimCLR and the label-free measures of what they do to the features."""
+
+from simclr.losses.metrics import alignment, contrastive_accuracy_and_entropy, effective_rank, uniformity
+from simclr.losses.nt_xent import nt_xent, nt_xent_dense
+
+__all__ = [
+    "alignment",
+    "contrastive_accuracy_and_entropy",
+    "effective_rank",
+    "nt_xent",
+    "nt_xent_dense",
+    "uniformity",
+]

@@ -1,0 +1,172 @@
+"""How the weights move: LARS as the authors use it, SGD and AdamW.
+
+`Lars` implements lars_optimizer.py of google-research/simclr (You et al. 2017, arXiv:1708.03888, as SimCLR
+section 2.2 uses it). It differs from most ports in three ways: the learning rate and the trust ratio are
+folded into the momentum buffer ("classic" momentum), the trust ratio is taken after weight decay and without
+epsilon, and parameters exempt from adaptation move by the full learning rate.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from simclr.errors import UserError
+
+__all__ = ["Lars", "OptimizerName", "build_optimizer", "param_groups", "set_lr"]
+
+OptimizerName = Literal["lars", "sgd", "adamw"]
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
+def build_optimizer(
+    name: OptimizerName, module: nn.Module, *, lr: float, weight_decay: float, momentum: float = 0.9
+) -> torch.optim.Optimizer:
+    """Optimiser over the trainable parameters of `module`, which must already be on its device.
+
+    Args:
+        name: "lars", "sgd" (Nesterov, as the authors' `momentum`) or "adamw".
+        module: All that is trained: encoder, projection head, and supervised head if there is one.
+        lr: Learning rate of the first step; `set_lr` changes it.
+        weight_decay: Of the parameters that `param_groups` does not exempt. Decoupled for "adamw".
+        momentum: Of LARS and SGD; the first beta of AdamW, whose second is 0.999.
+
+    Raises:
+        UserError: Unknown name, or a module with nothing to train.
+    """
+    groups = param_groups(module, weight_decay)
+    # The fused kernels of SGD and AdamW make one pass over memory; elsewhere torch chooses foreach or a loop.
+    fused = True if {p.device.type for g in groups for p in g["params"]} <= {"cpu", "cuda"} else None
+    if name == "lars":
+        return Lars(groups, lr, momentum=momentum)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=fused)
+    raise UserError(f"optimizer {name!r} is unknown: choose lars, sgd or adamw")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters of `module` in one group that decays and adapts and one that does neither.
+
+    Exempt are the parameters of normalisation layers, biases (any parameter of at most one dimension) and
+    everything inside a module whose attribute `is_supervised_head` is true. Role decides, not name; a
+    parameter that two modules share is exempt if it is so in either.
+
+    Raises:
+        UserError: Nothing to train.
+    """
+    exempt = {id(p) for p in _exempt_parameters(module)}
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    if not trainable:
+        raise UserError("the model has no parameter to train: unfreeze at least one")
+    groups = [
+        {
+            "params": [p for p in trainable if id(p) not in exempt],
+            "weight_decay": weight_decay,
+            "adapt": True,
+        },
+        {"params": [p for p in trainable if id(p) in exempt], "weight_decay": 0.0, "adapt": False},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+_NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def _exempt_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    if getattr(module, "is_supervised_head", False) or isinstance(module, _NORMALISATION):
+        yield from module.parameters()
+        return
+    yield from (p for p in module.parameters(recurse=False) if p.ndim <= 1)
+    for child in module.children():
+        yield from _exempt_parameters(child)
+
+
+class Lars(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling with the authors' momentum.
+
+    With g the gradient plus `weight_decay` x w, and trust = `trust_coefficient` x |w| / |g| (1 where either
+    norm is 0 and in groups with `adapt` false), the norms being those of a whole parameter:
+
+        classic:  v <- momentum v + lr trust g;  w <- w - v            (Nesterov: w - momentum v - lr trust g)
+        popular:  v <- momentum v + g;           w <- w - lr trust u   (u = v; Nesterov: u = momentum v + g;
+                                                                        the trust ratio is then that of u)
+
+    Args:
+        params: Parameters or groups; a group's flag `adapt` (default true) turns layer adaptation on.
+        lr: Learning rate; a group may have its own.
+        momentum: Decay of the buffer v.
+        weight_decay: Added to the gradient before anything else; a group may have its own.
+        trust_coefficient: The authors' `eeta`.
+        classic_momentum: Whether learning rate and trust ratio go into the buffer.
+        nesterov: Whether to look one step ahead.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 0.001,
+        classic_momentum: bool = True,
+        nesterov: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "classic_momentum": classic_momentum,
+            "nesterov": nesterov,
+            "adapt": True,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]
+        """Update every parameter that has a gradient. Nothing is read back from the device."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(group, params)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        momentum, classic = group["momentum"], group["classic_momentum"]
+        buffers = [self._buffer(p) for p in params]
+        gradients = [p.grad for p in params if p.grad is not None]
+        grads = torch._foreach_add(gradients, params, alpha=group["weight_decay"])
+        if classic:
+            grads = _scaled(grads, params, group)
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, grads)
+        update = torch._foreach_add(grads, buffers, alpha=momentum) if group["nesterov"] else buffers
+        if not classic:
+            update = _scaled(update, params, group)
+        torch._foreach_sub_(params, update)
+
+    def _buffer(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        return state["momentum_buffer"]
+
+
+def _scaled(updates: Tensors, params: list[Tensor], group: dict[str, Any]) -> Tensors:
+    """Each update times the learning rate and, where the group adapts, its trust ratio."""
+    if not group["adapt"]:
+        return torch._foreach_mul(updates, group["lr"])
+    weight_norms = torch.stack(torch._foreach_norm(params))  # (P,) for P parameters
+    update_norms = torch.stack(torch._foreach_norm(updates))  # (P,)
+    ratios = group["trust_coefficient"] * weight_norms / update_norms
+    trust = torch.where((weight_norms > 0) & (update_norms > 0), ratios, 1.0)
+    return torch._foreach_mul(updates, (group["lr"] * trust).unbind())

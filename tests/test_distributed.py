@@ -1,0 +1,162 @@
+"""Several processes (gloo) against one: the same loss, the same gradients, the same figures."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+from simclr import UserError
+from simclr.distributed import World, start, stop
+from simclr.losses import contrastive_accuracy_and_entropy, nt_xent, nt_xent_dense
+from simclr.losses.streamed import others_logsumexp
+
+NUM_IMAGES = 24
+
+
+def test_a_process_on_its_own(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    world = start("cpu")
+    x = torch.arange(6.0).view(3, 2)
+    assert world == World() and world.is_main and world.group is None
+    assert not torch.distributed.is_initialized()
+    assert torch.equal(world.all_gather_rows(x), x) and torch.equal(world.all_reduce_sum(x), x)
+    assert world.any_rank(True) and not world.any_rank(False)
+    assert world.broadcast("word") == "word" and world.local_slice(7) == slice(0, 7)
+    world.barrier()
+    stop()
+
+
+def test_a_batch_is_shared_evenly_or_refused():
+    assert [World(rank=rank, size=4).local_slice(8) for rank in (0, 3)] == [slice(0, 2), slice(6, 8)]
+    with pytest.raises(UserError, match="batch size 10 cannot be shared evenly by 4"):
+        World(size=4).local_slice(10)
+
+
+def test_half_an_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="RANK"):
+        start("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE"):
+        start("cpu")
+
+
+def test_a_missing_gpu_is_named(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"needs GPU 3, but torch sees 1"):
+        start("cuda:3")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_equals_a_single_process(size, tmp_path):
+    in_processes(size, tmp_path, check_everything)
+
+
+def test_a_lost_process_is_an_error_and_not_a_hang(tmp_path):
+    in_processes(2, tmp_path, check_lost_process)
+
+
+def in_processes(size: int, folder: Path, check: Callable[[World], None]) -> None:
+    """Run `check` in `size` processes; a failed assertion in any of them fails the test."""
+    spawn(run_check, args=(size, str(folder / "store"), check), nprocs=size)
+
+
+def run_check(rank: int, size: int, store: str, check: Callable[[World], None]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    world = start("cpu", timeout=timedelta(seconds=60), init_method=f"file://{store}")
+    check(world)
+    stop()
+
+
+def check_everything(world: World) -> None:
+    check_exchanges(world)
+    check_metrics(world)
+    check_row_gradients(world)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        for temperature, normalize in ((0.1, True), (0.02, True), (2.0, False)):
+            check_training_step(world, dtype, tolerance, temperature, normalize)
+
+
+def check_exchanges(world: World) -> None:
+    rank, size = world.rank, world.size
+    gathered = world.all_gather_rows(torch.full((2, 3), float(rank), requires_grad=True))
+    assert gathered.shape == (2 * size, 3) and not gathered.requires_grad
+    assert torch.equal(gathered[:, 0], torch.arange(size).repeat_interleave(2).float())
+    share = torch.tensor([1.0, rank])
+    assert world.all_reduce_sum(share).tolist() == [size, size * (size - 1) / 2]
+    assert world.all_reduce_mean(share).tolist() == [1, (size - 1) / 2]
+    assert share.tolist() == [1, rank]
+    assert world.any_rank(rank == size - 1) and not world.any_rank(False)
+    assert world.broadcast({"seed": rank}) == {"seed": 0}
+    assert world.is_main == (rank == 0)
+    world.barrier()
+
+
+def check_metrics(world: World) -> None:
+    za, zb = global_views(torch.float64)[:, :, :5].unbind()
+    own = world.local_slice(NUM_IMAGES)
+    got = contrastive_accuracy_and_entropy(za[own], zb[own], 0.2, world=world)
+    expected = contrastive_accuracy_and_entropy(za, zb, 0.2)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def check_row_gradients(world: World) -> None:
+    """Tiles that do not divide a process's rows, and a scalar in which each row has its own weight."""
+    z = global_views(torch.float64)[0].requires_grad_()  # (24, 10)
+    weights = torch.linspace(-1, 2, len(z), dtype=torch.float64)
+    expected = others_logsumexp(z, 3.0, bounded=False)
+    (expected_grad,) = torch.autograd.grad(expected @ weights, z)
+    own = world.local_slice(len(z))
+    for bounded in (True, False):
+        for tile in (1, 5, 100):
+            log_sums = others_logsumexp(z, 3.0, bounded=bounded, world=world, tile=tile)
+            torch.testing.assert_close(log_sums, expected)
+            (grad,) = torch.autograd.grad(log_sums @ weights, z)
+            torch.testing.assert_close(grad[own], expected_grad[own])
+            assert not grad[: own.start].any() and not grad[own.stop :].any()
+
+
+def check_training_step(
+    world: World, dtype: torch.dtype, tolerance: float, temperature: float, normalize: bool
+) -> None:
+    """Loss and every gradient of an encoder in DistributedDataParallel, relative to the single process's."""
+    views = global_views(dtype)
+    alone, shared = encoder(dtype), encoder(dtype)
+    expected = nt_xent_dense(*alone(views).unbind(), temperature, normalize)
+    expected.backward()
+
+    own = views[:, world.local_slice(NUM_IMAGES)]
+    parallel = DistributedDataParallel(shared)  # named, because its hooks die with it
+    loss = nt_xent(*parallel(own).unbind(), temperature, normalize, world=world)
+    loss.backward()
+    assert abs(loss.item() - expected.item()) <= tolerance * expected.item()
+    for ours, theirs in zip(shared.parameters(), alone.parameters(), strict=True):
+        error = (ours.grad - theirs.grad).norm() / theirs.grad.norm()
+        assert error <= tolerance, (error, ours.shape, dtype, temperature, normalize)
+
+
+def check_lost_process(world: World) -> None:
+    if world.is_main:
+        with pytest.raises(RuntimeError):
+            world.any_rank(False)
+
+
+def global_views(dtype: torch.dtype) -> torch.Tensor:
+    """(2, NUM_IMAGES, 10): the same in every process."""
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(1, NUM_IMAGES, 10, dtype=torch.float64, generator=draw)
+    return (images + 0.5 * torch.randn(2, NUM_IMAGES, 10, dtype=torch.float64, generator=draw)).to(dtype)
+
+
+def encoder(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 8, bias=False)).to(dtype)
