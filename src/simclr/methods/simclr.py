@@ -1,0 +1,85 @@
+"""SimCLR's method: two views of each image, one encoder, one projection head, NT-Xent (paper section 2.1).
+
+Shapes: B images on this process, 2 views of each, F features, D projection width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from simclr.distributed import World
+from simclr.losses import nt_xent
+from simclr.losses.metrics import alignment, contrastive_accuracy_and_entropy, effective_rank, uniformity
+from simclr.models.encoder import Encoder
+from simclr.models.heads import ProjectionHead
+
+
+class SimCLR(nn.Module):
+    """Encoder and projection head under the contrastive loss.
+
+    The loss is computed inside `forward`, so that under DistributedDataParallel every gradient passes the reducer.
+
+    Args:
+        temperature: Of NT-Xent.
+        loss_scale: Factor on the loss that is optimised; the authors' code optimises twice the paper's mean
+            (tf2/objective.py adds the two directions), which matters to parameters that LARS does not adapt.
+        world: The processes whose images are each other's negatives.
+    """
+
+    def __init__(
+        self, encoder: Encoder, head: ProjectionHead, *, temperature: float, loss_scale: float, world: World
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self.temperature = temperature
+        self.loss_scale = loss_scale
+        self.world = world
+
+    def forward(self, views_a: Tensor, views_b: Tensor, *, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to optimise, and metrics that need no labels.
+
+        Args:
+            views_a: (B, C, S, S) in [0, 1]; row i shows image i.
+            views_b: (B, C, S, S), the other view of the same images.
+            detail: Also compute the signs of health, over the images of all processes.
+
+        Returns:
+            The scaled global loss (scalar), and detached scalars: `loss` is the paper's mean over 2N.
+        """
+        h = self.encoder(torch.cat([views_a, views_b]))  # (2B, F): one forward, batch-norm statistics over both
+        z = self.head(h)  # (2B, D)
+        za, zb = z.chunk(2)
+        loss = nt_xent(za, zb, self.temperature, world=self.world)
+        metrics = {"loss": loss.detach()}
+        if detail:
+            metrics |= self._health(h.detach(), za.detach(), zb.detach())
+        return self.loss_scale * loss, metrics
+
+    @torch.no_grad()
+    def _health(self, h: Tensor, za: Tensor, zb: Tensor) -> dict[str, Tensor]:
+        ha = self.world.all_gather_rows(h.chunk(2)[0].float())  # (N, F): one view of each image of the global batch
+        za, zb = (self.world.all_gather_rows(z.float()) for z in (za, zb))  # (N, D)
+        accuracy, entropy = contrastive_accuracy_and_entropy(za, zb, self.temperature)
+        return {
+            "contrastive_accuracy": accuracy,
+            "contrastive_entropy": entropy,
+            "alignment": alignment(za, zb),
+            "uniformity": uniformity(za),
+            "effective_rank": effective_rank(ha),
+        }
+
+
+def collapse_signs(record: dict[str, float]) -> list[str]:
+    """Sentences for signs that the features have collapsed; empty when they have not."""
+    signs = []
+    if record.get("effective_rank", float("inf")) < 2:
+        signs.append(
+            f"the features span {record['effective_rank']:.1f} directions (effective rank): they have collapsed; "
+            "try a lower --lr or a higher --temperature."
+        )
+    if record.get("uniformity", -float("inf")) > -0.1:
+        signs.append(
+            f"all projections point the same way (uniformity {record['uniformity']:.2f}, 0 is total collapse); "
+            "try a lower --lr or a longer --warmup-epochs."
+        )
+    return signs

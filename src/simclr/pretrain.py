@@ -1,0 +1,301 @@
+"""Pretraining, put together: images and settings become a task, the loop trains it, the run folder keeps it."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from simclr.augment.policy import Policy
+from simclr.augment.random import shuffled
+from simclr.augment.views import make_views
+from simclr.checkpoint import checkpoints, load_newest, set_aside_newer, write_atomically
+from simclr.config import PretrainConfig
+from simclr.data.images import Images
+from simclr.data.splits import split_indices
+from simclr.distributed import World
+from simclr.errors import UserError
+from simclr.evaluate import accuracy, knn
+from simclr.features import extract
+from simclr.methods.simclr import SimCLR, collapse_signs
+from simclr.models.batchnorm import set_global_batch_norm
+from simclr.models.config import EncoderConfig
+from simclr.models.encoder import build_encoder
+from simclr.models.heads import ProjectionHead
+from simclr.optim import build_optimizer
+from simclr.progress import Progress, say
+from simclr.run import RunFolder, create_run
+from simclr.schedule import learning_rate, peak_lr, total_steps, warmup_steps
+from simclr.train import Inputs, Outcome, Task, train
+from simclr.weights import save_encoder
+
+MONITOR_ROWS = 10_000  # labelled training images that the kNN check during training looks at
+
+
+def policy_of(config: PretrainConfig, channels: int) -> Policy:
+    """The distribution of views that the settings ask for."""
+    preset = Policy.google if config.views == "google" else Policy.torchvision
+    policy = preset(
+        config.size,
+        strength=config.strength,
+        channels=channels,
+        crop_area=(config.crop_min, 1.0),
+        flip=config.flip,
+        jitter=config.jitter,
+        gray=config.grayscale if channels == 3 else 0.0,
+        blur=config.blur,
+    )
+    return replace(policy, brightness_mode=config.brightness)
+
+
+def check_images(images: Images, config: PretrainConfig, world: World) -> None:
+    """Fail before anything is written where the images and the settings do not fit each other."""
+    if config.batch_size > len(images):
+        raise UserError(
+            f"--batch-size was {config.batch_size}, more than the {len(images)} images in {images.name}; "
+            f"give at most {len(images)}."
+        )
+    world.local_slice(config.batch_size)
+
+
+def pretrain(
+    images: Images, config: PretrainConfig, run: RunFolder, world: World, *, origin: dict[str, Any] | None = None
+) -> Outcome:
+    """Train, from the newest good checkpoint of the run if it has one, until the end or a signal.
+
+    Args:
+        images: All processes open the same images.
+        run: Only the main process writes to it.
+        world: The processes that share each batch.
+        origin: Of a new run (`origin_of`): its folder is made once all else is known to be good. None: the
+            folder exists.
+    """
+    check_images(images, config, world)
+    _choose_kernels(config, world)
+    task, steps_per_epoch = build_task(images, config, run, world)
+    if origin is not None and world.is_main:
+        create_run(run.path, config, origin)
+        say(f"Training {config.encoder} at {config.size} pixels for {config.epochs} epochs; the run is in {run.path}.")
+    world.barrier()
+    start = _restore(task, run, world)
+    if start:
+        say(f"Going on from step {start} of {task.total_steps}.", main=world.is_main)
+    begun = time.perf_counter()
+    views_per_step = config.batch_size * 2
+    with Progress(task.total_steps, start, views_per_step, main=world.is_main) as progress:
+        outcome = train(
+            task, run, world,
+            start_step=start, workers=config.workers, log_every=config.log_every, save_every=config.save_every,
+            keep=config.keep, progress=progress,
+        )  # fmt: skip
+    if world.is_main:
+        _report_end(outcome, images, run, steps_per_epoch, time.perf_counter() - begun, views_per_step)
+    return outcome
+
+
+def build_task(images: Images, config: PretrainConfig, run: RunFolder, world: World) -> tuple[Task, float]:
+    """The task of these settings, and how many steps an epoch has."""
+    encoder_config = EncoderConfig(
+        name=config.encoder, width=config.width, stem=config.stem, channels=images.channels, size=config.size,
+    )  # fmt: skip
+    encoder = build_encoder(encoder_config, seed=config.seed)
+    head = ProjectionHead(
+        encoder.num_features,
+        kind=config.head,
+        layers=config.head_layers,
+        dim=config.head_dim,
+        seed=config.seed,
+    )
+    method = SimCLR(encoder, head, temperature=config.temperature, loss_scale=config.loss_scale, world=world)
+    method.to(world.device).to(memory_format=torch.channels_last)
+    if config.global_bn and world.size > 1:
+        set_global_batch_norm(method, world.group)
+
+    n, batch_size = len(images), config.batch_size
+    total = total_steps(n, config.epochs, batch_size)
+    warmup = warmup_steps(n, config.warmup_epochs, batch_size)
+    peak = peak_lr(config.lr, batch_size, config.lr_scaling)
+    optimizer = build_optimizer(
+        config.optimizer, method, lr=peak, weight_decay=config.weight_decay, momentum=config.momentum
+    )
+    task = Task(
+        method=method,
+        batch=_batches(images, policy_of(config, images.channels), config, world),
+        optimizer=optimizer,
+        learning_rate=lambda step: learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=total),
+        total_steps=total,
+        images_per_step=batch_size,
+        seed=config.seed,
+        precision=_precision(config, world),
+        evaluate=_knn_monitor(images, method, config) if world.is_main else None,
+        evaluate_every=max(1, round(config.knn_every * n / batch_size)) if config.knn_every else 0,
+        warnings=collapse_signs,
+        publish=lambda: save_encoder(
+            encoder,
+            run.encoder,
+            preprocessing=config.views,
+            origin={"method": "simclr", "run": str(run.path)},
+        ),
+    )
+    return task, n / batch_size
+
+
+def _batches(images: Images, policy: Policy, config: PretrainConfig, world: World) -> Callable[[int], Inputs]:
+    """step -> this process's two views. Shuffled epochs follow each other without a seam, as in the authors' input
+    pipeline (tf2/data.py: shuffle, repeat, batch): position p of the endless sequence is image
+    `order(epoch)[p % n]` of epoch p // n, so a batch may straddle two epochs and none is left over."""
+    n = len(images)
+    orders: dict[int, np.ndarray] = {}
+
+    def order(epoch: int) -> np.ndarray:
+        found = orders.get(epoch)
+        if found is None:
+            found = shuffled(n, seed=config.seed, epoch=epoch)
+            for old in [e for e in orders if e < epoch - 1]:
+                orders.pop(old, None)
+            orders[epoch] = found
+        return found
+
+    def batch(step: int) -> Inputs:
+        mine = world.local_slice(config.batch_size)
+        positions = np.arange(step * config.batch_size + mine.start, step * config.batch_size + mine.stop)
+        epochs = positions // n  # (B,)
+        indices = np.empty(len(positions), dtype=np.int64)
+        for epoch in np.unique(epochs):
+            rows = epochs == epoch
+            indices[rows] = order(int(epoch))[positions[rows] % n]
+        return make_views(
+            images.batch(indices),
+            policy,
+            seed=config.seed,
+            epoch=epochs,
+            indices=indices,
+            device=world.device,
+        )
+
+    return batch
+
+
+def _choose_kernels(config: PretrainConfig, world: World) -> None:
+    """On a GPU: the fastest kernels, or, if asked for, only those that give the same bits each time."""
+    if world.device.type == "cuda":
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(config.deterministic)
+        torch.backends.cudnn.benchmark = not config.deterministic
+
+
+def _precision(config: PretrainConfig, world: World) -> torch.dtype:
+    on_gpu = world.device.type == "cuda"
+    if config.precision == "bf16" and not on_gpu:
+        raise UserError(
+            "--precision was bf16 on a CPU, where it is up to hundreds of times slower than fp32; leave it at auto."
+        )
+    if config.precision == "fp32" or not on_gpu:
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+
+
+def _knn_monitor(images: Images, method: SimCLR, config: PretrainConfig) -> Callable[[], dict[str, float]] | None:
+    """kNN accuracy within the training images: a fifth of them asked of the rest. No test image is touched."""
+    if images.labels is None or not config.knn_every:
+        return None
+    labelled = np.flatnonzero(images.labels >= 0)
+    if len(labelled) > MONITOR_ROWS:
+        labelled = np.sort(np.random.default_rng(config.seed).choice(labelled, MONITOR_ROWS, replace=False))
+    if len(labelled) < 10 or len(np.unique(images.labels[labelled])) < 2:
+        return None
+    learn, ask = split_indices(images.labels[labelled], fraction=0.2, seed=config.seed)
+    bank, queries = images.subset(labelled[learn]), images.subset(labelled[ask])
+    assert bank.labels is not None and queries.labels is not None
+    bank_labels, query_labels = bank.labels, queries.labels
+
+    def monitor() -> dict[str, float]:
+        features = [extract(method.encoder, part, semantics=config.views) for part in (bank, queries)]
+        return {"knn": accuracy(knn(features[0], bank_labels, features[1]), query_labels)}
+
+    return monitor
+
+
+def _restore(task: Task, run: RunFolder, world: World) -> int:
+    """Load the newest good checkpoint into the task, on every process; the step that it was written after."""
+    loaded = load_newest(run.checkpoints, say if world.is_main else lambda _: None)
+    world.barrier()  # nobody reads any more: the main process may tidy up
+    start = 0
+    if loaded is not None:
+        start, state = loaded
+        task.method.load_state_dict(state["method"])
+        task.optimizer.load_state_dict(state["optimizer"])
+        if state["processes"] != world.size:
+            say(
+                f"The run was trained by {state['processes']} processes and goes on with {world.size}: the same up "
+                "to rounding, not bit for bit.",
+                main=world.is_main,
+            )
+    elif checkpoints(run.checkpoints):
+        say("No checkpoint is whole: starting again from step 0.", main=world.is_main)
+    if world.is_main:
+        set_aside_newer(run.checkpoints, start)
+        run.rewind(start)
+    return start
+
+
+def _report_end(
+    outcome: Outcome,
+    images: Images,
+    run: RunFolder,
+    steps_per_epoch: float,
+    seconds: float,
+    views_per_step: int,
+) -> None:
+    if not outcome.finished:
+        say(f"Stopped at step {outcome.step}, saved; `simclr resume {run.path}` goes on.")
+        return
+    summary: dict[str, Any] = {
+        "steps": outcome.step,
+        "epochs": round(outcome.step / steps_per_epoch, 3),
+        "images": len(images),
+        "images_left_out": len(images.skipped),
+        "seconds_of_this_call": round(seconds, 1),
+        "steps_of_this_call": outcome.steps_run,
+        "views_per_second": round(outcome.steps_run * views_per_step / max(outcome.seconds, 1e-9), 1),
+        "wait_share": round(outcome.wait_seconds / max(outcome.seconds, 1e-9), 4),
+        "final": outcome.last,
+        "warnings": outcome.warnings,
+    }
+    write_atomically(run.summary, (json.dumps(summary, indent=2) + "\n").encode())
+    say(
+        f"Done: {outcome.step} steps, {summary['views_per_second']:,.0f} views/s, {summary['wait_share']:.0%} of the "
+        f"time waiting for views. The encoder is in {run.encoder}."
+    )
+
+
+def origin_of(images: Images, source: str, options: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """What run.json states: enough to open the same data again and to see that it is the same."""
+    return {
+        "data": {
+            "source": source,
+            "options": options,
+            "name": images.name,
+            "images": len(images),
+            "channels": images.channels,
+            "classes": images.classes,
+            "left_out": [skipped._asdict() for skipped in images.skipped],
+            "fingerprint": images.fingerprint,
+        },
+        "machine": machine,
+    }
+
+
+def same_data(images: Images, origin: dict[str, Any], run: Path) -> None:
+    """Refuse to go on with other images than the run began with."""
+    if images.fingerprint != origin["data"]["fingerprint"]:
+        raise UserError(
+            f"{origin['data']['source']} no longer holds the images that {run} began with ({origin['data']['images']} "
+            f"then, {len(images)} now, or other contents); restore them, or start a new run."
+        )

@@ -1,0 +1,248 @@
+"""The one training loop: any method, one process or many, stopped at any step and resumed to the same bits.
+
+State is one integer: the step. Batches, views and random numbers are functions of it, so a resumed run needs
+the weights, the optimiser's state and nothing else.
+"""
+
+import signal
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from simclr.checkpoint import save_checkpoint
+from simclr.distributed import World
+from simclr.errors import UserError
+from simclr.optim import set_lr
+from simclr.progress import Progress
+from simclr.run import RunFolder
+
+Inputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the loop trains. Everything that depends on the step is a pure function of it.
+
+    Attributes:
+        method: Module whose call on a batch, `method(*inputs, detail=bool)`, gives (loss, metrics).
+        batch: This process's inputs of a step, on the device.
+        optimizer: Over the method's parameters.
+        learning_rate: Of a step.
+        total_steps: Where training ends.
+        images_per_step: Over all processes; for views per second.
+        views_per_image: Likewise.
+        seed: Of the stochastic layers, if the encoder has any.
+        precision: Autocast of the forward pass.
+        evaluate: Metrics too costly for each record, such as kNN accuracy.
+        evaluate_every: Steps between two of them; 0: never.
+        publish: Writes the encoder's file; called after each checkpoint.
+        warnings: Sentences on what a record shows to be wrong.
+    """
+
+    method: nn.Module
+    batch: Callable[[int], Inputs]
+    optimizer: torch.optim.Optimizer
+    learning_rate: Callable[[int], float]
+    total_steps: int
+    images_per_step: int
+    views_per_image: int = 2
+    seed: int = 0
+    precision: torch.dtype = torch.float32
+    evaluate: Callable[[], dict[str, float]] | None = None
+    evaluate_every: int = 0
+    publish: Callable[[], None] | None = None
+    warnings: Callable[[dict[str, float]], list[str]] = lambda _record: []
+
+
+@dataclass
+class Outcome:
+    """How a call of `train` ended."""
+
+    step: int
+    finished: bool
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    steps_run: int = 0
+    last: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def train(
+    task: Task,
+    run: RunFolder,
+    world: World,
+    *,
+    start_step: int,
+    workers: int,
+    log_every: int,
+    save_every: int,
+    keep: int,
+    progress: Progress,
+) -> Outcome:
+    """Train from `start_step` to the end, or until a signal asks to stop.
+
+    Raises:
+        UserError: The loss or the weights became non-finite (the last good checkpoint is kept), or the disk refused.
+    """
+    model = _over_processes(task.method) if world.size > 1 else task.method
+    device = next(task.method.parameters()).device
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    outcome = Outcome(step=start_step, finished=start_step >= task.total_steps)
+    clock = time.perf_counter()
+
+    with _stop_signals() as stop, Prefetcher(task.batch, start_step, task.total_steps, workers) as batches:
+        for step, inputs in batches:
+            done = step + 1
+            last = done == task.total_steps
+            evaluate = task.evaluate_every > 0 and (done % task.evaluate_every == 0 or last)
+            log = done % log_every == 0 or evaluate or last
+
+            torch.manual_seed(_step_seed(task.seed, step, world))
+            set_lr(task.optimizer, task.learning_rate(step))
+            with _autocast(device, task.precision):
+                loss, metrics = model(*inputs, detail=log)
+            task.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            task.optimizer.step()
+            finite &= torch.isfinite(loss.detach())
+
+            outcome.step, outcome.steps_run = done, outcome.steps_run + 1
+            interrupted = world.any_rank(stop.is_set())
+            save = done % save_every == 0 or last or interrupted
+
+            if log or save:
+                _stop_if_broken(finite, task.method, run, done)
+            if log:  # the only synchronisation with the device
+                record = {"step": done, "lr": task.learning_rate(step)}
+                record |= {name: float(value) for name, value in metrics.items()}
+                if evaluate and task.evaluate is not None and world.is_main:
+                    record |= task.evaluate()
+                outcome.last = record
+                outcome.warnings = task.warnings(record)
+                outcome.seconds = time.perf_counter() - clock
+                outcome.wait_seconds = batches.wait_seconds
+                progress.record(record, outcome)
+                if world.is_main:
+                    run.append(run.metrics, record)
+                    run.append(run.timing, {"step": done} | _timing(outcome, task))
+            else:
+                progress.step(done)
+            if save and world.is_main:
+                run.sync()
+                state = {
+                    "step": done,
+                    "method": task.method.state_dict(),
+                    "optimizer": task.optimizer.state_dict(),
+                    "processes": world.size,
+                }
+                save_checkpoint(run.checkpoints, done, state, keep=keep)
+                if task.publish is not None:
+                    task.publish()
+            if interrupted:
+                break
+
+    outcome.finished = outcome.step >= task.total_steps
+    outcome.seconds = time.perf_counter() - clock
+    outcome.wait_seconds = batches.wait_seconds
+    return outcome
+
+
+class Prefetcher:
+    """Batches in the order of their steps, prepared ahead by threads; how many changes no batch."""
+
+    def __init__(self, batch: Callable[[int], Inputs], start: int, stop: int, workers: int) -> None:
+        self._batch, self._start, self._stop = batch, start, stop
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="views") if workers else None
+        self._ahead = workers
+        self.wait_seconds = 0.0
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[tuple[int, Inputs]]:
+        if self._pool is None:
+            for step in range(self._start, self._stop):
+                begun = time.perf_counter()
+                inputs = self._batch(step)
+                self.wait_seconds += time.perf_counter() - begun
+                yield step, inputs
+            return
+        pending = deque()
+        for step in range(self._start, min(self._start + self._ahead, self._stop)):
+            pending.append(self._pool.submit(self._batch, step))
+        for step in range(self._start, self._stop):
+            begun = time.perf_counter()
+            inputs = pending.popleft().result()
+            self.wait_seconds += time.perf_counter() - begun
+            if step + self._ahead < self._stop:
+                pending.append(self._pool.submit(self._batch, step + self._ahead))
+            yield step, inputs
+
+
+def _over_processes(method: nn.Module) -> DistributedDataParallel:
+    """Average gradients over the processes; buffers stay each process's own (global batch norm keeps them equal)."""
+    with warnings.catch_warnings():  # torch 2.15 deprecates the flag, torch 2.11 knows no other
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
+    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+
+
+def _step_seed(seed: int, step: int, world: World) -> int:
+    """Dropout and stochastic depth draw from the step too; no generator's state needs saving."""
+    return ((seed << 40) + step * world.size + world.rank) % 2**63
+
+
+def _stop_if_broken(finite: Tensor, method: nn.Module, run: RunFolder, step: int) -> None:
+    weights = torch.stack(torch._foreach_norm([p.detach() for p in method.parameters()]))
+    if not bool(finite & torch.isfinite(weights).all()):
+        raise UserError(
+            f"The loss or the weights were no longer finite at step {step}; nothing of that was saved, and the "
+            f"last good checkpoint in {run.checkpoints} is kept. Try a lower --lr, a longer --warmup-epochs, "
+            "or a higher --temperature in a new run."
+        )
+
+
+def _timing(outcome: Outcome, task: Task) -> dict[str, float]:
+    views = outcome.steps_run * task.images_per_step * task.views_per_image
+    return {
+        "seconds": round(outcome.seconds, 3),
+        "views_per_second": round(views / outcome.seconds, 1),
+        "wait_share": round(outcome.wait_seconds / outcome.seconds, 4),
+    }
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM ask the loop to save and stop; a second Ctrl-C stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(signum: int, _frame: object) -> None:
+        if asked.is_set() and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,107 @@
+"""Evaluation, held to scikit-learn and to the promise that nothing of the test side touches a choice."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from simclr.data.source import open_data
+from simclr.errors import UserError
+from simclr.evaluate import Split, accuracy, evaluate, knn, linear_probe, split_data
+from simclr.features import extract, pixels_of
+from simclr.models.config import EncoderConfig
+from simclr.models.encoder import build_encoder
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_data("digits"), open_data("digits", split="test")
+
+
+@pytest.fixture(scope="module")
+def features(digits):
+    """Real, labelled features with no ties: pixels with a little noise."""
+    noise = np.random.default_rng(0)
+    train, test = (pixels_of(part, size=8) for part in digits)
+    return tuple((part + 0.01 * noise.normal(size=part.shape)).astype(np.float32) for part in (train, test))
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (5, 1.0)])
+def test_knn_equals_scikit_learn(digits, features, k, temperature):
+    train, test = features
+    labels = digits[0].labels
+    other = KNeighborsClassifier(
+        k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
+    ).fit(train.astype(np.float64), labels)
+    ours = knn(train, labels, test, k=k, temperature=temperature, chunk=100)
+    assert np.array_equal(ours, other.predict(test.astype(np.float64)))
+
+
+def test_knn_with_fewer_rows_than_neighbours_and_odd_labels():
+    train = np.eye(3, dtype=np.float32)
+    labels = np.array([7, -3, 7])
+    assert knn(train, labels, train, k=50, temperature=0.01).tolist() == [7, -3, 7]
+
+
+def test_linear_probe_equals_scikit_learn(digits, features):
+    train, test = features
+    labels = digits[0].labels
+    scaler = StandardScaler().fit(train)
+    other = LogisticRegression(C=0.1, max_iter=1000).fit(scaler.transform(train), labels)
+    ours = linear_probe(train, labels, test, seed=0, candidates=(10.0,))
+    assert np.array_equal(ours, other.predict(scaler.transform(test)))
+
+
+def test_no_test_row_touches_another_ones_prediction(digits, features):
+    train, test = features
+    labels = digits[0].labels
+    for classify in (lambda rows: knn(train, labels, rows), lambda rows: linear_probe(train, labels, rows, seed=0)):
+        assert np.array_equal(classify(test)[:7], classify(test[:7]))
+
+
+def test_evaluate_leaves_the_encoder_as_it_was(digits):
+    encoder = build_encoder(EncoderConfig("small", channels=1, size=8, width=0.5), seed=3).train()
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    results = evaluate(encoder, Split(*digits, ""), semantics="google", seed=0, progress=lambda _: None)
+    assert encoder.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
+    assert set(results) == {"encoder", "random", "pixels"}
+    assert all(0 <= row[key] <= 1 for row in results.values() for key in ("knn", "linear"))
+    assert results["pixels"]["knn"] > 0.95  # scikit-learn's digits are easy: pixels alone reach 98 %
+
+
+def test_features_do_not_depend_on_the_batch(digits):
+    encoder = build_encoder(EncoderConfig("small", channels=1, size=8), seed=0)
+    whole = extract(encoder, digits[1])
+    np.testing.assert_allclose(extract(encoder, digits[1], batch_size=7), whole, atol=1e-5)
+
+
+def test_split_is_stratified_seeded_and_the_labels_are_counted(digits):
+    every = open_data("digits", split="all")
+    split = split_data(every, None, seed=1)
+    counts = np.bincount(split.test.labels) / np.bincount(every.labels)
+    assert np.abs(counts - 0.2).max() < 0.01
+    assert not set(split.train.keys) & set(split.test.keys)
+    assert split_data(every, None, seed=1).test.keys == split.test.keys
+    assert split_data(every, None, seed=2).test.keys != split.test.keys
+    few = split_data(*digits, seed=0, labels="2/class")
+    assert np.bincount(few.train.labels).tolist() == [2] * 10 and len(few.test) == len(digits[1])
+
+
+def test_what_cannot_be_evaluated_is_said(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "unlabelled.npz", x=pixels)
+    with pytest.raises(UserError, match="no labels"):
+        split_data(open_data(tmp_path / "unlabelled.npz"), None, seed=0)
+    np.savez(tmp_path / "one.npz", x=pixels, y=np.zeros(20, int))
+    with pytest.raises(UserError, match="single class"):
+        split_data(open_data(tmp_path / "one.npz"), None, seed=0)
+    encoder = build_encoder(EncoderConfig("small", channels=3, size=8), seed=0)
+    with pytest.raises(UserError, match="expects 3-channel"):
+        extract(encoder, open_data(tmp_path / "one.npz"))
+
+
+def test_accuracy():
+    assert accuracy(np.array([1, 2, 3, 4]), np.array([1, 2, 0, 0])) == 0.5

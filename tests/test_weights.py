@@ -1,0 +1,119 @@
+"""A saved encoder: same features from a run's folder, an encoder's folder, paths, PIL images, arrays and tensors."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import simclr
+from simclr import UserError
+from simclr.models.config import EncoderConfig
+from simclr.models.encoder import build_encoder
+from simclr.weights import save_encoder
+
+GRAY = EncoderConfig("small", channels=1, size=12)
+COLOUR = EncoderConfig("small", channels=3, size=40)
+
+
+def saved(config, folder):
+    encoder = build_encoder(config, seed=5).eval()
+    save_encoder(encoder, folder, preprocessing="google", origin={})
+    return encoder
+
+
+@pytest.mark.parametrize("config", [GRAY, COLOUR], ids=["gray", "colour"])
+def test_every_form_of_an_image_gives_the_same_features(config, tmp_path):
+    saved(config, tmp_path / "encoder")
+    model = simclr.load(tmp_path)  # the folder above encoder/, as of a run
+    shape = (6, 50, 44) if config.channels == 1 else (6, 50, 44, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    expected = model.embed(pixels)
+    assert expected.shape == (6, 128) and expected.dtype == np.float32
+
+    pictures = [Image.fromarray(image) for image in pixels]
+    paths = [tmp_path / f"{i}.png" for i in range(6)]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.save(path)
+    tensor = torch.from_numpy(pixels[..., None] if config.channels == 1 else pixels).permute(0, 3, 1, 2)  # (6, C, H, W)
+    forms = [paths, [str(p) for p in paths], pictures, list(pixels), tensor, pixels / 255.0, tensor / 255.0]
+    for form in forms:
+        np.testing.assert_allclose(model.embed(form), expected, atol=1e-5)
+    np.testing.assert_allclose(model.embed(paths[2]), expected[2:3], atol=1e-5)
+    np.testing.assert_allclose(model.embed(pixels, batch_size=4), expected, atol=1e-5)
+
+
+def test_gray_images_show_as_colour_but_not_the_reverse(tmp_path):
+    saved(COLOUR, tmp_path / "colour")
+    saved(GRAY, tmp_path / "gray")
+    gray = np.random.default_rng(0).integers(0, 256, (3, 40, 40), dtype=np.uint8)
+    colour = np.repeat(gray[..., None], 3, axis=-1)
+    model = simclr.load(tmp_path / "colour")
+    np.testing.assert_allclose(model.embed(gray), model.embed(colour), atol=1e-6)
+    with pytest.raises(UserError, match="1-channel images and was given one with 3"):
+        simclr.load(tmp_path / "gray").embed(colour)
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.full((2, 12, 12), 200.0), np.full((2, 12, 12), -0.5), np.full((2, 12, 12), np.nan)]
+)
+def test_floats_outside_the_unit_range_are_refused(pixels, tmp_path):
+    saved(GRAY, tmp_path)
+    with pytest.raises(UserError, match=r"floats in \[0, 1\]"):
+        simclr.load(tmp_path).embed(pixels)
+
+
+def test_weights_come_back_bit_for_bit_and_say_what_they_expect(tmp_path):
+    encoder = saved(COLOUR, tmp_path)
+    loaded = simclr.load(tmp_path).encoder
+    assert loaded.config == COLOUR and not loaded.training
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert described["encoder"]["size"] == 40 and described["input"]["range"] == [0.0, 1.0]
+
+
+def damage_nothing(folder):
+    shutil.rmtree(folder)
+
+
+def damage_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def damage_format(folder):
+    (folder / "config.json").write_text('{"format": "other"}')
+
+
+def damage_name(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"small"', '"smal"'))
+
+
+def damage_shape(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"small"', '"resnet50"'))
+
+
+def damage_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def damage_missing(folder):
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_nothing, damage_config, damage_format, damage_name, damage_shape, damage_weights, damage_missing],
+)
+def test_a_damaged_encoder_is_one_clear_sentence(damage, tmp_path):
+    folder = tmp_path / "encoder"
+    saved(GRAY, folder)
+    damage(folder)
+    with pytest.raises(UserError) as caught:
+        simclr.load(folder)
+    assert len(str(caught.value).splitlines()) == 1
