@@ -11,12 +11,12 @@ __all__ = ["UserError", "__version__", "load"]
 from simclr.errors import UserError
 
 if TYPE_CHECKING:
-    from simclr.encoder import load
+    from simclr.weights import load
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from simclr.encoder import load
+        from simclr.weights import load
 
         return load
     raise AttributeError(f"module 'simclr' has no attribute {name!r}")

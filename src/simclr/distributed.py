@@ -4,7 +4,7 @@ One process is the ordinary case, not a special one: every method of `World` the
 process group exists. Several processes speak gloo for CPU tensors and NCCL for CUDA tensors, so that a flag
 or a Python object never waits for the GPU.
 
-    torchrun --nproc-per-node 4 -m simclr.cli pretrain DATA
+    torchrun --nproc-per-node 4 -m simclr pretrain DATA
 """
 
 import atexit

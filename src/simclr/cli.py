@@ -1,0 +1,188 @@
+"""The command line. It answers `--help` and refuses bad flags before torch is imported (seconds otherwise)."""
+
+import difflib
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import Positional, arg
+
+from simclr import UserError, __version__
+from simclr.config import PretrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain:
+    """Learn an encoder from unlabelled images.
+
+    DATA is a folder of images at any depth, an .npz file with `x` (and `y`), or one of: digits, fashion-mnist, cifar10,
+    cifar100, stl10, svhn. Several processes: `torchrun --nproc-per-node K -m simclr pretrain ...`.
+    """
+
+    data: Positional[Annotated[str, arg(metavar="DATA")]]
+    """Folder, .npz file or name of the images."""
+
+    out: Path | None = None
+    """Folder of the run; unset: runs/NAME of the data."""
+
+    recipe: str | None = None
+    """Where the settings start from: a name (see `simclr recipes`) or a config.json; unset: chosen for the data."""
+
+    strict: bool = False
+    """Stop at the first image that cannot be read, instead of leaving it out."""
+
+    labels_file: Path | None = None
+    """CSV of path,label lines for a folder of images; only for the kNN check, training uses no label."""
+
+    config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Go on with a run from its newest good checkpoint, to the same bits as if it had never stopped."""
+
+    run: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """Folder of the run."""
+
+    config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure an encoder: kNN and a linear probe on frozen features, beside raw pixels and a random encoder."""
+
+    run: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """Folder of a run or of an encoder."""
+
+    data: Positional[Annotated[str, arg(metavar="DATA")]]
+    """Labelled images: folder, .npz file or name."""
+
+    labels: str | None = None
+    """How many labels the classifiers may use: a share such as 1%, or a number such as 10/class; unset: all."""
+
+    seed: int = 0
+    """Of the 80/20 split, the choice of labels and the random encoder."""
+
+    json: Path | None = None
+    """Also write the accuracies to this file."""
+
+    picture: Path | None = None
+    """Also draw accuracies, neighbours and a map of the features to this file (.png)."""
+
+    labels_file: Path | None = None
+    """CSV of path,label lines for a folder of images."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed:
+    """Put an encoder to work: write the features of images to an .npz file (features, keys, labels)."""
+
+    run: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """Folder of a run or of an encoder."""
+
+    data: Positional[Annotated[str, arg(metavar="DATA")]]
+    """Images: folder, .npz file or name."""
+
+    out: Path
+    """The .npz file to write."""
+
+    labels_file: Path | None = None
+    """CSV of path,label lines for a folder of images."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """Draw rows of images with their views, to look at the policy before spending a night on it."""
+
+    data: Positional[Annotated[str, arg(metavar="DATA")]]
+    """Folder, .npz file or name of the images."""
+
+    out: Path = Path("views.png")
+    """The picture to write."""
+
+    recipe: str | None = None
+    """As in `simclr pretrain`."""
+
+    images: int = 8
+    """Rows."""
+
+    columns: int = 8
+    """Views of each image."""
+
+    config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes:
+    """Print the recipes with their settings, command, cost and expected result."""
+
+    name: Positional[str | None] = None
+    """Only this one."""
+
+
+COMMANDS: dict[str, type] = {
+    command.__name__.lower(): command for command in (Pretrain, Resume, Evaluate, Embed, Views, Recipes)
+}
+
+
+def main() -> None:
+    """Entry point of `simclr`: a user's mistake ends in one sentence and exit code 2."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if arguments[0] == "--version":
+        print(f"simclr {__version__}")
+        return
+    try:
+        _run(arguments[0], arguments[1:])
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"simclr: {'' if rank == '0' else f'[process {rank}] '}{error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("simclr: stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    command = COMMANDS.get(name)
+    if command is None:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Perhaps you meant `simclr {near[0]}`." if near else ""
+        raise UserError(f"There is no command {name!r}; there are {', '.join(COMMANDS)}.{hint}")
+    prog = f"simclr {name}"
+    parsed = tyro.cli(command, prog=prog, args=arguments)
+
+    def flags_over(config: PretrainConfig) -> PretrainConfig:
+        """These settings, with the flags that were given on top."""
+        return tyro.cli(command, prog=prog, args=arguments, default=replace(parsed, config=config)).config
+
+    from simclr import jobs  # imports torch: only now that the arguments are known to be good
+
+    if name == "recipes":
+        jobs.recipes(parsed)
+    elif name in ("evaluate", "embed"):
+        getattr(jobs, name)(parsed)
+    else:
+        getattr(jobs, name)(parsed, flags_over)
+
+
+def _overview() -> str:
+    lines = ["simclr: contrastive pretraining from a folder of images (SimCLR, arXiv:2002.05709).", ""]
+    for name, command in COMMANDS.items():
+        summary = (command.__doc__ or "").split("\n")[0]
+        lines.append(f"  simclr {name:<9} {summary}")
+    return "\n".join([*lines, "", "`simclr COMMAND --help` tells more."])

@@ -1,0 +1,253 @@
+"""What each sub-command does, once its arguments are known to be good."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from simclr import distributed
+from simclr import pretrain as pretraining
+from simclr.checkpoint import write_atomically
+from simclr.config import PretrainConfig, changed_on_resume
+from simclr.data.images import Channels, Images, Split
+from simclr.data.source import open_data
+from simclr.distributed import World
+from simclr.errors import UserError
+from simclr.evaluate import KNN_K, KNN_TEMPERATURE, split_data
+from simclr.evaluate import evaluate as evaluate_encoder
+from simclr.progress import counting, say
+from simclr.recipes import RECIPES, Recipe, choose_recipe, find_recipe, fit_recipe
+from simclr.run import RunFolder, describe_machine, open_run
+from simclr.weights import Embedder, load
+
+if TYPE_CHECKING:
+    from simclr import cli
+
+FlagsOver = Callable[[PretrainConfig], PretrainConfig]
+
+
+def pretrain(args: "cli.Pretrain", flags_over: FlagsOver) -> None:
+    """`simclr pretrain DATA`: open the images, settle the settings, train."""
+    out = args.out or Path("runs") / Path(args.data).name.replace(":", "-")
+    RunFolder(out).refuse_existing()
+    recipe = find_recipe(args.recipe) if args.recipe else None
+    options: dict[str, Any] = {
+        "strict": args.strict,
+        "labels": str(args.labels_file) if args.labels_file else None,
+    }
+    world = distributed.start(args.config.device)
+    try:
+        channels = flags_over(recipe.config if recipe else PretrainConfig()).channels
+        images = _open(args.data, world, channels=channels, **options)
+        config = _settle(recipe, images, flags_over, world)
+        origin = pretraining.origin_of(images, args.data, options, describe_machine())
+        pretraining.pretrain(images, config, RunFolder(out), world, origin=origin)
+    finally:
+        distributed.stop()
+
+
+def resume(args: "cli.Resume", flags_over: FlagsOver) -> None:
+    """`simclr resume RUN`: go on, refusing whatever would change the result."""
+    run = open_run(args.run)
+    saved = run.config
+    config = flags_over(saved)
+    changed = changed_on_resume(saved, config)
+    if changed:
+        what = ", ".join(f"--{n.replace('_', '-')} from {getattr(saved, n)} to {getattr(config, n)}" for n in changed)
+        raise UserError(
+            f"Changing {what} would change the result of {args.run}; leave it out to go on as the run began, or start "
+            "a new run with --recipe " + str(args.run / "config.json") + "."
+        )
+    origin = run.origin
+    if run.summary.exists():
+        say(f"{args.run} has already reached its end; the encoder is in {run.encoder}.")
+        return
+    world = distributed.start(config.device)
+    try:
+        _same_threads(origin, world)
+        images = _open(origin["data"]["source"], world, channels=config.channels, **origin["data"]["options"])
+        pretraining.same_data(images, origin, args.run)
+        pretraining.pretrain(images, config, run, world)
+    finally:
+        distributed.stop()
+
+
+def evaluate(args: "cli.Evaluate") -> None:
+    """`simclr evaluate RUN DATA`: a table on standard output, and a JSON file and a picture on request."""
+    device = _device(args.device)
+    model = load(args.run, device=device)
+    train, test = _open_for(model, args.data, args.labels_file)
+    split = split_data(train, test, seed=args.seed, labels=args.labels)
+    say(f"Evaluating on {train.name}: {split.how}.")
+    _warn_if_seen(args.run, split.test, test is None)
+    results = evaluate_encoder(
+        model.encoder,
+        split,
+        semantics=model.preprocessing,
+        seed=args.seed,
+        progress=lambda text: say(f"  {text}"),
+    )
+    _print_table(results)
+    if args.json is not None:
+        protocol = {
+            "data": args.data, "split": split.how, "seed": args.seed, "labels": args.labels,
+            "knn": {"k": KNN_K, "temperature": KNN_TEMPERATURE, "similarity": "cosine"},
+            "linear": "multinomial logistic regression on standardised frozen features, l2 chosen on training rows",
+        }  # fmt: skip
+        _write(args.json, (json.dumps({**results, "protocol": protocol}, indent=2) + "\n").encode())
+    if args.picture is not None:
+        from simclr.report import draw_evaluation
+
+        metrics = RunFolder(args.run).read_metrics()
+        _write(args.picture, draw_evaluation(model, split, results, metrics))
+        say(f"The picture is in {args.picture}.")
+
+
+def embed(args: "cli.Embed") -> None:
+    """`simclr embed RUN DATA --out FILE.npz`: features, keys and labels of every image of every split."""
+    import io
+
+    model = load(args.run, device=_device(args.device))
+    images, _ = _open_for(model, args.data, args.labels_file, split="all")
+    with counting("Embedding") as progress:
+        from simclr.features import extract
+
+        features = extract(model.encoder, images, semantics=model.preprocessing, progress=progress)
+    arrays: dict[str, np.ndarray] = {"features": features, "keys": np.array(list(images.keys))}
+    if images.labels is not None:
+        arrays["labels"] = images.labels  # -1: no label
+        if images.classes is not None:
+            arrays["classes"] = np.array(images.classes)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    _write(args.out, buffer.getvalue())
+    say(f"{len(images):,} features of width {features.shape[1]} are in {args.out}.")
+
+
+def views(args: "cli.Views", flags_over: FlagsOver) -> None:
+    """`simclr views DATA`: images and their views as a picture."""
+    from simclr.report import draw_views
+
+    recipe = find_recipe(args.recipe) if args.recipe else None
+    world = World()
+    images = _open(args.data, world, channels=flags_over(recipe.config if recipe else PretrainConfig()).channels)
+    config = _settle(recipe, images, flags_over, world)
+    policy = pretraining.policy_of(config, images.channels)
+    _write(args.out, draw_views(images, policy, rows=args.images, columns=args.columns, seed=config.seed))
+    say(f"The picture is in {args.out}.")
+
+
+def recipes(args: "cli.Recipes") -> None:
+    """`simclr recipes`: every recipe, complete."""
+    for recipe in [find_recipe(args.name)] if args.name else RECIPES.values():
+        print(f"{recipe.name}: {recipe.summary}")
+        for label, text in (("command", recipe.command), ("cost", recipe.cost), ("expect", recipe.expect)):
+            print(f"  {label:<9}{text}")
+        print("  settings " + " ".join(f"{name}={value}" for name, value in asdict(recipe.config).items()))
+        print()
+
+
+def _settle(recipe: Recipe | None, images: Images, flags_over: FlagsOver, world: World) -> PretrainConfig:
+    """The complete settings: recipe, bent to the images where no flag says otherwise, under the flags."""
+    if recipe is None:
+        recipe, why = choose_recipe(images, on_gpu=world.device.type == "cuda")
+        say(f"Recipe {recipe.name} ({why}); --recipe chooses another.", main=world.is_main)
+    fitted, sentences = fit_recipe(recipe, images)
+    config = flags_over(fitted)
+    for name, sentence in sentences.items():
+        if getattr(config, name) == getattr(fitted, name):
+            say(sentence, main=world.is_main)
+    longest = config.epochs / 10
+    if config.epochs < fitted.epochs and config.warmup_epochs == fitted.warmup_epochs > longest:
+        say(
+            f"Warm-up of {longest:g} epochs instead of {config.warmup_epochs:g}: a tenth of a short run.",
+            main=world.is_main,
+        )
+        config = replace(config, warmup_epochs=longest)
+    return config
+
+
+def _open(
+    source: str,
+    world: World,
+    *,
+    split: Split = "train",
+    channels: Channels = "auto",
+    strict: bool = False,
+    labels: str | None = None,
+) -> Images:
+    """Open data and say aloud what there is to say."""
+    with counting("Reading images", main=world.is_main) as progress:
+        images = open_data(
+            source, split=split, channels=channels, strict=strict, labels=Path(labels) if labels else None,
+            workers=os.cpu_count() or 1, progress=progress,
+        )  # fmt: skip
+    for note in images.notes:
+        say(note, main=world.is_main)
+    return images
+
+
+def _open_for(
+    model: Embedder, source: str, labels: Path | None, *, split: Split = "train"
+) -> tuple[Images, Images | None]:
+    """Data as the encoder expects it, and its own test part where it has one."""
+    path = str(labels) if labels else None
+    images = _fit_channels(_open(source, World(), split=split, labels=path), model)
+    if split == "all" or not images.has_own_split:
+        return images, None
+    return images, _fit_channels(_open(source, World(), split="test", labels=path), model)
+
+
+def _fit_channels(images: Images, model: Embedder) -> Images:
+    """Gray images as colour ones for an encoder of colour; the reverse would lose something and is refused."""
+    wanted = model.encoder.config.channels
+    if images.channels > wanted:
+        raise UserError(
+            f"The encoder expects {wanted}-channel images and {images.name} is in colour; give it gray images, or "
+            "pretrain with --channels 3."
+        )
+    return replace(images, channels=wanted)
+
+
+def _warn_if_seen(run: Path, test: Images, held_out_here: bool) -> None:
+    """Say so where the test images took part, unlabelled, in pretraining."""
+    if not held_out_here or not (run / "run.json").is_file():
+        return
+    if open_run(run).origin["data"]["name"] == test.name:
+        say("The encoder saw these test images, without labels, while it was pretrained; new images may do worse.")
+
+
+def _same_threads(origin: dict[str, Any], world: World) -> None:
+    """Sums on a CPU depend on the number of threads: take the number that the run began with."""
+    began = int(origin["machine"]["cpu_threads"])
+    if world.device.type == "cpu" and torch.get_num_threads() != began:
+        say(f"Using {began} CPU threads, as the run did when it began.", main=world.is_main)
+        torch.set_num_threads(began)
+
+
+def _device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device was {name}; it must be auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device was cuda, but torch sees no GPU here; use cpu or auto.")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def _print_table(results: dict[str, dict[str, float]]) -> None:
+    print(f"{'features':<10}{'kNN':>8}{'linear':>9}")
+    for name, row in results.items():
+        print(f"{name:<10}{row['knn']:>8.2%}{row['linear']:>9.2%}")
+    print(f"kNN: k {KNN_K}, temperature {KNN_TEMPERATURE}, cosine. Linear: logistic regression on frozen features.")
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; give another path.") from None

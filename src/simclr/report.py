@@ -1,0 +1,144 @@
+"""Pictures: the views of a policy, and an evaluation at a glance. PNG bytes out; nothing is shown or written here."""
+
+import io
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from simclr.augment.policy import Policy
+from simclr.augment.views import make_views
+from simclr.data.images import Images
+from simclr.evaluate import Split
+from simclr.features import extract
+from simclr.weights import Embedder
+
+MAP_ROWS = 2000  # points on the map of features
+NEIGHBOUR_ROWS, NEIGHBOURS = 6, 7
+COLOURS = {"encoder": "#2a6f97", "random": "#adb5bd", "pixels": "#e09f3e"}
+
+
+def draw_views(images: Images, policy: Policy, *, rows: int, columns: int, seed: int) -> bytes:
+    """One row per image: the image itself, then views of it as training would see them in successive epochs."""
+    chosen = np.linspace(0, len(images) - 1, min(rows, len(images))).round().astype(int)
+    pixels = images.batch(chosen)
+    shown = [list(pixels)]
+    for epoch in range((columns + 1) // 2):
+        for views in make_views(pixels, policy, seed=seed, epoch=epoch, indices=chosen):
+            shown.append(list(views.permute(0, 2, 3, 1).numpy()))  # (rows, S, S, C)
+    figure = Figure(figsize=(1.1 * (columns + 1), 1.1 * len(chosen) + 0.4), layout="constrained")
+    axes = figure.subplots(len(chosen), columns + 1, squeeze=False)
+    for column in range(columns + 1):
+        axes[0, column].set_title("image" if column == 0 else "ab"[(column - 1) % 2], fontsize=8)
+        for row in range(len(chosen)):
+            _show(axes[row, column], shown[column][row])
+    figure.suptitle(f"{images.name}: {policy.semantics} views at {policy.size} pixels", fontsize=9)
+    return _png(figure)
+
+
+def draw_evaluation(
+    model: Embedder, split: Split, results: dict[str, dict[str, float]], metrics: list[dict[str, Any]]
+) -> bytes:
+    """Accuracies beside their baselines, the loss, nearest neighbours of test images, and a map of the features."""
+    features = extract(model.encoder, split.test, semantics=model.preprocessing)  # (m, F)
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.3))
+    _draw_accuracies(figure.add_subplot(grid[0, 0]), results)
+    _draw_curve(figure.add_subplot(grid[1, 0]), metrics)
+    _draw_neighbours(figure.add_subfigure(grid[0, 1]), split.test, features)
+    _draw_map(figure.add_subplot(grid[1, 1]), split.test, features)
+    figure.suptitle(f"{split.test.name}: {split.how}", fontsize=10)
+    return _png(figure)
+
+
+def _draw_accuracies(axes: Axes, results: dict[str, dict[str, float]]) -> None:
+    for shift, (name, row) in enumerate(results.items()):
+        bars = axes.bar(
+            np.arange(2) + (shift - 1) * 0.27,
+            [100 * row["knn"], 100 * row["linear"]],
+            0.25,
+            label=name,
+            color=COLOURS[name],
+        )
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    axes.set_xticks([0, 1], ["kNN", "linear probe"])
+    axes.set_ylabel("accuracy on test images, %")
+    axes.set_ylim(0, 112)
+    axes.legend(ncols=3, fontsize=8, loc="upper center")
+
+
+def _draw_curve(axes: Axes, metrics: list[dict[str, Any]]) -> None:
+    if not metrics:
+        axes.set_axis_off()
+        return
+    steps = [record["step"] for record in metrics]
+    axes.plot(steps, [record["loss"] for record in metrics], color=COLOURS["encoder"])
+    axes.set_xlabel("step")
+    axes.set_ylabel("NT-Xent loss", color=COLOURS["encoder"])
+    checks = [(record["step"], 100 * record["knn"]) for record in metrics if "knn" in record]
+    if checks:
+        right = axes.twinx()
+        right.plot(*zip(*checks, strict=True), "o-", color=COLOURS["pixels"], markersize=3)
+        right.set_ylabel("kNN within the training images, %", color=COLOURS["pixels"])
+
+
+def _draw_neighbours(figure: Any, images: Images, features: np.ndarray) -> None:
+    """Each row: a test image, then the test images nearest to it."""
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
+    queries = np.linspace(0, len(images) - 1, min(NEIGHBOUR_ROWS, len(images))).round().astype(int)
+    similar = unit[queries] @ unit.T  # (rows, m)
+    similar[np.arange(len(queries)), queries] = np.inf  # the image itself first
+    nearest = np.argsort(-similar, axis=1)[:, : NEIGHBOURS + 1]
+    axes = figure.subplots(len(queries), NEIGHBOURS + 1, squeeze=False)
+    for row, indices in enumerate(nearest):
+        for column in range(NEIGHBOURS + 1):
+            if column < len(indices):
+                _show(axes[row, column], images.batch(indices[[column]])[0])
+            else:
+                axes[row, column].set_axis_off()
+    figure.suptitle("test images (left) and their nearest neighbours", fontsize=9)
+
+
+def _draw_map(axes: Axes, images: Images, features: np.ndarray) -> None:
+    """The two directions in which the features vary most (PCA), coloured by class."""
+    rows = np.linspace(0, len(features) - 1, min(MAP_ROWS, len(features))).round().astype(int)
+    centred = features[rows] - features[rows].mean(0)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    points = centred @ directions[:2].T  # (rows, 2)
+    assert images.labels is not None
+    labels = images.labels[rows]
+    classes = np.unique(labels)
+    for label in classes[:20]:
+        name = images.classes[label] if images.classes is not None else str(label)
+        axes.scatter(*points[labels == label].T[:2], s=5, label=name)
+    axes.set_title("test features, first two principal components", fontsize=9)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.legend(
+        fontsize=7,
+        markerscale=2,
+        ncols=1 if len(classes) <= 12 else 2,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
+
+
+def _show(axes: Axes, image: np.ndarray) -> None:
+    gray = image.shape[-1] == 1
+    axes.imshow(
+        image[..., 0] if gray else image,
+        cmap="gray" if gray else None,
+        vmin=0,
+        vmax=255 if image.dtype == np.uint8 else 1,
+        interpolation="nearest",
+    )
+    axes.set_axis_off()
+
+
+def _png(figure: Figure) -> bytes:
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

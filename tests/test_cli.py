@@ -1,0 +1,166 @@
+"""The commands as a user types them: results on standard output, one sentence and exit code 2 for a mistake."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simclr import cli
+
+FAST = ["--recipe", "digits", "--epochs", "1", "--batch-size", "64", "--width", "0.5", "--workers", "0"]
+
+
+@pytest.fixture
+def simclr(monkeypatch, capsys):
+    """Run a command in this process; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["simclr", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Thirty small colour photographs, so to speak, in two classes, and three files that are no images."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for name, tint in (("cats", (60, 0, 0)), ("dogs", (0, 0, 60))):
+        (root / name).mkdir()
+        for i in range(15):
+            pixels = generator.integers(0, 190, (20 + i, 24, 3)) + np.array(tint)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
+    (root / "cats" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut short")
+    (root / "cats" / "empty.png").write_bytes(b"")
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+def picture_width(path):
+    with Image.open(path) as picture:
+        return picture.size[0]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    subprocess.run([sys.executable, "-m", "simclr", "pretrain", "digits", "--out", str(out), *FAST], check=True)
+    return out
+
+
+def test_help_is_quick_and_torch_stays_out():
+    code = "import sys, simclr, simclr.cli; sys.argv = ['simclr', 'pretrain', '--help']\ntry: simclr.cli.main()\n"
+    code += "except SystemExit: pass\nprint('torch' in sys.modules or 'numpy' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "--temperature" in done.stdout and done.stderr.strip() == "False"
+
+
+def test_overview_and_version(simclr):
+    code, out, _ = simclr("--help")
+    assert code == 0 and all(f"simclr {name}" in out for name in cli.COMMANDS)
+    assert simclr("--version")[1].startswith("simclr 0.")
+
+
+def test_a_folder_from_pretraining_to_features(simclr, folder, tmp_path):
+    out = tmp_path / "run"
+    code, _, said = simclr(
+        "pretrain", folder, "--out", out, "--encoder", "small", "--size", 16, "--epochs", 2, "--batch-size", 10,
+        "--seed", 3, "--recipe", "cpu", "--width", 0.5,
+    )  # fmt: skip
+    assert code == 0
+    assert "2 of 32 files left out" in said and "broken.jpg" in said and "empty.png" in said and ".txt" in said
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["images"] == 30 and summary["images_left_out"] == 2
+    config = json.loads((out / "config.json").read_text())
+    assert (config["size"], config["epochs"], config["batch_size"], config["seed"]) == (16, 2, 10, 3)
+
+    code, table, said = simclr("evaluate", out, folder, "--json", tmp_path / "r.json", "--picture", tmp_path / "r.png")
+    assert code == 0 and "encoder" in table and "80/20 by class, seed 0" in said and "saw these test images" in said
+    results = json.loads((tmp_path / "r.json").read_text())
+    for name in ("encoder", "random", "pixels"):
+        assert 0 <= results[name]["knn"] <= 1 and 0 <= results[name]["linear"] <= 1
+    assert picture_width(tmp_path / "r.png") > 800
+
+    code, _, _ = simclr("embed", out, folder, "--out", tmp_path / "features.npz")
+    assert code == 0
+    with np.load(tmp_path / "features.npz") as embedded:
+        assert embedded["features"].shape == (30, 64) and np.isfinite(embedded["features"]).all()
+        assert embedded["keys"][0] == "cats/0.png" and embedded["labels"].tolist() == [0] * 15 + [1] * 15
+
+    code, _, _ = simclr("views", folder, "--out", tmp_path / "views.png", "--size", 48, "--images", 3, "--columns", 4)
+    assert code == 0 and picture_width(tmp_path / "views.png") > 300
+
+
+def test_recipes_are_printed_complete(simclr):
+    code, out, _ = simclr("recipes")
+    assert code == 0 and all(word in out for word in ("digits:", "cpu:", "imagenet-v1:", "temperature=0.1", "cost"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["pretrian"], "There is no command 'pretrian'.*Perhaps you meant `simclr pretrain`"),
+        (["pretrain", "fashionmnist"], "fashion-mnist"),
+        (["pretrain", "/no/such/folder"], "/no/such/folder"),
+        (["pretrain", "digits", "--batch-size", "5000"], "--batch-size was 5000, more than the 1438 images"),
+        (["pretrain", "digits", "--epochs", "0"], "--epochs was 0"),
+        (["pretrain", "digits", "--encoder", "resnet19"], "resnet19.*resnet18"),
+        (["pretrain", "digits", "--recipe", "imagenet"], "no recipe 'imagenet'"),
+        (["pretrain", "digits", "--temprature", "1"], "--temperature"),
+        (["pretrain", "digits", "--precision", "bf16", "--device", "cpu"], "--precision was bf16 on a CPU"),
+        (["pretrain", "digits", "--strength", "2"], "strength"),
+        (["resume", "/no/such/run"], "holds no run"),
+        (["evaluate", "/no/such/run", "digits"], "holds no encoder"),
+        (["embed", "/no/such/run", "digits", "--out", "x.npz"], "holds no encoder"),
+        (["evaluate", "RUN", "digits", "--labels", "half"], "'half'"),
+        (["evaluate", "RUN", "PHOTOS"], "expects 1-channel images"),
+        (["evaluate", "RUN", "digits", "--json", "/proc/none/x.json"], "/proc/none/x.json cannot be written"),
+        (["pretrain", "digits", "--out", "RUN"], "already holds a run.*simclr resume"),
+        (["pretrain", "digits", "--out", "PHOTOS"], "exists and is no run"),
+        (["resume", "RUN", "--lr", "5", "--seed", "9"], "--lr from 0.002 to 5.0, --seed from 0 to 9"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_code_2(simclr, run_folder, folder, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    places = {"RUN": run_folder, "PHOTOS": folder}
+    before = sorted(run_folder.rglob("*"))
+    code, out, err = simclr(*(places.get(a, a) for a in arguments))
+    text = " ".join((out + err).replace("│", " ").split())
+    assert code == 2
+    assert "Traceback" not in text
+
+    assert re.search(expected, text), text
+    assert sorted(run_folder.rglob("*")) == before
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_strict_stops_at_a_broken_file(simclr, folder, tmp_path):
+    code, _, err = simclr("pretrain", folder, "--out", tmp_path / "run", "--strict")
+    assert code == 2 and "broken.jpg" in err and not (tmp_path / "run").exists()
+
+
+def test_other_data_on_resume_is_refused(simclr, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", x=pixels)
+    code, _, _ = simclr("pretrain", tmp_path / "data.npz", "--out", tmp_path / "run", *FAST, "--batch-size", 16)
+    assert code == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    np.savez(tmp_path / "data.npz", x=pixels[::-1])
+    code, _, err = simclr("resume", tmp_path / "run")
+    assert code == 2 and "no longer holds the images" in err
+
+
+def test_a_finished_run_says_so(simclr, run_folder):
+    code, _, err = simclr("resume", run_folder)
+    assert code == 0 and "already reached its end" in err
