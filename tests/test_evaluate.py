@@ -9,7 +9,7 @@ from sklearn.preprocessing import StandardScaler
 
 from simclr.data.source import open_data
 from simclr.errors import UserError
-from simclr.evaluate import Split, accuracy, evaluate, knn, linear_probe, split_data
+from simclr.evaluate import Split, accuracy, evaluate, knn, linear_probe, random_encoder, split_data
 from simclr.features import extract, pixels_of
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
@@ -105,3 +105,14 @@ def test_what_cannot_be_evaluated_is_said(tmp_path):
 
 def test_accuracy():
     assert accuracy(np.array([1, 2, 3, 4]), np.array([1, 2, 0, 0])) == 0.5
+
+
+def test_the_random_baseline_is_no_straw_man(digits):
+    """With its residual branches on, a random encoder is far better than what training begins from."""
+    config = EncoderConfig("small", channels=1, size=8)
+    train, test = digits
+    scores = []
+    for encoder in (build_encoder(config, seed=0), random_encoder(config, seed=0)):
+        features = [extract(encoder, part) for part in (train, test)]
+        scores.append(accuracy(knn(features[0], train.labels, features[1]), test.labels))
+    assert scores[1] > scores[0] + 0.3
