@@ -55,9 +55,10 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
     try:
         write_atomically(path, content)
     except OSError as error:
+        kept = "The last good checkpoint is kept" if checkpoints(folder) else "There is no earlier checkpoint"
         raise UserError(
             f"The checkpoint of step {step} ({len(content) / 2**20:.1f} MiB) could not be written to {folder}: "
-            f"{error.strerror}. The last good checkpoint is kept; make room, then `simclr resume {folder.parent}`."
+            f"{error.strerror}. {kept}; make room, then `simclr resume {folder.parent}`."
         ) from None
     for old in checkpoints(folder)[keep:]:
         old.unlink(missing_ok=True)

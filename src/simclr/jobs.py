@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,7 +84,8 @@ def evaluate(args: "cli.Evaluate") -> None:
     train, test = _open_for(model, args.data, args.labels_file)
     split = split_data(train, test, seed=args.seed, labels=args.labels)
     say(f"Evaluating on {train.name}: {split.how}.")
-    _warn_if_seen(args.run, split.test, test is None)
+    if test is None:
+        _warn_if_seen(args.run, train)
     results = evaluate_encoder(
         model.encoder,
         split,
@@ -157,6 +158,11 @@ def _settle(recipe: Recipe | None, images: Images, flags_over: FlagsOver, world:
     if recipe is None:
         recipe, why = choose_recipe(images, on_gpu=world.device.type == "cuda")
         say(f"Recipe {recipe.name} ({why}); --recipe chooses another.", main=world.is_main)
+    if images.channels == 1:
+        say(
+            "Gray views: no hue, no saturation, no grayscale. --channels 3 makes three equal channels.",
+            main=world.is_main,
+        )
     fitted, sentences = fit_recipe(recipe, images)
     config = flags_over(fitted)
     for name, sentence in sentences.items():
@@ -180,15 +186,17 @@ def _open(
     channels: Channels = "auto",
     strict: bool = False,
     labels: str | None = None,
+    known: Sequence[str] = (),
 ) -> Images:
-    """Open data and say aloud what there is to say."""
+    """Open data and say aloud what there is to say, but for what is `known`."""
     with counting("Reading images", main=world.is_main) as progress:
         images = open_data(
             source, split=split, channels=channels, strict=strict, labels=Path(labels) if labels else None,
             workers=os.cpu_count() or 1, progress=progress,
         )  # fmt: skip
     for note in images.notes:
-        say(note, main=world.is_main)
+        if note not in known:
+            say(note, main=world.is_main)
     return images
 
 
@@ -200,7 +208,7 @@ def _open_for(
     images = _fit_channels(_open(source, World(), split=split, labels=path), model)
     if split == "all" or not images.has_own_split:
         return images, None
-    return images, _fit_channels(_open(source, World(), split="test", labels=path), model)
+    return images, _fit_channels(_open(source, World(), split="test", labels=path, known=images.notes), model)
 
 
 def _fit_channels(images: Images, model: Embedder) -> Images:
@@ -214,11 +222,11 @@ def _fit_channels(images: Images, model: Embedder) -> Images:
     return replace(images, channels=wanted)
 
 
-def _warn_if_seen(run: Path, test: Images, held_out_here: bool) -> None:
-    """Say so where the test images took part, unlabelled, in pretraining."""
-    if not held_out_here or not (run / "run.json").is_file():
+def _warn_if_seen(run: Path, images: Images) -> None:
+    """Say so where images that are about to be split took part, unlabelled, in pretraining."""
+    if not (run / "run.json").is_file():
         return
-    if open_run(run).origin["data"]["name"] == test.name:
+    if open_run(run).origin["data"]["fingerprint"] == images.fingerprint:
         say("The encoder saw these test images, without labels, while it was pretrained; new images may do worse.")
 
 
