@@ -1,6 +1,9 @@
 """Fixtures that several test files share."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small tensors, and other processes beside us
+
 from pathlib import Path
 
 import pytest
