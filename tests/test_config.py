@@ -99,8 +99,9 @@ def test_a_recipe_is_chosen_and_the_choice_explained(n, side, on_gpu, name):
 def test_a_recipe_is_bent_to_few_and_small_images_and_says_so():
     config, said = fit_recipe(RECIPES["cpu"], Facts(100, 20))
     assert (config.size, config.batch_size) == (20, 64)
-    assert set(said) == {"size", "batch_size"}
-    config, said = fit_recipe(RECIPES["cpu"], Facts(10_000, 200))
+    assert set(said) == {"size", "batch_size", "epochs"}
+    assert 100 * config.epochs / 64 == pytest.approx(RECIPES["cpu"].least_steps, rel=0.01)
+    config, said = fit_recipe(RECIPES["cpu"], Facts(60_000, 200))
     assert config == RECIPES["cpu"].config and not said
 
 

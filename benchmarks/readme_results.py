@@ -1,0 +1,74 @@
+"""The README's table of accuracies: pretrain and evaluate with several seeds, print mean and spread.
+
+    python benchmarks/readme_results.py digits fashion-mnist --seeds 3 --out runs/readme
+
+Each run is the plain commands a user would type, with --seed and nothing else; accuracy is that of the last checkpoint.
+Runs
+that are finished are not repeated, so the script can be stopped and called again.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+LABELS = {"digits": (None, "5/class"), "fashion-mnist": (None, "10%", "1%")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("data", nargs="+", choices=sorted(LABELS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only-seed", type=int, help="make this seed's runs and print no table")
+    parser.add_argument("--out", type=Path, default=Path("runs/readme"))
+    args = parser.parse_args()
+    for data in args.data:
+        for seed in range(args.seeds) if args.only_seed is None else [args.only_seed]:
+            run_once(args.out, data, seed)
+    if args.only_seed is None:
+        for data in args.data:
+            print_table(args.out, data, args.seeds)
+
+
+def run_once(out: Path, data: str, seed: int) -> None:
+    run = out / f"{data}-{seed}"
+    if not (run / "config.json").exists():
+        simclr("pretrain", data, "--out", run, "--seed", seed)
+    elif not (run / "summary.json").exists():
+        simclr("resume", run)
+    for labels in LABELS[data]:
+        result = result_file(out, data, seed, labels)
+        if not result.exists():
+            subset = [] if labels is None else ["--labels", labels]
+            simclr("evaluate", run, data, "--seed", seed, "--json", result, *subset)
+
+
+def simclr(*arguments: object) -> None:
+    subprocess.run([sys.executable, "-m", "simclr", *map(str, arguments)], check=True)
+
+
+def result_file(out: Path, data: str, seed: int, labels: str | None) -> Path:
+    return out / f"{data}-{seed}" / f"evaluation-{(labels or 'all').replace('/', '-').replace('%', 'pc')}.json"
+
+
+def print_table(out: Path, data: str, seeds: int) -> None:
+    summaries = [json.loads((out / f"{data}-{seed}" / "summary.json").read_text()) for seed in range(seeds)]
+    minutes = [summary["seconds_of_this_call"] / 60 for summary in summaries]
+    print(f"\n{data}: {statistics.mean(minutes):.1f} minutes a run, {seeds} seeds\n")
+    print("| labels | features | kNN, % | linear, % |")
+    print("|---|---|---|---|")
+    for labels in LABELS[data]:
+        results = [json.loads(result_file(out, data, seed, labels).read_text()) for seed in range(seeds)]
+        for name in ("encoder", "random", "pixels"):
+            cells = [spread([100 * result[name][probe] for result in results]) for probe in ("knn", "linear")]
+            print(f"| {labels or 'all'} | {name} | {' | '.join(cells)} |")
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+
+
+if __name__ == "__main__":
+    main()
