@@ -1,7 +1,10 @@
 """The commands as a user types them: results on standard output, one sentence and exit code 2 for a mistake."""
 
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -121,6 +124,11 @@ def test_recipes_are_printed_complete(simclr):
         (["pretrain", "digits", "--precision", "bf16", "--device", "cpu"], "--precision was bf16 on a CPU"),
         (["pretrain", "digits", "--strength", "2"], "strength"),
         (["resume", "/no/such/run"], "holds no run"),
+        (["views", "digits", "--images", "0"], "--images was 0"),
+        (["pretrain", "PHOTOS", "--out", "INSIDE"], "would lie inside the images' folder"),
+        (["pretrain", "ONE"], "contrast needs at least two"),
+        (["evaluate", "RUN", "digits", "--seed", "-1"], "--seed was -1"),
+        (["evaluate", "RUN", "UNLABELLED"], "no labels.*an .npz file with y"),
         (["evaluate", "/no/such/run", "digits"], "holds no encoder"),
         (["embed", "/no/such/run", "digits", "--out", "x.npz"], "holds no encoder"),
         (["evaluate", "RUN", "digits", "--labels", "half"], "'half'"),
@@ -133,7 +141,11 @@ def test_recipes_are_printed_complete(simclr):
 )
 def test_a_mistake_is_one_sentence_and_code_2(simclr, run_folder, folder, tmp_path, monkeypatch, arguments, expected):
     monkeypatch.chdir(tmp_path)
-    places = {"RUN": run_folder, "PHOTOS": folder}
+    pixels = np.zeros((9, 8, 8), np.uint8)
+    np.savez("one.npz", x=pixels[:1])
+    np.savez("unlabelled.npz", x=pixels)
+    places = {"RUN": run_folder, "PHOTOS": folder, "INSIDE": folder / "runs" / "x", "ONE": "one.npz"}
+    places["UNLABELLED"] = "unlabelled.npz"
     before = sorted(run_folder.rglob("*"))
     code, out, err = simclr(*(places.get(a, a) for a in arguments))
     text = " ".join((out + err).replace("│", " ").split())
@@ -164,3 +176,48 @@ def test_other_data_on_resume_is_refused(simclr, tmp_path):
 def test_a_finished_run_says_so(simclr, run_folder):
     code, _, err = simclr("resume", run_folder)
     assert code == 0 and "already reached its end" in err
+
+
+def test_a_run_goes_on_from_another_folder_and_after_its_images_moved(simclr, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("data.npz", x=np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8))
+    assert simclr("pretrain", "data.npz", *FAST, "--batch-size", 16)[0] == 0
+    run = tmp_path / "runs" / "data"
+    (run / "summary.json").unlink()
+    monkeypatch.chdir("/")
+    assert simclr("resume", run)[0] == 0
+    (run / "summary.json").unlink()
+    (tmp_path / "data.npz").rename(tmp_path / "moved.npz")
+    code, _, err = simclr("resume", run)
+    assert code == 2 and "no longer there; name its new place with --data" in err
+    assert simclr("resume", run, "--data", tmp_path / "moved.npz")[0] == 0
+
+
+def test_a_signal_ends_with_its_number(simclr, tmp_path, monkeypatch):
+    from simclr import pretrain as pretraining
+
+    real = pretraining.make_views
+
+    def views(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pretraining, "make_views", views)
+    code, _, err = simclr("pretrain", "digits", "--out", tmp_path / "run", *FAST)
+    assert code == 130 and "Stopped at step 1, saved" in err and "Traceback" not in err
+
+
+def test_a_damaged_record_of_the_run_is_said(simclr, run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text("{")
+    code, _, err = simclr("resume", tmp_path / "run")
+    assert code == 2 and "run.json is damaged" in err
+
+
+def test_a_picture_of_hardly_anything(simclr, run_folder, tmp_path):
+    """Two classes of two images leave one to test: the picture is drawn all the same."""
+    np.savez(
+        tmp_path / "few.npz", x=np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8), y=[0, 0, 1, 1]
+    )
+    code, out, _ = simclr("evaluate", run_folder, tmp_path / "few.npz", "--picture", tmp_path / "few.png")
+    assert code == 0 and "Test images: 1" in out and picture_width(tmp_path / "few.png") > 800

@@ -65,6 +65,15 @@ def test_floats_outside_the_unit_range_are_refused(pixels, tmp_path):
         simclr.load(tmp_path).embed(pixels)
 
 
+@pytest.mark.parametrize(
+    "images", [torch.rand(7, 12, 12), torch.rand(12, 12), np.zeros((2, 12, 12, 4)), np.zeros((0, 12, 12))]
+)
+def test_shapes_that_could_be_misread_are_refused(images, tmp_path):
+    saved(COLOUR, tmp_path)
+    with pytest.raises(UserError, match="shape"):
+        simclr.load(tmp_path).embed(images)
+
+
 def test_weights_come_back_bit_for_bit_and_say_what_they_expect(tmp_path):
     encoder = saved(COLOUR, tmp_path)
     loaded = simclr.load(tmp_path).encoder

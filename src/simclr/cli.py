@@ -19,7 +19,8 @@ class Pretrain:
     """Learn an encoder from unlabelled images.
 
     DATA is a folder of images at any depth, an .npz file with `x` (and `y`), or one of: digits, fashion-mnist, cifar10,
-    cifar100, stl10, svhn. Several processes: `torchrun --nproc-per-node K -m simclr pretrain ...`.
+    cifar100, stl10, svhn (NAME:FOLDER if its files are in FOLDER). Settings that no flag gives come from the recipe;
+    the defaults below are those without one. Several processes: `torchrun --nproc-per-node K -m simclr pretrain ...`.
     """
 
     data: Positional[Annotated[str, arg(metavar="DATA")]]
@@ -42,10 +43,17 @@ class Pretrain:
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """Go on with a run from its newest good checkpoint, to the same bits as if it had never stopped."""
+    """Go on with a run from its newest good checkpoint, to the same bits as if it had never stopped.
+
+    All settings are those that the run began with. Of the flags only --workers, --save-every, --keep and --knn-every
+    may say otherwise; any other would change the result and is refused.
+    """
 
     run: Positional[Annotated[Path, arg(metavar="RUN")]]
     """Folder of the run."""
+
+    data: str | None = None
+    """Where the images are now, if they have moved."""
 
     config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
 
@@ -101,7 +109,10 @@ class Embed:
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Draw rows of images with their views, to look at the policy before spending a night on it."""
+    """Draw rows of images with their views, to look at the policy before spending a night on it.
+
+    Takes the flags of `simclr pretrain`; those of size, colour, crop, flip and blur make a difference.
+    """
 
     data: Positional[Annotated[str, arg(metavar="DATA")]]
     """Folder, .npz file or name of the images."""

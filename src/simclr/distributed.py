@@ -65,8 +65,8 @@ class World:
         """
         if batch_size % self.size:
             raise UserError(
-                f"batch size {batch_size} cannot be shared evenly by {self.size} processes: "
-                f"choose a multiple of {self.size}"
+                f"--batch-size was {batch_size}, which {self.size} processes cannot share evenly; give a multiple of "
+                f"{self.size}."
             )
         share = batch_size // self.size
         return slice(self.rank * share, (self.rank + 1) * share)
@@ -136,6 +136,8 @@ def start(device: str = "auto", *, timeout: timedelta = timedelta(minutes=30), i
     if place.type == "cuda":
         place = torch.device("cuda", local_rank if size > 1 else place.index or 0)
         gpus = torch.cuda.device_count()
+        if not gpus:
+            raise UserError("--device was cuda, but torch sees no GPU here; use cpu or auto.")
         if place.index >= gpus:
             raise UserError(
                 f"process {local_rank} of this machine needs GPU {place.index}, but torch sees {gpus} (counted "

@@ -68,8 +68,8 @@ def _labelled(images: Images) -> Images:
     """The images that have a label."""
     if images.labels is None or not (images.labels >= 0).any():
         raise UserError(
-            f"{images.name} has no labels, and evaluation needs them; give a folder with one sub-folder per class, or "
-            "--labels-file with path,label lines."
+            f"{images.name} has no labels, and evaluation needs them; give a folder with one sub-folder per class "
+            "(or --labels-file with path,label lines), or an .npz file with y."
         )
     return images.subset(np.flatnonzero(images.labels >= 0))
 

@@ -15,6 +15,7 @@ from simclr import pretrain as pretraining
 from simclr.checkpoint import write_atomically
 from simclr.config import PretrainConfig, changed_on_resume
 from simclr.data.images import Channels, Images, Split
+from simclr.data.named import NAMES
 from simclr.data.source import open_data
 from simclr.distributed import World
 from simclr.errors import UserError
@@ -23,6 +24,7 @@ from simclr.evaluate import evaluate as evaluate_encoder
 from simclr.progress import counting, say
 from simclr.recipes import RECIPES, Recipe, choose_recipe, find_recipe, fit_recipe
 from simclr.run import RunFolder, describe_machine, open_run
+from simclr.train import Outcome
 from simclr.weights import Embedder, load
 
 if TYPE_CHECKING:
@@ -33,22 +35,27 @@ FlagsOver = Callable[[PretrainConfig], PretrainConfig]
 
 def pretrain(args: "cli.Pretrain", flags_over: FlagsOver) -> None:
     """`simclr pretrain DATA`: open the images, settle the settings, train."""
-    out = args.out or Path("runs") / Path(args.data).name.replace(":", "-")
+    out = args.out or Path("runs") / Path(args.data).resolve().stem.replace(":", "-")
     RunFolder(out).refuse_existing()
+    if Path(args.data).is_dir() and Path(args.data).resolve() in out.resolve().parents:
+        raise UserError(f"The run {out} would lie inside the images' folder {args.data}; give another --out.")
     recipe = find_recipe(args.recipe) if args.recipe else None
     options: dict[str, Any] = {
         "strict": args.strict,
-        "labels": str(args.labels_file) if args.labels_file else None,
+        "labels": str(args.labels_file.resolve()) if args.labels_file else None,
     }
+    source = _lasting(args.data)
     world = distributed.start(args.config.device)
     try:
-        channels = flags_over(recipe.config if recipe else PretrainConfig()).channels
-        images = _open(args.data, world, channels=channels, **options)
+        asked = flags_over(recipe.config if recipe else PretrainConfig())
+        pretraining.check_settings(asked, world)
+        images = _open(source, world, channels=asked.channels, **options)
         config = _settle(recipe, images, flags_over, world)
-        origin = pretraining.origin_of(images, args.data, options, describe_machine())
-        pretraining.pretrain(images, config, RunFolder(out), world, origin=origin)
+        origin = pretraining.origin_of(images, source, options, describe_machine())
+        outcome = pretraining.pretrain(images, config, RunFolder(out), world, origin=origin)
     finally:
         distributed.stop()
+    _leave(outcome, world)
 
 
 def resume(args: "cli.Resume", flags_over: FlagsOver) -> None:
@@ -70,15 +77,22 @@ def resume(args: "cli.Resume", flags_over: FlagsOver) -> None:
     world = distributed.start(config.device)
     try:
         _same_threads(origin, world)
-        images = _open(origin["data"]["source"], world, channels=config.channels, **origin["data"]["options"])
+        source = _lasting(args.data) if args.data else _known_place(origin, args.run)
+        images = _open(source, world, channels=config.channels, **origin["data"]["options"])
         pretraining.same_data(images, origin, args.run)
-        pretraining.pretrain(images, config, run, world)
+        outcome = pretraining.pretrain(images, config, run, world)
     finally:
         distributed.stop()
+    _leave(outcome, world)
 
 
 def evaluate(args: "cli.Evaluate") -> None:
     """`simclr evaluate RUN DATA`: a table on standard output, and a JSON file and a picture on request."""
+    if args.seed < 0:
+        raise UserError(f"--seed was {args.seed}; it must be at least 0.")
+    for path in (args.json, args.picture):
+        if path is not None:
+            _require_writable(path)
     device = _device(args.device)
     model = load(args.run, device=device)
     train, test = _open_for(model, args.data, args.labels_file)
@@ -93,7 +107,7 @@ def evaluate(args: "cli.Evaluate") -> None:
         seed=args.seed,
         progress=lambda text: say(f"  {text}"),
     )
-    _print_table(results)
+    _print_table(results, len(split.test))
     if args.json is not None:
         protocol = {
             "data": args.data, "split": split.how, "seed": args.seed, "labels": args.labels,
@@ -113,6 +127,7 @@ def embed(args: "cli.Embed") -> None:
     """`simclr embed RUN DATA --out FILE.npz`: features, keys and labels of every image of every split."""
     import io
 
+    _require_writable(args.out)
     model = load(args.run, device=_device(args.device))
     images, _ = _open_for(model, args.data, args.labels_file, split="all")
     with counting("Embedding") as progress:
@@ -134,6 +149,10 @@ def views(args: "cli.Views", flags_over: FlagsOver) -> None:
     """`simclr views DATA`: images and their views as a picture."""
     from simclr.report import draw_views
 
+    for name in ("images", "columns"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} was {getattr(args, name)}; it must be at least 1.")
+    _require_writable(args.out)
     recipe = find_recipe(args.recipe) if args.recipe else None
     world = World()
     images = _open(args.data, world, channels=flags_over(recipe.config if recipe else PretrainConfig()).channels)
@@ -158,7 +177,7 @@ def _settle(recipe: Recipe | None, images: Images, flags_over: FlagsOver, world:
     if recipe is None:
         recipe, why = choose_recipe(images, on_gpu=world.device.type == "cuda")
         say(f"Recipe {recipe.name} ({why}); --recipe chooses another.", main=world.is_main)
-    if images.channels == 1:
+    if images.channels == 1 and flags_over(recipe.config).channels == "auto":
         say(
             "Gray views: no hue, no saturation, no grayscale. --channels 3 makes three equal channels.",
             main=world.is_main,
@@ -168,10 +187,16 @@ def _settle(recipe: Recipe | None, images: Images, flags_over: FlagsOver, world:
     for name, sentence in sentences.items():
         if getattr(config, name) == getattr(fitted, name):
             say(sentence, main=world.is_main)
+    if config.optimizer != fitted.optimizer and config.lr == fitted.lr:
+        say(
+            f"The rate of {config.lr:g} (scaling {config.lr_scaling}) was chosen for {fitted.optimizer}, not for "
+            f"{config.optimizer}; give --lr and --lr-scaling.",
+            main=world.is_main,
+        )
     longest = config.epochs / 10
     if config.epochs < fitted.epochs and config.warmup_epochs == fitted.warmup_epochs > longest:
         say(
-            f"Warm-up of {longest:g} epochs instead of {config.warmup_epochs:g}: a tenth of a short run.",
+            f"Warm-up of {longest:g} epochs: a tenth of this short run.",
             main=world.is_main,
         )
         config = replace(config, warmup_epochs=longest)
@@ -246,11 +271,45 @@ def _device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def _print_table(results: dict[str, dict[str, float]]) -> None:
+def _lasting(source: str) -> str:
+    """What the user typed, such that it means the same from every folder."""
+    name, colon, place = source.partition(":")
+    if name in NAMES:
+        return f"{name}:{Path(place).expanduser().resolve()}" if colon else source
+    return str(Path(source).expanduser().resolve())
+
+
+def _known_place(origin: dict[str, Any], run: Path) -> str:
+    """Where the run's images were, if they still are."""
+    source = origin["data"]["source"]
+    if source.partition(":")[0] not in NAMES and not Path(source).exists():
+        raise UserError(f"{run} was trained on {source}, which is no longer there; name its new place with --data.")
+    return source
+
+
+def _leave(outcome: Outcome, world: World) -> None:
+    """After a signal, tell the shell, so that `&&` stops too; torchrun makes its own report of its processes."""
+    if outcome.signal is not None and world.size == 1:
+        raise SystemExit(128 + outcome.signal)
+
+
+def _print_table(results: dict[str, dict[str, float]], num_test: int) -> None:
     print(f"{'features':<10}{'kNN':>8}{'linear':>9}")
     for name, row in results.items():
         print(f"{name:<10}{row['knn']:>8.2%}{row['linear']:>9.2%}")
     print(f"kNN: k {KNN_K}, temperature {KNN_TEMPERATURE}, cosine. Linear: logistic regression on frozen features.")
+    print(
+        f"Test images: {num_test:,}, so the standard error of an accuracy is at most {50 / num_test**0.5:.1f} points."
+    )
+
+
+def _require_writable(path: Path) -> None:
+    """Fail before the work and not after it."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{path} cannot be written; give another path.")
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -53,8 +53,18 @@ def policy_of(config: PretrainConfig, channels: int) -> Policy:
     return replace(policy, brightness_mode=config.brightness)
 
 
+def check_settings(config: PretrainConfig, world: World) -> None:
+    """Fail before any image is read where a setting alone is wrong."""
+    EncoderConfig(name=config.encoder, width=config.width, stem=config.stem, channels=3, size=config.size)
+    policy_of(config, channels=3)
+    _precision(config, world)
+    world.local_slice(config.batch_size)
+
+
 def check_images(images: Images, config: PretrainConfig, world: World) -> None:
     """Fail before anything is written where the images and the settings do not fit each other."""
+    if len(images) < 2:
+        raise UserError(f"{images.name} has {len(images)} image; contrast needs at least two.")
     if config.batch_size > len(images):
         raise UserError(
             f"--batch-size was {config.batch_size}, more than the {len(images)} images in {images.name}; "

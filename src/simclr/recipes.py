@@ -61,7 +61,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe(
             name="digits",
-            summary="The 1,797 digits inside scikit-learn: the whole path in two minutes on a laptop.",
+            summary="The digits inside scikit-learn: the whole path in two minutes on a laptop.",
             command="simclr pretrain digits --recipe digits --out runs/digits",
             cost="about a minute on two cores",
             expect="kNN near raw pixels (which are hard to beat on centred 8x8 digits), far above a random encoder",
@@ -215,7 +215,7 @@ def fit_recipe(recipe: Recipe, images: ImageFacts) -> tuple[PretrainConfig, dict
         batch = 1 << (len(images).bit_length() - 1)
         said["batch_size"] = f"Batch size {batch} instead of {config.batch_size}: there are {len(images)} images."
         config = replace(config, batch_size=batch)
-    if len(images) * config.epochs < recipe.least_steps * config.batch_size:
+    if 2 <= len(images) * config.epochs < recipe.least_steps * config.batch_size:
         epochs = -(-recipe.least_steps * config.batch_size // len(images))
         longer = epochs / config.epochs
         said["epochs"] = f"{epochs} epochs instead of {config.epochs}: few images need more passes."

@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -17,7 +18,7 @@ from simclr.weights import Embedder
 
 MAP_ROWS = 2000  # points on the map of features
 NEIGHBOUR_ROWS, NEIGHBOURS = 6, 7
-COLOURS = {"encoder": "#2a6f97", "random": "#adb5bd", "pixels": "#e09f3e"}
+COLOURS = {"encoder": "#2a6f97", "random": "#adb5bd", "pixels": "#e09f3e", "check": "#588157"}
 
 
 def draw_views(images: Images, policy: Policy, *, rows: int, columns: int, seed: int) -> bytes:
@@ -31,7 +32,7 @@ def draw_views(images: Images, policy: Policy, *, rows: int, columns: int, seed:
     figure = Figure(figsize=(1.1 * (columns + 1), 1.1 * len(chosen) + 0.4), layout="constrained")
     axes = figure.subplots(len(chosen), columns + 1, squeeze=False)
     for column in range(columns + 1):
-        axes[0, column].set_title("image" if column == 0 else "ab"[(column - 1) % 2], fontsize=8)
+        axes[0, column].set_title("image" if column == 0 else f"view {'ab'[(column - 1) % 2]}", fontsize=8)
         for row in range(len(chosen)):
             _show(axes[row, column], shown[column][row])
     figure.suptitle(f"{images.name}: {policy.semantics} views at {policy.size} pixels", fontsize=9)
@@ -74,14 +75,15 @@ def _draw_curve(axes: Axes, metrics: list[dict[str, Any]]) -> None:
         axes.set_axis_off()
         return
     steps = [record["step"] for record in metrics]
-    axes.plot(steps, [record["loss"] for record in metrics], color=COLOURS["encoder"])
+    axes.plot(steps, [record["loss"] for record in metrics], "." if len(steps) == 1 else "-", color=COLOURS["encoder"])
     axes.set_xlabel("step")
     axes.set_ylabel("NT-Xent loss", color=COLOURS["encoder"])
     checks = [(record["step"], 100 * record["knn"]) for record in metrics if "knn" in record]
     if checks:
         right = axes.twinx()
-        right.plot(*zip(*checks, strict=True), "o-", color=COLOURS["pixels"], markersize=3)
-        right.set_ylabel("kNN within the training images, %", color=COLOURS["pixels"])
+        right.plot(*zip(*checks, strict=True), "x-", color=COLOURS["check"], markersize=4)
+        right.set_ylabel("kNN within the training images, %", color=COLOURS["check"])
+        right.set_ylim(0, 100)
 
 
 def _draw_neighbours(figure: Any, images: Images, features: np.ndarray) -> None:
@@ -106,14 +108,17 @@ def _draw_map(axes: Axes, images: Images, features: np.ndarray) -> None:
     rows = np.linspace(0, len(features) - 1, min(MAP_ROWS, len(features))).round().astype(int)
     centred = features[rows] - features[rows].mean(0)
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    points = centred @ directions[:2].T  # (rows, 2)
+    points = np.zeros((len(rows), 2))
+    points[:, : len(directions[:2])] = centred @ directions[:2].T
     assert images.labels is not None
     labels = images.labels[rows]
     classes = np.unique(labels)
-    for label in classes[:20]:
+    colours = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20"]
+    for k, label in enumerate(classes[:20]):
         name = images.classes[label] if images.classes is not None else str(label)
-        axes.scatter(*points[labels == label].T[:2], s=5, label=name)
-    axes.set_title("test features, first two principal components", fontsize=9)
+        axes.scatter(*points[labels == label].T[:2], s=5, label=name, color=colours(k))
+    shown = f" ({len(classes[:20])} of {len(classes)} classes)" if len(classes) > 20 else ""
+    axes.set_title(f"test features, first two principal components{shown}", fontsize=9)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.legend(

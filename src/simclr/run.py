@@ -56,7 +56,13 @@ class RunFolder:
     @property
     def origin(self) -> dict[str, Any]:
         """What run.json holds: data, versions, hardware, command."""
-        return json.loads((self.path / "run.json").read_text())
+        try:
+            origin = json.loads((self.path / "run.json").read_text())
+            _ = origin["data"]["source"], origin["data"]["options"], origin["data"]["fingerprint"]
+            _ = origin["machine"]["cpu_threads"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{self.path / 'run.json'} is damaged; restore it, or start a new run.") from None
+        return origin
 
     def refuse_existing(self) -> None:
         """Stop where a new run would overwrite something."""

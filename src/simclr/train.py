@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr.checkpoint import save_checkpoint
+from simclr.checkpoint import checkpoints, save_checkpoint
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.optim import set_lr
@@ -69,6 +69,8 @@ class Outcome:
 
     step: int
     finished: bool
+    signal: int | None = None
+    """The signal that asked to stop, if one did."""
     seconds: float = 0.0
     wait_seconds: float = 0.0
     steps_run: int = 0
@@ -99,7 +101,7 @@ def train(
     outcome = Outcome(step=start_step, finished=start_step >= task.total_steps)
     clock = time.perf_counter()
 
-    with _stop_signals() as stop, Prefetcher(task.batch, start_step, task.total_steps, workers) as batches:
+    with _stop_signals() as asked, Prefetcher(task.batch, start_step, task.total_steps, workers) as batches:
         for step, inputs in batches:
             done = step + 1
             last = done == task.total_steps
@@ -116,7 +118,7 @@ def train(
             finite &= torch.isfinite(loss.detach())
 
             outcome.step, outcome.steps_run = done, outcome.steps_run + 1
-            interrupted = world.any_rank(stop.is_set())
+            interrupted = world.any_rank(bool(asked))
             save = done % save_every == 0 or last or interrupted
 
             if log or save:
@@ -148,6 +150,7 @@ def train(
                 if task.publish is not None:
                     task.publish()
             if interrupted:
+                outcome.signal = next(iter(asked), signal.SIGTERM)
                 break
 
     outcome.finished = outcome.step >= task.total_steps
@@ -211,10 +214,10 @@ def _step_seed(seed: int, step: int, world: World) -> int:
 def _stop_if_broken(finite: Tensor, method: nn.Module, run: RunFolder, step: int) -> None:
     weights = torch.stack(torch._foreach_norm([p.detach() for p in method.parameters()]))
     if not bool(finite & torch.isfinite(weights).all()):
+        kept = "the last good checkpoint is kept" if checkpoints(run.checkpoints) else "there is no earlier checkpoint"
         raise UserError(
-            f"The loss or the weights were no longer finite at step {step}; nothing of that was saved, and the "
-            f"last good checkpoint in {run.checkpoints} is kept. Try a lower --lr, a longer --warmup-epochs, "
-            "or a higher --temperature in a new run."
+            f"The loss or the weights were no longer finite at step {step}; nothing of that was saved, {kept}. Try a "
+            "lower --lr, a longer --warmup-epochs, or a higher --temperature in a new run."
         )
 
 
@@ -228,17 +231,17 @@ def _timing(outcome: Outcome, task: Task) -> dict[str, float]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM ask the loop to save and stop; a second Ctrl-C stops at once."""
-    asked = threading.Event()
+def _stop_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM ask the loop to save and stop by joining this list; a second Ctrl-C stops at once."""
+    asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def ask(signum: int, _frame: object) -> None:
-        if asked.is_set() and signum == signal.SIGINT:
+        if asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.set()
+        asked.append(signum)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -67,7 +67,7 @@ def load(path: str | Path, *, device: str = "cpu") -> "Embedder":
     try:
         described = json.loads((folder / "config.json").read_bytes())
         if described.get("format") != FORMAT:
-            raise KeyError("format")
+            raise FileNotFoundError  # the config.json of a run that has saved no checkpoint yet, for instance
         config = EncoderConfig.from_dict(described["encoder"])
         encoder = build_encoder(config)
         encoder.load_state_dict(load_tensors((folder / "model.safetensors").read_bytes()))
@@ -133,6 +133,8 @@ class Embedder:
         wanted, given = self.encoder.config.channels, image.shape[2]
         if given == wanted:
             return image
+        if given not in (1, 3):
+            raise UserError(f"An image has shape {image.shape}; give height, width and 1 or 3 channels, in that order.")
         if given == 1:
             return image.repeat(wanted, axis=2)  # gray shown in colour loses nothing
         raise UserError(
@@ -146,12 +148,12 @@ def _arrays(images: Any) -> list[np.ndarray]:
     if isinstance(images, str | Path | Image.Image):
         return [_one(images)]
     if isinstance(images, Tensor):
-        images = images.detach().cpu().movedim(-3, -1).numpy()  # (n, H, W, C)
+        if images.ndim != 4:
+            raise UserError(f"A tensor of images has shape {tuple(images.shape)}; give (n, channels, height, width).")
+        images = _numpy(images).transpose(0, 2, 3, 1)  # (n, H, W, C)
     if isinstance(images, np.ndarray):
-        if images.ndim == 3 and images.shape[2] in (1, 3):
-            images = images[None]
-        elif images.ndim == 3:
-            images = images[..., None]
+        if images.ndim == 3:
+            images = images[None] if images.shape[2] in (1, 3) else images[..., None]
         if images.ndim != 4:
             raise UserError(f"An array of images has shape {images.shape}; give (n, H, W) or (n, H, W, C).")
         return list(_bytes(images))
@@ -164,11 +166,16 @@ def _one(image: Any) -> np.ndarray:
     if isinstance(image, Image.Image):
         return decode_image(image)
     if isinstance(image, Tensor):
-        image = image.detach().cpu().movedim(-3, -1).numpy() if image.ndim == 3 else image.detach().cpu().numpy()
+        image = _numpy(image).transpose(1, 2, 0) if image.ndim == 3 else _numpy(image)
     image = np.asarray(image)
     if image.ndim not in (2, 3):
         raise UserError(f"An image has shape {image.shape}; give (H, W) or (H, W, C).")
     return _bytes(image if image.ndim == 3 else image[..., None])
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def _bytes(pixels: np.ndarray) -> np.ndarray:
@@ -176,6 +183,8 @@ def _bytes(pixels: np.ndarray) -> np.ndarray:
         return pixels
     if not np.issubdtype(pixels.dtype, np.floating) and pixels.dtype != np.bool_:
         raise UserError(f"Pixels have type {pixels.dtype}; give uint8, or floats in [0, 1].")
+    if pixels.size == 0:
+        raise UserError(f"There are no pixels in an array of shape {pixels.shape}; give at least one image.")
     if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
         raise UserError(
             f"Pixels lie in [{pixels.min():.3g}, {pixels.max():.3g}]; give uint8, or floats in [0, 1] that are not "

@@ -188,7 +188,7 @@ def _refuse(root: Path, skipped: Sequence[Skipped], total: int, some_good: bool)
     if some_good:
         raise UserError(
             f"{len(skipped):,} of {total:,} files in {root} cannot be used, the first is {first}: mend or "
-            "remove them, or open the folder without 'strict', which leaves them out."
+            "remove them, or open the folder without --strict, which leaves them out."
         )
     raise UserError(f"None of the {total:,} image files in {root} can be used, the first is {first}.")
 
