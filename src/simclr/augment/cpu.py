@@ -39,7 +39,7 @@ def render(images: Images, params: Sequence[ViewParams], policy: Policy, *, thre
     views = np.zeros((len(params), len(images)), VIEW)
     for rows, of_view in zip(views, params, strict=True):
         _place(rows, images, of_view.box)
-        rows["resized_height"] = rows["resized_width"] = policy.size
+        rows["resized"] = policy.size
         for name in ("order", "brightness", "contrast", "saturation", "hue", "flip", "jitter", "gray", "blur"):
             rows[name] = getattr(of_view, name)
     kernels = np.concatenate([blur_kernels(of_view.sigma, policy.size) for of_view in params])
@@ -63,8 +63,7 @@ def crop_resize(
     views = np.zeros(len(images), VIEW)
     _place(views, images, boxes)
     resized = np.full((len(images), 2), size) if resized is None else resized
-    views["resized_height"], views["resized_width"] = resized.T
-    views["top"], views["left"] = np.rint((resized - size) / 2).T
+    views["resized"], views["begin"] = resized, np.rint((resized - size) / 2)
     views["flip"] = False if flip is None else flip
     channels = images[0].shape[2] if len(images) else 3
     return _make(views, np.ones((len(views), 1), np.float32), size, channels, semantics, False, threads)
@@ -85,7 +84,7 @@ def _place(views: np.ndarray, images: Images, boxes: np.ndarray) -> None:
     else:
         views["address"] = [image.__array_interface__["data"][0] for image in images]
         views["row_bytes"] = [image.strides[0] for image in images]
-    views["y"], views["x"], views["height"], views["width"] = boxes.T
+    views["corner"], views["length"] = boxes[:, :2], boxes[:, 2:]
 
 
 def _make(
@@ -98,7 +97,7 @@ def _make(
     threads: int | None,
 ) -> Tensor:
     """(N, C, S, S), channels-last."""
-    out = np.empty((len(views), size, size, channels), np.float32)
+    out = np.empty((len(views), size * size * channels), np.float32)
     if threads is None:
         threads = torch.get_num_threads() if threading.current_thread() is threading.main_thread() else 1
     google = semantics == "google"
@@ -113,4 +112,4 @@ def _make(
         # threads of our own, which sleep when idle: Numba's would fight with torch's for the cores
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(share, ends[:-1], ends[1:]))
-    return torch.from_numpy(out).permute(0, 3, 1, 2)
+    return torch.from_numpy(out).view(-1, size, size, channels).permute(0, 3, 1, 2)

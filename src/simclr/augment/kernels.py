@@ -29,14 +29,10 @@ VIEW = np.dtype(
     [
         ("address", np.int64),  # of the image's first byte; its pixels are C bytes apart
         ("row_bytes", np.int64),  # from one row of the image to the next
-        ("y", np.int64),  # the crop
-        ("x", np.int64),
-        ("height", np.int64),
-        ("width", np.int64),
-        ("resized_height", np.int64),  # what the crop is resized to
-        ("resized_width", np.int64),
-        ("top", np.int64),  # where in that the view begins
-        ("left", np.int64),
+        ("corner", np.int64, (2,)),  # y, x of the crop in the image
+        ("length", np.int64, (2,)),  # height, width of the crop
+        ("resized", np.int64, (2,)),  # what the crop is resized to
+        ("begin", np.int64, (2,)),  # where in that the view begins
         ("order", np.int64, (4,)),
         ("brightness", np.float32),
         ("contrast", np.float32),
@@ -63,15 +59,16 @@ _U0, _U1, _U2, _U3, _U4 = (np.uint64(x) for x in range(5))
 
 
 def _compile(function: Callable) -> Callable:
-    options = {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(function)
+        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:  # Numba found no folder that it may write to
-        return numba.njit(**options)(function)
+        return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 @intrinsic
 def _bytes_at(_context, address):
+    """An address as a pointer that numba.carray takes."""
+
     def pointer(_target, builder, _signature, arguments):
         return builder.inttoptr(arguments[0], llvmlite.ir.IntType(8).as_pointer())
 
@@ -80,42 +77,47 @@ def _bytes_at(_context, address):
 
 @_compile
 def render_views(views, blur_kernels, size, channels, google, add, out):
-    """Make `out[k]`, (S, S, C) float32 in [0, 1], from `views[k]`.
+    """Make `out[k]`, pixels in [0, 1], from `views[k]`.
 
     Args:
         views: (N,) VIEW.
         blur_kernels: (N, radius + 1) float32, one half of each view's kernel, its centre first.
         google: whether the semantics are google's; else they are torchvision's.
         add: whether brightness is added rather than multiplied.
-        out: (N, S, S, C) float32.
+        out: (N, S * S * C) float32: rows of pixels, channels last.
     """
-    width, row_taps, column_taps = 1, 4, 4
+    width, most_taps = 1, 4
     for k in range(len(views)):
-        width = max(width, views[k].width)
-        row_taps = max(row_taps, _num_taps(views[k].height, views[k].resized_height, google))
-        column_taps = max(column_taps, _num_taps(views[k].width, views[k].resized_width, google))
-    row_base, row_weight = np.empty(size, np.int64), np.empty(row_taps * size, np.float32)
-    column_base, column_weight = np.empty(size, np.int64), np.empty(column_taps * size, np.float32)
+        width = max(width, views[k].length[1])
+        for axis in range(2):
+            most_taps = max(most_taps, _num_taps(views[k].length[axis], views[k].resized[axis], google))
+    base, weight = np.empty((2, size), np.int64), np.empty((2, most_taps * size), np.float32)
+    num_taps = np.empty(2, np.int64)
     gather = np.empty(size, np.uint32)
-    line = np.zeros((_LEFT + width + column_taps) * channels, np.float32)
-    ring = np.zeros(row_taps * channels * size, np.float32)
-    in_ring, slots = np.empty(row_taps, np.int64), np.empty(row_taps, np.uint64)
+    line = np.zeros((_LEFT + width + most_taps) * channels, np.float32)
+    ring = np.zeros(most_taps * channels * size, np.float32)
+    in_ring, slots = np.empty(most_taps, np.int64), np.empty(most_taps, np.uint64)
     pixels = size * size
-    planes, spare = np.empty(channels * pixels, np.float32), np.empty(channels * pixels, np.float32)
-    padded = np.zeros(size + 2 * (blur_kernels.shape[1] - 1), np.float32)
+    planes, spare = np.empty(channels * pixels, np.float32), np.empty(channels * pixels + size, np.float32)
+    padded, rows = np.empty(size + 2 * blur_kernels.shape[1], np.float32), np.empty((channels, size), np.float32)
     means, steps = np.zeros(channels, np.float32), np.empty(4, np.int64)
     strip = max(1, _STRIP_PIXELS // size)  # rows
 
     for k in range(len(views)):
-        view = views[k]
-        flat = out[k].reshape(pixels * channels)
-        num_row_taps = _num_taps(view.height, view.resized_height, google)
-        num_column_taps = _num_taps(view.width, view.resized_width, google)
-        _taps(view.height, view.resized_height, view.top, False, google, num_row_taps, row_base, row_weight)
-        _taps(view.width, view.resized_width, view.left, view.flip, google, num_column_taps, column_base, column_weight)
+        view, flat = views[k], out[k]
+        for axis in range(2):
+            num_taps[axis] = _num_taps(view.length[axis], view.resized[axis], google)
+            flip = view.flip and axis == 1
+            _taps(
+                view.length[axis], view.resized[axis], view.begin[axis], flip, google, num_taps[axis], base[axis],
+                weight[axis],
+            )  # fmt: skip
         for i in range(size):
-            gather[i] = (column_base[i] + _LEFT) * channels
-        in_ring[:] = -1
+            gather[i] = (base[1, i] + _LEFT) * channels
+        for t in range(num_taps[0]):
+            in_ring[t] = -1
+        crop = view.address + view.corner[0] * view.row_bytes + view.corner[1] * channels
+        height, width = view.length[0], view.length[1]
         clip_first, num_steps = _plan_jitter(view, channels, add, steps)
         contrast_at = 0
         while contrast_at < num_steps and steps[contrast_at] != CONTRAST:
@@ -125,8 +127,8 @@ def render_views(views, blur_kernels, size, channels, google, add, out):
             bottom = min(size, top + strip)
             for y in range(top, bottom):
                 _resize_row(
-                    view, y, size, channels, num_row_taps, num_column_taps, row_base, row_weight, gather,
-                    column_weight, line, ring, in_ring, slots, planes,
+                    crop, view.row_bytes, height, width, y, size, channels, num_taps, base[0], weight[0], gather,
+                    weight[1], line, ring, in_ring, slots, planes,
                 )  # fmt: skip
             first, last = top * size, bottom * size
             if clip_first:
@@ -148,7 +150,7 @@ def render_views(views, blur_kernels, size, channels, google, add, out):
                 _finish(view, planes, pixels, channels, first, last, flat)
 
         if view.blur:
-            _blur(planes, size, channels, view.gray, blur_kernels[k], google, padded, spare, flat)
+            _blur(planes, size, channels, view.gray, blur_kernels[k], google, padded, spare, rows, flat)
 
 
 # --- resize -----------------------------------------------------------------------------------------------------------
@@ -203,8 +205,8 @@ def _bilinear_taps(length, resized, position, num_taps, stride, weight):
     scale = length / resized
     support = max(scale, 1.0)
     centre = (position + 0.5) * scale
-    first = max(int(math.floor(centre - support + 0.5)), 0)
-    last = min(int(math.floor(centre + support + 0.5)), length)
+    first = max(math.floor(centre - support + 0.5), 0)
+    last = min(math.floor(centre + support + 0.5), length)
     total = 0.0
     for t in range(last - first):
         total += max(1 - abs(first + t + 0.5 - centre) / support, 0.0)
@@ -216,29 +218,29 @@ def _bilinear_taps(length, resized, position, num_taps, stride, weight):
 
 @_compile
 def _resize_row(
-    view, y, size, channels, num_row_taps, num_column_taps, row_base, row_weight, gather, column_weight, line, ring,
-    in_ring, slots, planes,
+    crop, row_bytes, height, width, y, size, channels, num_taps, row_base, row_weight, gather, column_weight, line,
+    ring, in_ring, slots, planes,
 ):  # fmt: skip
     """Row y of the view, into its planes: a weighted sum of rows that have their final width.
 
     Those rows stay in a ring of T, where the next row of the view finds most of its own.
     """
-    for t in range(num_row_taps):
-        row = min(max(row_base[y] + t, 0), view.height - 1)
-        slot = row % num_row_taps
+    for t in range(num_taps[0]):
+        row = min(max(row_base[y] + t, 0), height - 1)
+        slot = row % num_taps[0]
         slots[t] = slot * channels * size
         if in_ring[slot] != row and row_weight[t * size + y] != 0:
             in_ring[slot] = row
-            address = view.address + (view.y + row) * view.row_bytes + view.x * channels
-            source = numba.carray(_bytes_at(address), (view.width * channels,), np.uint8)
+            pixels = _bytes_at(crop + row * row_bytes)  # pyrefly: ignore[missing-argument]  # Numba gives the context
+            source = numba.carray(pixels, (width * channels,), np.uint8)
             _to_floats(source, line, np.uint64(_LEFT * channels))
             _narrow(
-                line, gather, column_weight, np.uint64(num_column_taps), np.uint64(channels), np.uint64(size), ring,
+                line, gather, column_weight, np.uint64(num_taps[1]), np.uint64(channels), np.uint64(size), ring,
                 slots[t],
             )  # fmt: skip
     for c in range(channels):
         begin = np.uint64(c * size * size + y * size)
-        for t in range(0, num_row_taps, 4):
+        for t in range(0, num_taps[0], 4):
             at = np.uint64(c * size)
             _add_rows(
                 ring, slots[t] + at, slots[t + 1] + at, slots[t + 2] + at, slots[t + 3] + at,
@@ -363,13 +365,17 @@ def _contrast_means(planes, pixels, channels, google, spare, means):
     """Means (C,) about which contrast stretches: of each channel (google) or of the grayscale view."""
     if google or channels == 1:
         for c in range(channels):
-            spare[:pixels] = planes[c * pixels : (c + 1) * pixels]
+            plane = planes[c * pixels : (c + 1) * pixels]
+            for i in range(pixels):
+                spare[i] = plane[i]
             means[c] = _sum(spare, pixels) * np.float32(1 / pixels)
     else:
-        red, green, blue = _colours(planes, pixels, 0, pixels)
+        green, blue = planes[pixels:], planes[2 * pixels :]
         for i in range(pixels):
-            spare[i] = _luma(red[i], green[i], blue[i])
-        means[:] = _sum(spare, pixels) * np.float32(1 / pixels)
+            spare[i] = _luma(planes[i], green[i], blue[i])
+        mean = _sum(spare, pixels) * np.float32(1 / pixels)
+        for c in range(channels):
+            means[c] = mean
 
 
 @_compile
@@ -443,23 +449,33 @@ def _finish(view, planes, pixels, channels, first, last, flat):
             red[i] = _luma(red[i], green[i], blue[i])
     if view.blur:
         _clip_planes(planes, pixels, 1 if is_gray else channels, first, last)
+    elif channels == 1:
+        _write_gray(planes[first:last], flat[first:])
     else:
-        for c in range(channels):
-            at = (0 if is_gray else c) * pixels
-            _write(planes[at + first : at + last], np.uint64(channels), flat[first * channels + c :])
+        green, blue = (0, 0) if is_gray else (pixels, 2 * pixels)
+        _write(
+            planes[first:last], planes[green + first : green + last], planes[blue + first : blue + last],
+            flat[first * channels :],
+        )  # fmt: skip
 
 
 @_compile
-def _write(plane, channels, flat):
-    for i in range(np.uint64(len(plane))):
-        flat[i * channels] = _clip(plane[i])
+def _write_gray(plane, flat):
+    for i in range(len(plane)):
+        flat[i] = _clip(plane[i])
+
+
+@_compile
+def _write(red, green, blue, flat):
+    for i in range(np.uint64(len(red))):
+        flat[_U3 * i], flat[_U3 * i + _U1], flat[_U3 * i + _U2] = _clip(red[i]), _clip(green[i]), _clip(blue[i])
 
 
 # --- blur -------------------------------------------------------------------------------------------------------------
 
 
 @_compile
-def _blur(planes, size, channels, gray, kernel, google, padded, spare, flat):
+def _blur(planes, size, channels, gray, kernel, google, padded, spare, rows, flat):
     """Blur rows, then columns. Beyond the border are zeros (google) or the mirror image (torchvision)."""
     radius = len(kernel) - 1
     reach = radius
@@ -469,30 +485,34 @@ def _blur(planes, size, channels, gray, kernel, google, padded, spare, flat):
     width = np.uint64(size)
     for row in range(blurred * size):
         source = planes[row * size : (row + 1) * size]
-        padded[radius : radius + size] = source
+        for i in range(size):
+            padded[radius + i] = source[i]
         for d in range(1, reach + 1):
             padded[radius - d] = 0 if google else source[d]
             padded[radius + size - 1 + d] = 0 if google else source[size - 1 - d]
         _add_pairs_in_row(padded, np.uint64(radius), kernel, reach, spare, np.uint64(row * size), width)
-    for c in range(blurred):
-        for y in range(size):
+    zeros = blurred * size  # a row beyond the planes
+    for i in range(size):
+        spare[zeros * size + i] = 0
+    for y in range(size):
+        for c in range(blurred):
+            row = rows[c]
             at = (c * size + y) * size
-            row = padded[:size]
             for i in range(size):
                 row[i] = spare[at + i] * kernel[0]
             for d in range(1, reach + 1):
                 above, below = y - d, y + d
-                if not google:
-                    above, below = abs(above), min(below, 2 * (size - 1) - below)
-                first, second = np.uint64((c * size + above) * size), np.uint64((c * size + below) * size)
-                if above >= 0 and below < size:
-                    _add_pair(spare, first, second, kernel[d], row)
-                elif above >= 0:
-                    _add_one(spare, first, kernel[d], row)
-                elif below < size:
-                    _add_one(spare, second, kernel[d], row)
-            for to in range(c, channels if gray else c + 1):
-                _write(row, np.uint64(channels), flat[y * size * channels + to :])
+                if google:
+                    above = c * size + above if above >= 0 else zeros
+                    below = c * size + below if below < size else zeros
+                else:
+                    above, below = c * size + abs(above), c * size + min(below, 2 * (size - 1) - below)
+                _add_pair(spare, np.uint64(above * size), np.uint64(below * size), kernel[d], row)
+        if channels == 1:
+            _write_gray(rows[0], flat[y * size :])
+        else:
+            second, third = (0, 0) if gray else (1, 2)
+            _write(rows[0], rows[second], rows[third], flat[y * size * 3 :])
 
 
 @_compile
@@ -510,9 +530,3 @@ def _add_pairs_in_row(padded, centre, kernel, reach, blurred, begin, size):
 def _add_pair(x, first, second, weight, row):
     for i in range(np.uint64(len(row))):
         row[i] += (x[first + i] + x[second + i]) * weight
-
-
-@_compile
-def _add_one(x, first, weight, row):
-    for i in range(np.uint64(len(row))):
-        row[i] += x[first + i] * weight
