@@ -95,7 +95,7 @@ def render_views(views, blur_kernels, size, channels, google, add, out):
     num_taps = np.empty(2, np.int64)
     gather = np.empty(size, np.uint32)
     line = np.zeros((_LEFT + width + most_taps) * channels, np.float32)
-    ring = np.zeros(most_taps * channels * size, np.float32)
+    ring = np.zeros(most_taps * channels * width, np.float32)
     in_ring, slots = np.empty(most_taps, np.int64), np.empty(most_taps, np.uint64)
     pixels = size * size
     planes, spare = np.empty(channels * pixels, np.float32), np.empty(channels * pixels + size, np.float32)
@@ -221,66 +221,63 @@ def _resize_row(
     crop, row_bytes, height, width, y, size, channels, num_taps, row_base, row_weight, gather, column_weight, line,
     ring, in_ring, slots, planes,
 ):  # fmt: skip
-    """Row y of the view, into its planes: a weighted sum of rows that have their final width.
+    """Row y of the view, into its planes: rows of the crop are summed, and then columns of that sum.
 
-    Those rows stay in a ring of T, where the next row of the view finds most of its own.
+    The crop's rows stay as floats in a ring of T, where the next row of the view finds most of its own.
     """
     for t in range(num_taps[0]):
         row = min(max(row_base[y] + t, 0), height - 1)
         slot = row % num_taps[0]
-        slots[t] = slot * channels * size
+        slots[t] = slot * width * channels
         if in_ring[slot] != row and row_weight[t * size + y] != 0:
             in_ring[slot] = row
             pixels = _bytes_at(crop + row * row_bytes)  # pyrefly: ignore[missing-argument]  # Numba gives the context
-            source = numba.carray(pixels, (width * channels,), np.uint8)
-            _to_floats(source, line, np.uint64(_LEFT * channels))
-            _narrow(
-                line, gather, column_weight, np.uint64(num_taps[1]), np.uint64(channels), np.uint64(size), ring,
-                slots[t],
-            )  # fmt: skip
-    for c in range(channels):
-        begin = np.uint64(c * size * size + y * size)
-        for t in range(0, num_taps[0], 4):
-            at = np.uint64(c * size)
-            _add_rows(
-                ring, slots[t] + at, slots[t + 1] + at, slots[t + 2] + at, slots[t + 3] + at,
-                row_weight[t * size + y], row_weight[(t + 1) * size + y], row_weight[(t + 2) * size + y],
-                row_weight[(t + 3) * size + y], planes, begin, np.uint64(size), t == 0,
-            )  # fmt: skip
+            _to_floats(numba.carray(pixels, (width * channels,), np.uint8), ring, slots[t])
+    for t in range(0, num_taps[0], 4):
+        at = t * size + y
+        _add_rows(
+            ring, slots[t], slots[t + 1], slots[t + 2], slots[t + 3],
+            row_weight[at], row_weight[at + size], row_weight[at + 2 * size], row_weight[at + 3 * size],
+            line, np.uint64(_LEFT * channels), np.uint64(width * channels), t == 0,
+        )  # fmt: skip
+    _add_columns(
+        line, gather, column_weight, np.uint64(num_taps[1]), np.uint64(channels), np.uint64(size), planes,
+        np.uint64(y * size),
+    )  # fmt: skip
 
 
 @_compile
-def _to_floats(source, line, begin):
+def _to_floats(source, ring, slot):
     for i in range(np.uint64(len(source))):
-        line[begin + i] = np.float32(source[i]) * _BYTE
+        ring[slot + i] = np.float32(source[i]) * _BYTE
 
 
 @_compile
-def _narrow(line, gather, weight, num_taps, channels, size, ring, slot):
-    """Columns: from one row of the image, its channels interleaved, to C rows of the view's width."""
+def _add_rows(ring, a0, a1, a2, a3, w0, w1, w2, w3, line, begin, length, is_first):
+    for i in range(length):
+        value = _ZERO if is_first else line[begin + i]
+        value += w0 * ring[a0 + i]
+        value += w1 * ring[a1 + i]
+        value += w2 * ring[a2 + i]
+        line[begin + i] = value + w3 * ring[a3 + i]
+
+
+@_compile
+def _add_columns(line, gather, weight, num_taps, channels, size, planes, begin):
+    """From a row as wide as the crop, its channels interleaved, to C rows of the view's width."""
     for c in range(channels):
-        to = slot + c * size
+        to = c * size * size + begin
         for t in range(_U0, num_taps, _U4):
             a0, w0 = t * channels + c, t * size
             a1, a2, a3 = a0 + channels, a0 + _U2 * channels, a0 + _U3 * channels
             w1, w2, w3 = w0 + size, w0 + _U2 * size, w0 + _U3 * size
             for i in range(size):
                 at = gather[i]
-                value = ring[to + i] if t else _ZERO
+                value = planes[to + i] if t else _ZERO
                 value += weight[w0 + i] * line[a0 + at]
                 value += weight[w1 + i] * line[a1 + at]
                 value += weight[w2 + i] * line[a2 + at]
-                ring[to + i] = value + weight[w3 + i] * line[a3 + at]
-
-
-@_compile
-def _add_rows(ring, a0, a1, a2, a3, w0, w1, w2, w3, planes, begin, size, is_first):
-    for i in range(size):
-        value = _ZERO if is_first else planes[begin + i]
-        value += w0 * ring[a0 + i]
-        value += w1 * ring[a1 + i]
-        value += w2 * ring[a2 + i]
-        planes[begin + i] = value + w3 * ring[a3 + i]
+                planes[to + i] = value + weight[w3 + i] * line[a3 + at]
 
 
 # --- colour -----------------------------------------------------------------------------------------------------------

@@ -62,12 +62,11 @@ def crop_resize(
 
     canvas = torch.from_numpy(_pack(images, boxes)).to(device)  # (B, H, W, C)
     batch, height, width, channels = canvas.shape
-    # columns first: crops are mostly smaller than the view, so fewer rows are left for the slower of the two
-    x = canvas.transpose(1, 2).reshape(batch, width, height * channels).float().mul_(1 / 255)
-    x = _interpolate(x, *columns).view(batch, size, height, channels)  # (B, x, H, C)
-    x = x.permute(0, 2, 3, 1).reshape(batch, height, channels * size)
-    x = _interpolate(x, *rows).view(batch, size, channels, size)  # (B, y, C, x)
-    return x.transpose(1, 2).contiguous()  # (B, C, S, S)
+    x = canvas.float().mul_(1 / 255)
+    x = _interpolate(x.view(batch, height, width * channels), *rows).view(batch, size, width, channels)
+    x = x.permute(0, 2, 3, 1).reshape(batch, width, channels * size)
+    x = _interpolate(x, *columns).view(batch, size, channels, size)  # (B, x, C, y)
+    return x.permute(0, 2, 3, 1).contiguous()  # (B, C, S, S)
 
 
 def image_sizes(images: Images) -> np.ndarray:
