@@ -174,11 +174,9 @@ def gaussian_blur(x: Tensor, sigma: np.ndarray, *, semantics: Semantics = "googl
         x: (B, C, S, S).
         sigma: (B,) in pixels.
     """
-    radius = x.shape[-2] // 10 // 2
-    distance = np.arange(radius + 1) / sigma[:, None].astype(np.float64)  # (B, radius + 1), in sigmas
-    kernel = np.exp(-0.5 * distance**2)
-    kernel /= 2 * kernel.sum(axis=1, keepdims=True) - kernel[:, :1]
-    weight = torch.from_numpy(kernel.astype(np.float32)).to(x.device).view(*kernel.shape, 1, 1, 1)
+    kernel = torch.from_numpy(blur_kernels(sigma, x.shape[-2])).to(x.device)  # (B, radius + 1)
+    radius = kernel.shape[1] - 1
+    weight = kernel.view(*kernel.shape, 1, 1, 1)
     mode = "constant" if semantics == "google" else "reflect"
     for dim, padding in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
         length = x.shape[dim]
@@ -188,6 +186,17 @@ def gaussian_blur(x: Tensor, sigma: np.ndarray, *, semantics: Semantics = "googl
             pair = padded.narrow(dim, radius - k, length) + padded.narrow(dim, radius + k, length)
             x.add_(pair.mul_(weight[:, k]))
     return x
+
+
+def blur_kernels(sigma: np.ndarray, size: int) -> np.ndarray:
+    """(B,) sigmas -> (B, radius + 1) float32: one half of each kernel, its centre first.
+
+    Taps below 1e-8, which float32 pixels cannot see, are 0: that lets a back end skip them.
+    """
+    distance = np.arange(size // 10 // 2 + 1) / sigma[:, None].astype(np.float64)  # in sigmas
+    kernel = np.exp(-0.5 * distance**2)
+    kernel /= 2 * kernel.sum(axis=1, keepdims=True) - kernel[:, :1]
+    return np.where(kernel < 1e-8, 0, kernel).astype(np.float32)
 
 
 def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@
 torch.Size([8, 3, 32, 32])
 """
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +24,10 @@ from simclr.augment.reference import render
 from simclr.augment.resize import Images, check_images, chunks, crop_resize, image_sizes
 from simclr.errors import UserError
 
+Backend = Literal["auto", "reference", "cpu"]
+"""Who makes the pixels: batched torch on the device (reference.py), or compiled kernels on the CPU (cpu.py), which
+are faster there. Both make the same bits. "auto" is "cpu" when the device is the CPU."""
+
 
 def make_views(
     images: Images,
@@ -31,6 +37,7 @@ def make_views(
     epoch: int | np.ndarray,
     indices: np.ndarray,
     device: torch.device | str = "cpu",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Both views of each image of a batch.
 
@@ -43,21 +50,24 @@ def make_views(
         seed: 0 to 2**64 - 1.
         epoch: the epoch, or (B,) one for each image.
         indices: (B,) the images' positions in their data set.
+        backend: who makes the pixels; changes none of them.
 
     Returns:
-        Two tensors (B, C, S, S), float32 in [0, 1], on `device`.
+        Two tensors (B, C, S, S), float32 in [0, 1], on `device`; those of the kernels are channels-last.
 
     Raises:
         UserError: images that are not uint8 or not of the policy's channels, or indices that do not fit them.
     """
     check_images(images, policy.channels)
     sizes = image_sizes(images)
+    params = [draw(policy, sizes, seed=seed, epoch=epoch, indices=indices, view=view) for view in (0, 1)]
+    if _by_kernels(backend, device):
+        from simclr.augment import cpu  # Numba takes a quarter of a second to import
 
-    def view(number: int) -> Tensor:
-        params = draw(policy, sizes, seed=seed, epoch=epoch, indices=indices, view=number)
-        return render(images, params, policy, device)
-
-    return view(0), view(1)
+        first, second = cpu.render(images, params, policy)
+        return first.to(device), second.to(device)
+    first, second = (render(images, of_view, policy, device) for of_view in params)
+    return first, second
 
 
 def eval_images(
@@ -67,6 +77,7 @@ def eval_images(
     *,
     crop: float | None = None,
     device: torch.device | str = "cpu",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The one fixed view that evaluation uses: a central square, resized.
 
@@ -77,9 +88,10 @@ def eval_images(
         images: B uint8 images: one array (B, H, W, C) or a list of arrays (H, W, C) of any sizes.
         crop: share of the shorter side that is kept. None is the authors' rule: 0.875 above 32 pixels, and 1 at
             32 and below, where an image that already has that size is used as it is.
+        backend: who makes the pixels; changes none of them.
 
     Returns:
-        (B, C, size, size) float32 in [0, 1], on `device`.
+        (B, C, size, size) float32 in [0, 1], on `device`; those of the kernels are channels-last.
     """
     share = (0.875 if size > 32 else 1.0) if crop is None else crop
     if not 0 < share <= 1:
@@ -97,8 +109,16 @@ def eval_images(
     else:
         boxes = np.column_stack([np.zeros_like(sizes), sizes])
         resized = np.rint(size / share).astype(np.int64) * sizes // shorter
+    if _by_kernels(backend, device):
+        from simclr.augment import cpu
+
+        return cpu.crop_resize(images, boxes, size, semantics, resized=resized).to(device)
     batch = torch.empty(len(images), channels, size, size, device=device)
     for rows in chunks(boxes, size, device):
         window = crop_resize(images[rows], boxes[rows], size, semantics, resized=resized[rows], device=device)
         batch[rows] = window.clamp_(0, 1)
     return batch
+
+
+def _by_kernels(backend: Backend, device: torch.device | str) -> bool:
+    return backend == "cpu" or (backend == "auto" and torch.device(device).type == "cpu")

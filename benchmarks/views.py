@@ -1,0 +1,209 @@
+"""Views per second of ours against lightly, torchvision and kornia, in one run on the same images.
+
+    pip install lightly kornia            # both optional
+    python benchmarks/views.py --json views.json
+
+Colour images, the paper's policy (crop, flip, jitter of strength 1, grayscale; blur above 32 pixels), strength 0.5 for
+32 pixels as the paper has it for CIFAR. Two views of each image, as float32. Each round times every contender once, one
+after the other, and takes the ratio within the round; the table gives median (smallest to largest) over the rounds.
+
+On one core everything runs in this process. On two, ours and kornia have two threads; lightly and torchvision work on
+one image at a time and have two worker processes of a DataLoader, started and warm before the clock runs.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from simclr.augment.policy import Policy
+from simclr.augment.views import make_views
+
+OURS = "ours"
+
+
+@dataclass(frozen=True)
+class Setting:
+    size: int
+    source: int
+    strength: float
+    batch: int
+    """Images that batched contenders get at once."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.size} pixels from {self.source}"
+
+    @property
+    def blur(self) -> float:
+        return 0.5 if self.size > 32 else 0.0
+
+
+SETTINGS = [Setting(32, 32, 0.5, 256), Setting(224, 256, 1.0, 32)]
+Contender = Callable[[], int]
+"""Makes some views and returns how many."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=0.5, help="least time of one measurement")
+    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--json", type=Path, help="also write every measurement here")
+    args = parser.parse_args()
+    results = []
+    for setting in SETTINGS:
+        for cores in args.cores:
+            torch.set_num_threads(cores)
+            speeds = measure(contenders(setting, cores), args.rounds, args.seconds)
+            results.append({"setting": setting.name, "cores": cores, "views_per_second": speeds})
+            print_table(setting, cores, speeds)
+    if args.json:
+        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        args.json.write_text(json.dumps({"machine": machine, "versions": versions, "results": results}, indent=1))
+
+
+def measure(contenders: dict[str, Contender], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Views per second of each contender in each round, after a round to warm up."""
+    speeds = {name: [] for name in contenders}
+    for round_ in range(rounds + 1):
+        for name, contender in contenders.items():
+            made, begun = 0, time.perf_counter()
+            while (spent := time.perf_counter() - begun) < seconds:
+                made += contender()
+            if round_:
+                speeds[name].append(made / spent)
+    return speeds
+
+
+def print_table(setting: Setting, cores: int, speeds: dict[str, list[float]]) -> None:
+    print(f"\n{setting.name}, {cores} core{'s' * (cores > 1)}: views per second, and how many times as many ours makes")
+    for name, values in speeds.items():
+        ratios = [ours / theirs for ours, theirs in zip(speeds[OURS], values, strict=True)]
+        print(f"  {name:24} {spread(values, '{:9,.0f}')}   {spread(ratios, '{:6.2f}')}", flush=True)
+
+
+def spread(values: list[float], form: str) -> str:
+    median, low, high = (form.format(x) for x in (statistics.median(values), min(values), max(values)))
+    return f"{median} ({low.strip()} to {high.strip()})"
+
+
+# --- contenders -------------------------------------------------------------------------------------------------------
+
+
+def contenders(setting: Setting, cores: int) -> dict[str, Contender]:
+    shape = (setting.batch, setting.source, setting.source, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    found = {
+        OURS: ours(setting, images, "cpu"),
+        "our reference": ours(setting, images, "reference"),
+        "torchvision v2": one_by_one(
+            torchvision(setting), [torch.from_numpy(i).permute(2, 0, 1) for i in images], cores
+        ),
+    }
+    try:
+        found["lightly"] = one_by_one(lightly(setting), [Image.fromarray(image) for image in images], cores)
+    except ImportError as error:
+        print(f"lightly is left out ({error}): pip install lightly")
+    try:
+        found["kornia"] = kornia(setting, torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+    except ImportError as error:
+        print(f"kornia is left out ({error}): pip install kornia")
+    return found
+
+
+def ours(setting: Setting, images: np.ndarray, backend: str) -> Contender:
+    policy = Policy.google(setting.size, strength=setting.strength)
+    epochs = iter(range(2**32))
+
+    def contender() -> int:
+        first, _ = make_views(
+            images, policy, seed=0, epoch=next(epochs), indices=np.arange(len(images)), backend=backend
+        )
+        return 2 * len(first)
+
+    return contender
+
+
+def torchvision(setting: Setting) -> Callable:
+    s, kernel = setting.strength, setting.size // 10 | 1
+    blur = [v2.RandomApply([v2.GaussianBlur(kernel, (0.1, 2.0))], setting.blur)] if setting.blur else []
+    chain = v2.Compose(
+        [
+            v2.RandomResizedCrop(setting.size, antialias=True),
+            v2.RandomHorizontalFlip(),
+            v2.RandomApply([v2.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s)], 0.8),
+            v2.RandomGrayscale(0.2),
+            *blur,
+            v2.ToDtype(torch.float32, scale=True),
+        ]
+    )
+    return lambda image: (chain(image), chain(image))
+
+
+def lightly(setting: Setting) -> Callable:
+    from lightly.transforms import SimCLRTransform
+
+    return SimCLRTransform(
+        input_size=setting.size, cj_strength=setting.strength, gaussian_blur=setting.blur, normalize=None
+    )
+
+
+def kornia(setting: Setting, images: torch.Tensor) -> Contender:
+    import kornia.augmentation as K
+
+    s, size, kernel = setting.strength, setting.size, setting.size // 10 | 1
+    blur = [K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=setting.blur)] if setting.blur else []
+    chain = torch.nn.Sequential(
+        K.RandomResizedCrop((size, size)),
+        K.RandomHorizontalFlip(),
+        K.ColorJitter(0.8 * s, 0.8 * s, 0.8 * s, 0.2 * s, p=0.8),
+        K.RandomGrayscale(p=0.2),
+        *blur,
+    )
+
+    def contender() -> int:
+        with torch.no_grad():
+            return len(chain(images)) + len(chain(images))
+
+    return contender
+
+
+class Pairs(Dataset):
+    """Two views of each image, for worker processes."""
+
+    def __init__(self, transform: Callable, images: list) -> None:
+        self.transform, self.images = transform, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> list[torch.Tensor]:
+        return list(self.transform(self.images[index]))
+
+
+def one_by_one(transform: Callable, images: list, cores: int) -> Contender:
+    """Views in batches of 16 images, from this process or from as many workers as there are cores."""
+    workers = {"num_workers": cores, "persistent_workers": True} if cores > 1 else {}
+    # enough images for workers to be busy most of the time; few enough for one pass to be a short measurement
+    data = Pairs(transform, images[:32] if cores == 1 else (images * 4)[:256])
+    loader = DataLoader(data, batch_size=16, **workers)
+    return lambda: sum(len(first) + len(second) for first, second in loader)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", module="kornia|lightly|torchvision|pytorch_lightning")
+    main()
