@@ -34,7 +34,7 @@ def test_a_process_on_its_own(monkeypatch):
 
 def test_a_batch_is_shared_evenly_or_refused():
     assert [World(rank=rank, size=4).local_slice(8) for rank in (0, 3)] == [slice(0, 2), slice(6, 8)]
-    with pytest.raises(UserError, match="batch size 10 cannot be shared evenly by 4"):
+    with pytest.raises(UserError, match="--batch-size was 10, which 4 processes cannot share evenly"):
         World(size=4).local_slice(10)
 
 

@@ -251,7 +251,7 @@ def gradients_of_a_step(rank, size, store, dtype, result):
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
         world = World(rank=rank, size=size, local_rank=rank)
     images = open_data("digits").subset(np.arange(150))
-    config = replace(CONFIG, head_layers=3, knn_every=0, temperature=0.5)
+    config = replace(CONFIG, head_layers=3, knn_every=0, temperature=0.5, batch_size=64)
     task, _ = pretraining.build_task(images, config, RunFolder(Path(store).parent / "none"), world)
     model = task.method.to(dtype)
     if size > 1:
