@@ -4,7 +4,7 @@ A view is made in at most three passes over planes that stay in a core's cache: 
 to contrast (which needs the mean of the whole view), the other operations, and blur.
 
 Each number is reached by the operations of `reference.py` in the same order, without contraction to fused
-multiply-adds, so that the pixels are the reference's bit for bit, on any processor.
+multiply-adds, so that the pixels are the reference's bit for bit.
 
 All that is compiled stands in this one file, because Numba's cache notices a change of the file of a function but
 not of what the function calls. Indices are unsigned where that spares the test for negative ones, which would keep
