@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-MARGIN = 0.05  # of accuracy; random 16-wide encoders stand near 0.72, pretrained ones after this minute near 0.80
+MARGIN = 0.03  # of accuracy; with so many labels a random 16-wide encoder stands near 0.735, one trained so near 0.79
 
 work = Path(sys.argv[1])
 run, result = work / "run", work / "result.json"
 for command in (
-    ["simclr", "pretrain", "fashion-mnist", "--recipe", "cpu", "--epochs", "1", "--knn-every", "0", "--out", str(run)],
+    ["simclr", "pretrain", "fashion-mnist", "--recipe", "cpu", "--epochs", "2", "--knn-every", "0", "--out", str(run)],
     ["simclr", "evaluate", str(run), "fashion-mnist", "--labels", "10%", "--json", str(result)],
 ):
     subprocess.run(command, check=True)
