@@ -81,9 +81,9 @@ RECIPES: dict[str, Recipe] = {
             name="cpu",
             summary="Any small images on a CPU: a 16-wide ResNet-10 at 32 pixels and below.",
             command="simclr pretrain DATA --recipe cpu",
-            cost="60,000 images of 28 pixels: about 70 seconds per epoch on two cores",
+            cost="60,000 images of 28 pixels: one to two minutes per epoch on two cores",
             least_steps=1500,
-            expect="fashion-mnist: see the README's table",
+            expect="fashion-mnist: 80 % linear accuracy from 600 labels (pixels 77 %), 87 % from all (pixels 85 %)",
             config=_SMALL,
         ),
         Recipe(
