@@ -1,10 +1,11 @@
-"""Kill a run with SIGKILL at random moments until it is done, and compare it with one that was left alone.
+"""Kill runs with SIGKILL at random moments, resume them until they are done, and compare with one left alone.
 
     python benchmarks/kill_and_resume.py --kills 20
 
-Moments are drawn uniformly over the life of each process: while images are read, in the middle of a step, while a
-checkpoint is written. Every fourth kill comes a moment after a checkpoint's temporary file appears, so that saving is
-hit for certain. Exit code 0 only when weights, optimiser state and metrics.jsonl are equal bit for bit.
+Moments are drawn uniformly over the first half of a whole run's time, for each process anew: while images are read, in
+the middle of a step, while a checkpoint is written. Every fourth kill comes a moment after a checkpoint's temporary
+file appears, so that saving is hit for certain. Exit code 0 only when weights, optimiser state and metrics.jsonl are
+equal bit for bit.
 (The test suite holds a short form: tests/test_train.py.)
 """
 
@@ -38,21 +39,33 @@ def main() -> None:
         subprocess.run(pretrain(alone), check=True, stderr=subprocess.DEVNULL)
         life = time.perf_counter() - begun
         print(f"undisturbed: {life:.1f} s")
-        for kill in range(args.kills):
-            process = subprocess.Popen(
-                pretrain(killed) if not (killed / "config.json").exists() else resume(killed),
-                stderr=subprocess.DEVNULL,
-            )
-            how = wait(process, killed, generator, life, while_saving=kill % 4 == 3)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            newest = checkpoints(killed / "checkpoints")
-            at = step_of(newest[0]) if newest else 0
-            print(f"kill {kill + 1:2d} {how}; newest checkpoint: step {at}", flush=True)
-        subprocess.run(resume(killed), check=True, stderr=subprocess.DEVNULL)
-        same = compare(alone, killed)
+        kills, same = 0, True
+        while kills < args.kills or not finished(killed):
+            command = resume(killed) if (killed / "config.json").exists() else pretrain(killed)
+            process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            if kills == args.kills:
+                process.wait()
+                break
+            how = wait(process, killed, generator, life / 2, while_saving=kills % 4 == 3)
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+                newest = checkpoints(killed / "checkpoints")
+                print(
+                    f"kill {kills:2d} {how}; newest checkpoint: step {step_of(newest[0]) if newest else 0}", flush=True
+                )
+            if finished(killed):
+                same = same and compare(alone, killed)
+                print(f"reached its end: {'the same' if same else 'DIFFERENT'}; again from the start", flush=True)
+                killed = killed.with_name(killed.name + "+")
+        same = same and compare(alone, killed)
     print("bit for bit the same" if same else "DIFFERENT")
     sys.exit(0 if same else 1)
+
+
+def finished(run: Path) -> bool:
+    return (run / "summary.json").exists()
 
 
 def pretrain(out: Path) -> list[str]:
