@@ -1,5 +1,6 @@
 """What each sub-command does, once its arguments are known to be good."""
 
+import io
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluate import KNN_K, KNN_TEMPERATURE, split_data
 from simclr.evaluate import evaluate as evaluate_encoder
+from simclr.features import extract
 from simclr.progress import counting, say
 from simclr.recipes import RECIPES, Recipe, choose_recipe, find_recipe, fit_recipe
 from simclr.run import RunFolder, describe_machine, open_run
@@ -125,14 +127,10 @@ def evaluate(args: "cli.Evaluate") -> None:
 
 def embed(args: "cli.Embed") -> None:
     """`simclr embed RUN DATA --out FILE.npz`: features, keys and labels of every image of every split."""
-    import io
-
     _require_writable(args.out)
     model = load(args.run, device=_device(args.device))
     images, _ = _open_for(model, args.data, args.labels_file, split="all")
     with counting("Embedding") as progress:
-        from simclr.features import extract
-
         features = extract(model.encoder, images, semantics=model.preprocessing, progress=progress)
     arrays: dict[str, np.ndarray] = {"features": features, "keys": np.array(list(images.keys))}
     if images.labels is not None:
