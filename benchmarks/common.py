@@ -5,6 +5,7 @@
 is about everything around the encoder.
 """
 
+import copy
 import json
 import multiprocessing
 import os
@@ -30,7 +31,7 @@ from simclr import pretrain as pretraining
 from simclr.config import PretrainConfig
 from simclr.data.images import Images, array_images
 from simclr.distributed import World
-from simclr.run import create_run, describe_machine
+from simclr.run import RunFolder, create_run, describe_machine
 from simclr.train import Outcome, Task, train
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -55,7 +56,7 @@ def paired_rounds(contenders: dict[str, Contender], rounds: int, seconds: float)
 
 
 def views_per_second(contender: Contender, seconds: float) -> float:
-    """Speed over as many calls as take at least `seconds`."""
+    """Speed over as many calls as take at least `seconds`; of work that is done when the call returns."""
     made, begun = 0, time.perf_counter()
     while (spent := time.perf_counter() - begun) < seconds:
         made += contender()
@@ -174,12 +175,14 @@ def run_ours(
     *,
     change: Callable[[Task], Task] = lambda task: task,
     world: World | None = None,
+    folder: Path | None = None,
 ) -> None:
     """`simclr pretrain` with `on_step(task, steps done)` called after each step, until it ends or raises `Stop`.
 
     Args:
         change: Adjusts the task before training, such as its number of steps.
         world: Processes that share the batch; without one, this process on the device that the settings name.
+        folder: Where the run is kept, and gone on with if there is one; None: nowhere.
     """
     if world is None:
         gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
@@ -190,11 +193,35 @@ def run_ours(
         settings["progress"] = Watch(lambda done: on_step(task, done))
         return train(task, run, world, **settings)
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = world.broadcast(str(Path(folder) / "run"))
-        run = create_run(Path(path), config, {}) if world.is_main else pretraining.RunFolder(Path(path))
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(world.broadcast(str(folder or Path(temporary) / "run")))
+        if world.is_main and not path.exists():
+            create_run(path, config, {})
         with patch("simclr.pretrain.train", watched), suppress(Stop):
-            pretraining.pretrain(images, config, run, world)
+            pretraining.pretrain(images, config, RunFolder(path), world)
+
+
+def encoder_alone(task: Task) -> Contender:
+    """Forward and backward of encoder and head on ready random views: what a step cannot do without."""
+    method = copy.deepcopy(task.method)
+    encoder, head = method.encoder, method.head
+    expects, device = encoder.config, next(method.parameters()).device
+    views = torch.rand(2 * task.images_per_step, expects.channels, expects.size, expects.size, device=device)
+    views = views.to(memory_format=torch.channels_last)
+    half = task.precision != torch.float32
+    if half:
+        views = views.to(task.precision)
+    gradient: list[torch.Tensor] = []
+
+    def contender() -> int:
+        with torch.autocast(device.type, task.precision, enabled=half):
+            z = head(encoder(views))
+        gradient[:] = gradient or [torch.randn_like(z)]
+        method.zero_grad(set_to_none=True)
+        z.backward(gradient[0])
+        return len(views)
+
+    return contender
 
 
 # --- lightly's loop ---------------------------------------------------------------------------------------------------

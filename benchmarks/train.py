@@ -17,7 +17,6 @@ take turns, a few seconds each, and ratios are taken within a round: median (sma
 """
 
 import argparse
-import copy
 import time
 import warnings
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from common import (
     LightlyLoop,
     Stop,
     best_workers,
+    encoder_alone,
     in_fresh_process,
     machine,
     pil_images,
@@ -194,25 +194,6 @@ class Rounds:
         for _ in range(self._loop.ahead + 1):
             if time.perf_counter() - begun < self._seconds:  # where steps are long, two batches are no head start
                 self._loop()
-
-
-def encoder_alone(task: Task) -> Contender:
-    """Forward and backward of encoder and head on ready random views: what a step cannot do without."""
-    method = copy.deepcopy(task.method)
-    encoder, head = method.encoder, method.head
-    expects = encoder.config
-    views = torch.rand(2 * task.images_per_step, expects.channels, expects.size, expects.size)
-    views = views.to(memory_format=torch.channels_last)
-    gradient: list[torch.Tensor] = []
-
-    def contender() -> int:
-        z = head(encoder(views))
-        gradient[:] = gradient or [torch.randn_like(z)]
-        method.zero_grad(set_to_none=True)
-        z.backward(gradient[0])
-        return len(views)
-
-    return contender
 
 
 def our_config(setting: Setting) -> PretrainConfig:

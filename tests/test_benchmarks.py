@@ -1,6 +1,7 @@
 """The benchmarks that check something: bytes between processes against the formula, the emoji split, the GPU suite."""
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,23 @@ def test_variants_of_an_emoji_are_on_one_side_and_tests_have_no_skin_tones() -> 
         objects = [part for part, category in side.values() if category == "objects"]
         assert objects.count("test") == 20
     assert len(tested) == 7  # each family was tested under some seed
+
+
+def test_gpu_suite_runs_and_its_checks_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU with the smallest sizes; a section that is cut off or fails must not take the others with it."""
+    import gpu_suite
+
+    def broken(_bench: object) -> dict:
+        raise ValueError("as planned")
+
+    monkeypatch.setattr(gpu_suite, "SECTIONS", [("broken", broken, 5), *gpu_suite.SECTIONS])
+    out = tmp_path / "suite.json"
+    monkeypatch.setattr("sys.argv", ["gpu_suite.py", "--device", "cpu", "--tiny", "--out", str(out)])
+    with pytest.raises(SystemExit, match="failed: broken; ran, but not right: none"):
+        gpu_suite.main()
+    sections = json.loads(out.read_text())["sections"]
+    assert sections.pop("broken")["error"] == "ValueError: as planned"
+    needs_gpu = {"batch-65536", "tests"}
+    assert {name for name, found in sections.items() if found["status"] == "skipped"} == needs_gpu
+    assert all(found["status"] == "done" for name, found in sections.items() if name not in needs_gpu)
+    assert all(sections[name]["right"] for name in ("views-against-reference", "loss-against-dense", "resume"))
