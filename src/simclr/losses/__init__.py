@@ -1,7 +1,7 @@
 """Contrastive losses of SimCLR and the label-free measures of what they do to the features."""
 
 from simclr.losses.metrics import alignment, contrastive_accuracy_and_entropy, effective_rank, uniformity
-from simclr.losses.nt_xent import nt_xent, nt_xent_dense
+from simclr.losses.nt_xent import nt_xent, nt_xent_dense, nt_xent_views, nt_xent_views_dense
 
 __all__ = [
     "alignment",
@@ -9,5 +9,7 @@ __all__ = [
     "effective_rank",
     "nt_xent",
     "nt_xent_dense",
+    "nt_xent_views",
+    "nt_xent_views_dense",
     "uniformity",
 ]

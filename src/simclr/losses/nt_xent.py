@@ -1,13 +1,16 @@
-"""NT-Xent, the contrastive loss of SimCLR (Chen et al. 2020, arXiv:2002.05709, equation 1 and algorithm 1).
+"""NT-Xent, the contrastive loss of SimCLR (Chen et al. 2020, arXiv:2002.05709, equation 1 and algorithm 1), and
+its decoupled form DCL (Yeh et al. 2021, arXiv:2110.06848), for two views of each image or more.
 
-Shapes: n images per process, W processes, N = 2 n W rows (two views of every image), D the width.
+Shapes: n images per process, W processes, V views of each image, N = V n W rows, D the width.
 
-`nt_xent_dense` is the definition: what one reads and what tests trust. `nt_xent` computes the same number,
-whichever way suits the size: densely, or streamed over tiles of the similarity matrix (losses/streamed.py),
-or with the rows shared out over the processes of a distributed run.
+`nt_xent_dense` and `nt_xent_views_dense` are the definitions: what one reads and what tests trust. `nt_xent` and
+`nt_xent_views` compute the same numbers, whichever way suits the size: densely, or streamed over tiles of the
+similarity matrix (losses/streamed.py, on GPUs losses/cuda.py), or with the rows shared out over the processes of a
+distributed run.
 """
 
 import math
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -17,22 +20,40 @@ from torch.nn import functional as F
 
 from simclr.distributed import World
 from simclr.errors import UserError
+from simclr.losses.operands import Operands, operands_for
 from simclr.losses.streamed import others_logsumexp
 
-__all__ = ["check_views", "l2_normalize", "nt_xent", "nt_xent_dense", "nt_xent_streamed", "precise"]
+__all__ = [
+    "check_views",
+    "l2_normalize",
+    "nt_xent",
+    "nt_xent_dense",
+    "nt_xent_streamed",
+    "nt_xent_views",
+    "nt_xent_views_dense",
+    "nt_xent_views_streamed",
+    "precise",
+]
 
 STREAM_FROM_ROWS = 640
 """Where streaming overtakes the dense form, forward and backward (D = 128, 1 and 2 threads)."""
 
 
 def nt_xent(
-    za: Tensor, zb: Tensor, temperature: float = 0.1, normalize: bool = True, *, world: World | None = None
+    za: Tensor,
+    zb: Tensor,
+    temperature: float = 0.1,
+    normalize: bool = True,
+    *,
+    world: World | None = None,
+    decoupled: bool = False,
 ) -> Tensor:
     """Mean over all views of the cross entropy of picking a view's partner among all other views.
 
     The authors' code optimises twice this: the mean over the first views plus the mean over the second.
     Logits are fp32 (fp64 for fp64 input) under any autocast. Memory grows with N x D, not N x N. Gradients of
-    gradients are not defined for large batches.
+    gradients are not defined for large batches. On a GPU the unit rows of bf16 projections are rounded to bf16
+    once more; those of fp32 projections are multiplied with 16 bits (losses/operands.py).
 
     Args:
         za: (n, D) projections of the first views of this process's images.
@@ -43,17 +64,46 @@ def nt_xent(
             gradients scaled such that their mean over processes (what DistributedDataParallel takes) is the
             exact gradient of that loss. All processes hold the same n, and must let the result into their
             backward pass alike.
+        decoupled: Leave the partner out of the denominator (DCL); the loss may then be negative.
 
     Returns:
         A scalar, in nats.
 
     Raises:
-        UserError: A temperature that is not positive, views of different shape, or no image.
+        UserError: A temperature that is not positive, views of different shape, or too few images.
     """
     check_views(za, zb, temperature)
-    if (world is None or world.size == 1) and 2 * len(za) < STREAM_FROM_ROWS:
+    if _few(2 * len(za), world) and not decoupled:
         return nt_xent_dense(za, zb, temperature, normalize)
-    return nt_xent_streamed(za, zb, temperature, normalize, world=world)
+    return nt_xent_views(torch.stack([za, zb]), temperature, normalize, world=world, decoupled=decoupled)
+
+
+def nt_xent_views(
+    views: Tensor,
+    temperature: float = 0.1,
+    normalize: bool = True,
+    *,
+    world: World | None = None,
+    decoupled: bool = False,
+) -> Tensor:
+    """`nt_xent` for any number of views: the mean over ordered pairs (i, p) of two views of one image of
+
+        -s_ip + log sum_j exp(s_ij)
+
+    over all j other than i itself, so that an image's further views stay in the sum, as in SupCon's L_out
+    (Khosla et al. 2020, arXiv:2004.11362); or, if `decoupled`, over all views j of other images.
+
+    Args:
+        views: (V, n, D) projections, V from 2; `views[v, i]` shows this process's image i.
+        temperature: As in `nt_xent`, like those that follow.
+    """
+    _check_stack(views, temperature)
+    images = views.shape[1] * (world.size if world else 1)
+    if decoupled and images < 2:
+        raise UserError("the decoupled loss was given 1 image, but its negatives are other images: give at least two")
+    if _few(len(views) * images, world):
+        return nt_xent_views_dense(views, temperature, normalize, decoupled)
+    return nt_xent_views_streamed(views, temperature, normalize, world=world, decoupled=decoupled)
 
 
 def nt_xent_dense(za: Tensor, zb: Tensor, temperature: float = 0.1, normalize: bool = True) -> Tensor:
@@ -68,25 +118,57 @@ def nt_xent_dense(za: Tensor, zb: Tensor, temperature: float = 0.1, normalize: b
         return F.cross_entropy(logits, partner)
 
 
+def nt_xent_views_dense(
+    views: Tensor, temperature: float = 0.1, normalize: bool = True, decoupled: bool = False
+) -> Tensor:
+    """The definition of `nt_xent_views`, with the whole similarity matrix in memory."""
+    with torch.autocast(views.device.type, enabled=False):
+        z = precise(views).flatten(0, 1)  # (N, D)
+        if normalize:
+            z = l2_normalize(z)
+        logits = z @ z.T / temperature  # (N, N)
+        image = torch.arange(views.shape[1], device=z.device).repeat(len(views))  # (N,) what a row shows
+        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+        alike = image[:, None] == image  # (N, N)
+        log_sums = logits.masked_fill(alike if decoupled else itself, -math.inf).logsumexp(1)  # (N,)
+        return (log_sums[:, None] - logits)[alike & ~itself].mean()
+
+
 def nt_xent_streamed(
     za: Tensor, zb: Tensor, temperature: float = 0.1, normalize: bool = True, *, world: World | None = None
 ) -> Tensor:
     """`nt_xent` without the similarity matrix, on any number of processes."""
-    with torch.autocast(za.device.type, enabled=False):
-        views = precise(torch.stack([za, zb]))  # (2, n, D)
+    return nt_xent_views_streamed(torch.stack([za, zb]), temperature, normalize, world=world)
+
+
+def nt_xent_views_streamed(
+    views: Tensor,
+    temperature: float = 0.1,
+    normalize: bool = True,
+    *,
+    world: World | None = None,
+    decoupled: bool = False,
+) -> Tensor:
+    """`nt_xent_views` without the similarity matrix, on any number of processes."""
+    with torch.autocast(views.device.type, enabled=False):
+        kernels = operands_for(views)
+        views = precise(views)  # (V, n, D)
         if normalize:
             views = l2_normalize(views)
+        if kernels is Operands.BF16:  # for every product alike, that of a positive pair too
+            views = views + (views.bfloat16().float() - views).detach()
         # Unit rows have similarities in [-1, 1]; from here on exp(similarity / temperature) is safe in fp32.
         bounded = normalize and temperature >= 0.03
         num_views, batch, width = views.shape
-        if world is not None and world.size > 1:
-            z = _GatherRows.apply(views.flatten(0, 1), world)  # (N, D), process after process
-        else:
-            z = views.flatten(0, 1)  # (N, D)
-        log_sums = others_logsumexp(z, temperature, bounded=bounded, world=world)  # (N,)
-        first, second = z.view(-1, num_views, batch, width).unbind(1)  # (W, n, D) each
-        positives = (first * second).sum(-1) / temperature  # (W, n)
-        return log_sums.mean() - positives.mean()
+        # A decoupled sum leaves out an image's views together, so they are neighbours.
+        rows = views.transpose(0, 1).flatten(0, 1) if decoupled else views.flatten(0, 1)  # (V n, D)
+        z = _GatherRows.apply(rows, world) if world is not None and world.size > 1 else rows  # process after process
+        log_sums = others_logsumexp(
+            z, temperature, bounded=bounded, group=num_views if decoupled else 1, world=world, kernels=kernels
+        )  # (N,)
+        of_view = z.view(-1, num_views, 1 if decoupled else batch, width).unbind(1)  # (n W, 1, D) or (W, n, D) each
+        pairs = [(first * second).sum(-1) / temperature for first, second in combinations(of_view, 2)]
+        return log_sums.mean() - torch.stack(pairs).mean()
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -118,6 +200,11 @@ def precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _few(rows: int, world: World | None) -> bool:
+    """Whether the dense form is the faster one."""
+    return (world is None or world.size == 1) and rows < STREAM_FROM_ROWS
+
+
 def check_views(za: Tensor, zb: Tensor, temperature: float) -> None:
     """Refuse what the loss is not defined for."""
     if not 0 < temperature < math.inf:
@@ -129,3 +216,12 @@ def check_views(za: Tensor, zb: Tensor, temperature: float) -> None:
         )
     if za.numel() == 0:
         raise UserError(f"the views have shape {tuple(za.shape)}, nothing to contrast: give at least one image")
+
+
+def _check_stack(views: Tensor, temperature: float) -> None:
+    if views.ndim != 3 or len(views) < 2:
+        raise UserError(
+            f"the views have shape {tuple(views.shape)}: it must be (views, images, width) with at least two views, "
+            "in each the same images in the same order"
+        )
+    check_views(views[0], views[1], temperature)

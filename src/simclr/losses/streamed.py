@@ -4,7 +4,9 @@ The costly half of NT-Xent is, for every row i of z (N, D),
 
     L_i = log sum_{j != i} exp(s_ij),    s_ij = z_i . z_j / temperature,
 
-the other half, the positive pairs, being N dot products. With g = d loss / d L and P_ij = exp(s_ij - L_i),
+the other half, the positive pairs, being N dot products. Where rows come in groups (the views of an image), a sum
+can leave out the row's whole group instead of the row alone; the formulas stay the same. With g = d loss / d L
+and P_ij = exp(s_ij - L_i),
 
     d loss / d z_i = 1 / temperature  sum_{j != i} (g_i P_ij + g_j P_ji) z_j.
 
@@ -14,6 +16,8 @@ of additions is fixed, so results are equal bit for bit from run to run.
 
 In a distributed run every process holds all of z, does the rows that are its own, and shares their L (N
 numbers in all); the formula then gives the whole gradient of its rows without another exchange.
+
+This file has the tiles as operations of torch, for any device and for fp64. cuda.py has them as two kernels.
 """
 
 import math
@@ -25,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from simclr.distributed import World
+from simclr.losses.operands import Operands
 
 __all__ = ["others_logsumexp"]
 
@@ -36,7 +41,14 @@ GPU_TILE = 4096
 
 
 def others_logsumexp(
-    z: Tensor, temperature: float, *, bounded: bool, world: World | None = None, tile: int | None = None
+    z: Tensor,
+    temperature: float,
+    *,
+    bounded: bool,
+    group: int = 1,
+    world: World | None = None,
+    tile: int | None = None,
+    kernels: Operands | None = None,
 ) -> Tensor:
     """L of each row of `z` (module docstring), differentiable once.
 
@@ -45,48 +57,75 @@ def others_logsumexp(
         temperature: What dot products are divided by.
         bounded: Promise that exp(z_i . z_j / temperature) and sums of it stay within fp32, both large and
             small, as they do for unit rows and temperatures from 0.03. Saves a fifth of the time.
+        group: Rows in a group, which follow each other; a row's sum is over the rows of other groups. Each
+            process holds whole groups.
         world: The processes that share the rows. All of them must compute the same scalar from the result;
             backward then leaves in each process the gradient of its own rows, and zero for those of others.
         tile: Rows and columns of a tile; chosen by device when not given.
+        kernels: Use the Triton kernels, with these operands; z is fp32 then, with few enough columns.
 
     Returns:
         (N,), the same in every process. A row that is alone has -inf.
     """
     if tile is None:
         tile = CPU_TILE if z.device.type == "cpu" else GPU_TILE
-    return _OthersLogSumExp.apply(z, temperature, bounded, world or World(), tile)
+    tile = max(tile // group, 1) * group  # groups lie within tiles
+    return _OthersLogSumExp.apply(z, temperature, bounded, group, world or World(), tile, kernels)
 
 
 class _OthersLogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, temperature: float, bounded: bool, world: World, tile: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        temperature: float,
+        bounded: bool,
+        group: int,
+        world: World,
+        tile: int,
+        kernels: Operands | None,
+    ) -> Tensor:
         own = world.local_slice(len(z))
-        reduce = _log_of_sums if bounded else _merged_log_sums
-        log_sums = world.all_gather_rows(reduce(z, temperature, own, tile)[own])  # (N,)
+        if kernels:
+            from simclr.losses import cuda
+
+            found = cuda.log_sums(z, temperature, own, group=group, bounded=bounded, operands=kernels)
+        else:
+            reduce = _log_of_sums if bounded else _merged_log_sums
+            found = reduce(z, temperature, own, group, tile)[own]
+        log_sums = world.all_gather_rows(found)  # (N,)
         ctx.save_for_backward(z, log_sums)
-        ctx.settings = temperature, bounded, own, tile
+        ctx.settings = temperature, bounded, group, own, tile, kernels
         return log_sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         z, log_sums = ctx.saved_tensors
-        temperature, bounded, own, tile = ctx.settings
-        weigh = _bounded_weights_ if bounded else _weights_
+        temperature, bounded, group, own, tile, kernels = ctx.settings
         dz = torch.zeros_like(z)  # (N, D)
         with torch.autocast(z.device.type, enabled=False):
-            for rows, columns, s in _similarities(z, temperature, own, tile):
-                weights = weigh(s, log_sums[rows], log_sums[columns], grad[rows], grad[columns])
-                dz[rows].addmm_(weights, z[columns])
-                if _mirrored(rows, columns, own):
-                    dz[columns].addmm_(weights.T, z[rows])
-        return dz.div_(temperature), None, None, None, None
+            if kernels:
+                from simclr.losses import cuda
+
+                dz[own] = cuda.gradients(
+                    z, log_sums, grad, temperature, own, group=group, bounded=bounded, operands=kernels
+                )
+            else:
+                weigh = _bounded_weights_ if bounded else _weights_
+                for rows, columns, s in _similarities(z, temperature, own, group, tile):
+                    weights = weigh(s, log_sums[rows], log_sums[columns], grad[rows], grad[columns])
+                    dz[rows].addmm_(weights, z[columns])
+                    if _mirrored(rows, columns, own):
+                        dz[columns].addmm_(weights.T, z[rows])
+                dz.div_(temperature)
+        return dz, None, None, None, None, None, None
 
 
-def _log_of_sums(z: Tensor, temperature: float, own: slice, tile: int) -> Tensor:
+def _log_of_sums(z: Tensor, temperature: float, own: slice, group: int, tile: int) -> Tensor:
     """L of the rows `own` for bounded similarities, whose exponentials need no shift."""
     sums = z.new_zeros(len(z))
-    for rows, columns, s in _similarities(z, temperature, own, tile):
+    for rows, columns, s in _similarities(z, temperature, own, group, tile):
         s.exp_()
         sums[rows] += s.sum(1)
         if _mirrored(rows, columns, own):
@@ -94,10 +133,10 @@ def _log_of_sums(z: Tensor, temperature: float, own: slice, tile: int) -> Tensor
     return sums.log_()
 
 
-def _merged_log_sums(z: Tensor, temperature: float, own: slice, tile: int) -> Tensor:
+def _merged_log_sums(z: Tensor, temperature: float, own: slice, group: int, tile: int) -> Tensor:
     """L of the rows `own` for any similarities."""
     log_sums = z.new_full((len(z),), -math.inf)
-    for rows, columns, s in _similarities(z, temperature, own, tile):
+    for rows, columns, s in _similarities(z, temperature, own, group, tile):
         log_sums[rows] = log_sums[rows].logaddexp(s.logsumexp(1))
         if _mirrored(rows, columns, own):
             log_sums[columns] = log_sums[columns].logaddexp(s.logsumexp(0))
@@ -115,15 +154,18 @@ def _weights_(s: Tensor, l_rows: Tensor, l_columns: Tensor, g_rows: Tensor, g_co
     return s.sub_(l_rows[:, None]).exp_().mul_(g_rows[:, None]).add_(of_columns)
 
 
-def _similarities(z: Tensor, temperature: float, own: slice, tile: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Tiles of s with -inf where a row meets itself; each is overwritten by the next."""
+def _similarities(
+    z: Tensor, temperature: float, own: slice, group: int, tile: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Tiles of s with -inf where a row meets its group; each is overwritten by the next."""
     memory = z.new_empty(min(tile, len(z)) ** 2)
     for rows, columns in _tiles(len(z), own, tile):
         shape = rows.stop - rows.start, columns.stop - columns.start
         s = memory[: shape[0] * shape[1]].view(shape)
         torch.addmm(s, z[rows], z[columns].T, beta=0, alpha=1 / temperature, out=s)
         if rows == columns:
-            s.fill_diagonal_(-math.inf)
+            groups = len(s) // group
+            s.view(groups, group, groups, group).diagonal(dim1=0, dim2=2).fill_(-math.inf)
         yield rows, columns, s
 
 
