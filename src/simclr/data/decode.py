@@ -123,13 +123,13 @@ def shrunk_size(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def shrink(pixels: np.ndarray, side: int) -> np.ndarray:
-    """(H, W, C) pixels with their shorter side at most `side`, by Pillow's antialiased Lanczos filter."""
+    """(H, W, C) pixels with their shorter side at most `side`, by Pillow's antialiased bicubic filter."""
     height, width, channels = pixels.shape
     new_height, new_width = shrunk_size(height, width, side)
     if (new_height, new_width) == (height, width):
         return pixels
     image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
-    small = image.resize((new_width, new_height), Image.Resampling.LANCZOS)
+    small = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
     return np.array(small).reshape(new_height, new_width, channels)
 
 

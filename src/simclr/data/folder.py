@@ -18,7 +18,7 @@ import numpy as np
 from simclr.data.decode import decode_files
 from simclr.data.images import Channels, Images, Skipped, Split, choose_channels, part_of
 from simclr.data.labels import index_labels, read_label_file
-from simclr.data.pack import Pack, Spot, open_pack, pack_place
+from simclr.data.pack import Pack, Spot, open_pack, pack_place, say_if_stale
 from simclr.data.scan import Found, scan_folder, some
 from simclr.errors import UserError
 
@@ -92,7 +92,7 @@ def open_folder(
     place = pack_place(pack, root, scan.files, side)
     if place is not None:
         packed, said = open_pack(place, files, side=side, workers=workers, progress=progress, say=say)
-        notes += said
+        notes += said + say_if_stale(packed, scan.files)
     decoded = _decode_all(files, packed, side, workers, budget, progress)
     unreachable = [item for item in scan.skipped if item.key.startswith(tuple(prefixes))]
     skipped = sorted([*unreachable, *decoded.skipped])

@@ -11,6 +11,7 @@ that have changed or gone stay until the pack is deleted by hand, as another run
 """
 
 import errno
+import math
 import os
 import shutil
 import socket
@@ -44,8 +45,8 @@ KEEP_FREE = 1 << 30
 """Bytes of the disk that a pack leaves to others, such as the checkpoints of the run."""
 SLOW_SECONDS = 5.0
 """Decoding that takes longer than this on one core is worth a pack."""
-SECONDS_PER_FILE, SECONDS_PER_BYTE = 1e-4, 1 / 22e6
-"""Of decoding on one core: PNG files of 28 x 28, and JPEG files of 500 x 375 and 100 KB (docs/lab-notes.md)."""
+SECONDS_PER_FILE, SECONDS_PER_BYTE = 1.5e-4, 1 / 35e6
+"""Of decoding on one core: PNG files of 28 x 28, and JPEG files of 500 x 375 and 90 KB (docs/lab-notes.md)."""
 SIDES = (512, 384, 320, 256, 224, 192, 160, 128, 96, 64)
 """Shorter sides that are proposed where native size does not fit."""
 _SAMPLE = 200  # headers read to estimate the size of a pack
@@ -67,6 +68,10 @@ class Spot(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         height, width, channels = self.shard.shapes[self.row].tolist()
         return height, width, channels
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape)
 
 
 def pack_place(setting: str, root: Path, files: Sequence[Found], side: int | None) -> Path | None:
@@ -123,6 +128,11 @@ class Pack:
     def num_bytes(self) -> int:
         """On the disk."""
         return sum(shard.num_bytes for shard in self._shards.values() if shard is not None)
+
+    @property
+    def num_pixel_bytes(self) -> int:
+        """Of all images, also those whose files have changed or gone."""
+        return sum(shard.num_pixel_bytes for shard in self._shards.values() if shard is not None)
 
     @property
     def num_shards(self) -> int:
@@ -213,6 +223,17 @@ def open_pack(
     return pack, notes
 
 
+def say_if_stale(pack: Pack, files: Sequence[Found]) -> list[str]:
+    """What to say of a pack that holds more for files of former days than for `files`, all those of the folder."""
+    spots = (pack.find(file) for file in files)
+    stale = pack.num_pixel_bytes - sum(spot.num_bytes for spot in spots if isinstance(spot, Spot))
+    if stale <= pack.num_pixel_bytes / 2:
+        return []
+    return [
+        f"{_size(stale)} of the pack are of files that have changed or gone: delete it, and it is made anew without them."
+    ]
+
+
 def _complete(
     pack: Pack, files: Sequence[Found], side: int | None, workers: int, progress: Progress | None, say: Say
 ) -> list[str]:
@@ -225,7 +246,7 @@ def _complete(
         fitting = [s for s in smaller if _estimate(shapes, len(files), s) + KEEP_FREE <= free]
         proposal = f"--pack-side {fitting[0]} would fit, or " if fitting else ""
         return [
-            f"No pack is made: it would take about {_size(needed)}, and {pack.place} has {_size(free)} free. "
+            f"There is no room for the pack: it needs about {_size(needed)}, and {pack.place} has {_size(free)} free. "
             f"{proposal}--pack names a folder on a larger disk."
         ]
     say(f"Decoding {len(files):,} images into the pack {pack.place}, once for all runs (about {_size(needed)}).")

@@ -32,6 +32,7 @@ class Shard:
 
     Attributes:
         num_bytes: Of the file.
+        num_pixel_bytes: Of all its images.
         files: Stamp of each image's file (`pack.stamp`).
         shapes: (m, 3) int64 height, width and channels.
         left_out: Stamps of files that are no images, and why.
@@ -52,8 +53,8 @@ class Shard:
         magic, num_bytes, checksum = _TRAILER.unpack(self._map[-_TRAILER.size :])
         if magic != _MAGIC:
             raise ValueError("cut short, or written by another version")
-        num_pixels = len(self._map) - _TRAILER.size - num_bytes
-        index = self._map[num_pixels : num_pixels + num_bytes] if num_pixels >= 0 else b""
+        self.num_pixel_bytes = len(self._map) - _TRAILER.size - num_bytes
+        index = self._map[max(0, self.num_pixel_bytes) : -_TRAILER.size]
         if sha256(index).digest() != checksum:
             raise ValueError("its index is damaged")
         content = json.loads(index)
@@ -62,9 +63,9 @@ class Shard:
         self.shapes = np.array(content["shapes"], np.int64).reshape(-1, 3)
         self._crcs = np.array(content["crc32"], np.int64)
         self._bounds = np.concatenate([[0], self.shapes.prod(axis=1).cumsum()])  # (m + 1,)
-        if num_pixels != self._bounds[-1]:
+        if self.num_pixel_bytes != self._bounds[-1]:
             raise ValueError("its pixels are cut short")
-        self._pixels = np.frombuffer(self._map, np.uint8, count=num_pixels)
+        self._pixels = np.frombuffer(self._map, np.uint8, count=self.num_pixel_bytes)
         self._checked = np.zeros(len(self.files), bool)
 
     def expect(self, i: int) -> None:
