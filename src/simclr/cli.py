@@ -38,6 +38,13 @@ class Pretrain:
     labels_file: Path | None = None
     """CSV of path,label lines for a folder of images; only for the kNN check, training uses no label."""
 
+    pack: str = "auto"
+    """Where a folder's images are kept decoded, for all runs: a folder, off, or auto: the user's cache folder, if
+    decoding is slow."""
+
+    pack_side: int | None = None
+    """Shrink images whose shorter side is longer to this many pixels, once; unset: every pixel is kept."""
+
     config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
 
 
@@ -54,6 +61,9 @@ class Resume:
 
     data: str | None = None
     """Where the images are now, if they have moved."""
+
+    pack: str | None = None
+    """Where a folder's images are kept decoded, as in `simclr pretrain`; unset: as the run began. Changes no pixel."""
 
     config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
 
@@ -83,6 +93,12 @@ class Evaluate:
     labels_file: Path | None = None
     """CSV of path,label lines for a folder of images."""
 
+    pack: str = "auto"
+    """Where a folder's images are kept decoded, as in `simclr pretrain`."""
+
+    pack_side: int | None = None
+    """Shrink larger images, as in `simclr pretrain`; unset: as the run did."""
+
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one."""
 
@@ -103,6 +119,12 @@ class Embed:
     labels_file: Path | None = None
     """CSV of path,label lines for a folder of images."""
 
+    pack: str = "auto"
+    """Where a folder's images are kept decoded, as in `simclr pretrain`."""
+
+    pack_side: int | None = None
+    """Shrink larger images, as in `simclr pretrain`; unset: as the run did."""
+
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one."""
 
@@ -121,6 +143,9 @@ class Views:
     """The picture to write."""
 
     recipe: str | None = None
+    """As in `simclr pretrain`."""
+
+    pack: str = "auto"
     """As in `simclr pretrain`."""
 
     images: int = 8

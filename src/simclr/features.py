@@ -42,7 +42,7 @@ def extract(
     with inference(encoder):
         for begin in range(0, len(images), batch_size):
             rows = np.arange(begin, min(begin + batch_size, len(images)))
-            pixels = eval_images(images.batch(rows), config.size, semantics, device=device)  # (B, C, S, S)
+            pixels = eval_images(images.peek(rows), config.size, semantics, device=device)  # (B, C, S, S)
             features[rows] = encoder(pixels).float().cpu().numpy()
             if progress is not None:
                 progress(int(rows[-1]) + 1, len(images))
@@ -54,7 +54,7 @@ def pixels_of(images: Images, *, size: int, semantics: Semantics = "google", bat
     batches = []
     for begin in range(0, len(images), batch_size):
         rows = np.arange(begin, min(begin + batch_size, len(images)))
-        batches.append(eval_images(images.batch(rows), size, semantics).flatten(1).numpy())  # (B, C*S*S)
+        batches.append(eval_images(images.peek(rows), size, semantics).flatten(1).numpy())  # (B, C*S*S)
     return np.concatenate(batches)
 
 

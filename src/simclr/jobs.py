@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ def pretrain(args: "cli.Pretrain", flags_over: FlagsOver) -> None:
     options: dict[str, Any] = {
         "strict": args.strict,
         "labels": str(args.labels_file.resolve()) if args.labels_file else None,
+        "pack": _lasting_pack(args.pack),
+        "side": args.pack_side,
     }
     source = _lasting(args.data)
     world = distributed.start(args.config.device)
@@ -80,7 +83,8 @@ def resume(args: "cli.Resume", flags_over: FlagsOver) -> None:
     try:
         _same_threads(origin, world)
         source = _lasting(args.data) if args.data else _known_place(origin, args.run)
-        images = _open(source, world, channels=config.channels, **origin["data"]["options"])
+        options = origin["data"]["options"] | ({"pack": args.pack} if args.pack else {})
+        images = _open(source, world, channels=config.channels, **options)
         pretraining.same_data(images, origin, args.run)
         outcome = pretraining.pretrain(images, config, run, world)
     finally:
@@ -97,7 +101,7 @@ def evaluate(args: "cli.Evaluate") -> None:
             _require_writable(path)
     device = _device(args.device)
     model = load(args.run, device=device)
-    train, test = _open_for(model, args.data, args.labels_file)
+    train, test = _open_for(model, args)
     split = split_data(train, test, seed=args.seed, labels=args.labels)
     say(f"Evaluating on {train.name}: {split.how}.")
     if test is None:
@@ -129,7 +133,7 @@ def embed(args: "cli.Embed") -> None:
     """`simclr embed RUN DATA --out FILE.npz`: features, keys and labels of every image of every split."""
     _require_writable(args.out)
     model = load(args.run, device=_device(args.device))
-    images, _ = _open_for(model, args.data, args.labels_file, split="all")
+    images, _ = _open_for(model, args, split="all")
     with counting("Embedding") as progress:
         features = extract(model.encoder, images, semantics=model.preprocessing, progress=progress)
     arrays: dict[str, np.ndarray] = {"features": features, "keys": np.array(list(images.keys))}
@@ -153,7 +157,8 @@ def views(args: "cli.Views", flags_over: FlagsOver) -> None:
     _require_writable(args.out)
     recipe = find_recipe(args.recipe) if args.recipe else None
     world = World()
-    images = _open(args.data, world, channels=flags_over(recipe.config if recipe else PretrainConfig()).channels)
+    channels = flags_over(recipe.config if recipe else PretrainConfig()).channels
+    images = _open(args.data, world, channels=channels, pack=args.pack)
     config = _settle(recipe, images, flags_over, world)
     policy = pretraining.policy_of(config, images.channels)
     _write(args.out, draw_views(images, policy, rows=args.images, columns=args.columns, seed=config.seed))
@@ -209,13 +214,16 @@ def _open(
     channels: Channels = "auto",
     strict: bool = False,
     labels: str | None = None,
+    pack: str = "auto",
+    side: int | None = None,
     known: Sequence[str] = (),
 ) -> Images:
     """Open data and say aloud what there is to say, but for what is `known`."""
     with counting("Reading images", main=world.is_main) as progress:
         images = open_data(
             source, split=split, channels=channels, strict=strict, labels=Path(labels) if labels else None,
-            workers=os.cpu_count() or 1, progress=progress,
+            workers=os.cpu_count() or 1, progress=progress, pack=pack, side=side,
+            say=partial(say, main=world.is_main),
         )  # fmt: skip
     for note in images.notes:
         if note not in known:
@@ -224,14 +232,18 @@ def _open(
 
 
 def _open_for(
-    model: Embedder, source: str, labels: Path | None, *, split: Split = "train"
+    model: Embedder, args: "cli.Evaluate | cli.Embed", *, split: Split = "train"
 ) -> tuple[Images, Images | None]:
-    """Data as the encoder expects it, and its own test part where it has one."""
-    path = str(labels) if labels else None
-    images = _fit_channels(_open(source, World(), split=split, labels=path), model)
+    """Data as the encoder expects it, shrunk as its run shrank it, and its own test part where it has one."""
+    side = args.pack_side
+    if side is None and (args.run / "run.json").is_file() and Path(args.data).expanduser().is_dir():
+        side = open_run(args.run).origin["data"]["options"].get("side")
+    labels = str(args.labels_file) if args.labels_file else None
+    images = _fit_channels(_open(args.data, World(), split=split, labels=labels, pack=args.pack, side=side), model)
     if split == "all" or not images.has_own_split:
         return images, None
-    return images, _fit_channels(_open(source, World(), split="test", labels=path, known=images.notes), model)
+    test = _open(args.data, World(), split="test", labels=labels, pack=args.pack, side=side, known=images.notes)
+    return images, _fit_channels(test, model)
 
 
 def _fit_channels(images: Images, model: Embedder) -> Images:
@@ -275,6 +287,10 @@ def _lasting(source: str) -> str:
     if name in NAMES:
         return f"{name}:{Path(place).expanduser().resolve()}" if colon else source
     return str(Path(source).expanduser().resolve())
+
+
+def _lasting_pack(pack: str) -> str:
+    return pack if pack in ("auto", "off") else str(Path(pack).expanduser().resolve())
 
 
 def _known_place(origin: dict[str, Any], run: Path) -> str:

@@ -181,7 +181,7 @@ def _batches(images: Images, policy: Policy, config: PretrainConfig, world: Worl
             rows = epochs == epoch
             indices[rows] = order(int(epoch))[positions[rows] % n]
         return make_views(
-            images.batch(indices),
+            images.peek(indices),
             policy,
             seed=config.seed,
             epoch=epochs,

@@ -12,10 +12,11 @@ import re
 import stat
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -37,20 +38,32 @@ ENDINGS = frozenset([
 ])
 # fmt: on
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-def decode_files(paths: Iterable[Path], workers: int) -> Iterator[np.ndarray | str]:
-    """Decode files in their order with `workers` threads (0: in this one); a few are in flight at a time.
+
+class Passing(str):
+    """A reason that lies in the machine and not in the file, such as a lack of memory: it may pass."""
+
+
+def decode_files(paths: Iterable[Path], workers: int, side: int | None = None) -> Iterator[np.ndarray | str]:
+    """`decode_file` of each path, in their order, with `workers` threads (0: in this one)."""
+    yield from in_order(partial(decode_file, side=side), paths, workers)
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
+    """Work that decodes, done in the order of `items` with `workers` threads; a few are in flight at a time.
 
     Pillow lets go of the interpreter lock while it decodes, so threads suffice.
     """
     _hush_pillow()
     if workers < 1:
-        yield from map(decode_file, paths)
+        yield from map(work, items)
         return
     with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[Future[np.ndarray | str]] = deque()
-        for path in paths:
-            ahead.append(pool.submit(decode_file, path))
+        ahead: deque[Future[Result]] = deque()
+        for item in items:
+            ahead.append(pool.submit(work, item))
             if len(ahead) > 4 * workers:
                 yield ahead.popleft().result()
         while ahead:
@@ -70,8 +83,12 @@ def decode_image(source: Path | Image.Image) -> np.ndarray:
     return pixels
 
 
-def decode_file(path: Path) -> np.ndarray | str:
-    """(H, W, 1 or 3) uint8 pixels of a file, or a few words that say why there are none."""
+def decode_file(path: Path, side: int | None = None) -> np.ndarray | str:
+    """(H, W, 1 or 3) uint8 pixels of a file, or a few words that say why there are none.
+
+    Args:
+        side: Images whose shorter side is longer are shrunk to it (`shrink`).
+    """
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
@@ -81,9 +98,39 @@ def decode_file(path: Path) -> np.ndarray | str:
         if found.st_size > MAX_FILE_BYTES:
             return f"file of {found.st_size:,} bytes, more than {MAX_FILE_BYTES:,}"
         with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
-            return _guarded(image)
+            pixels = _guarded(image)
+        return pixels if side is None or isinstance(pixels, str) else shrink(pixels, side)
     except Exception as error:  # Pillow's readers raise nearly every kind of error on damaged bytes
         return _reason(error)
+
+
+def peek_shape(path: Path) -> tuple[int, int, int] | None:
+    """Height, width and channels that a file's header claims (before any turn); None where it cannot be read."""
+    _hush_pillow()
+    try:
+        with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
+            return image.height, image.width, 1 if image.mode in ("1", "L", "LA", "I", "I;16", "F") else 3
+    except Exception:  # as in decode_file
+        return None
+
+
+def shrunk_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Height and width after `shrink`."""
+    shorter = min(height, width)
+    if shorter <= side:
+        return height, width
+    return (height * side + shorter // 2) // shorter, (width * side + shorter // 2) // shorter  # to the nearest
+
+
+def shrink(pixels: np.ndarray, side: int) -> np.ndarray:
+    """(H, W, C) pixels with their shorter side at most `side`, by Pillow's antialiased bicubic filter."""
+    height, width, channels = pixels.shape
+    new_height, new_width = shrunk_size(height, width, side)
+    if (new_height, new_width) == (height, width):
+        return pixels
+    image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
+    small = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    return np.array(small).reshape(new_height, new_width, channels)
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
@@ -168,9 +215,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"decompression bomb: more than {MAX_PIXELS:,} pixels"  # from Pillow's own, higher limit
     if isinstance(error, MemoryError):
-        return "needs more memory than there is"
+        return Passing("needs more memory than there is")
     if isinstance(error, OSError) and error.errno is not None:
-        return (error.strerror or text).lower()
+        return Passing((error.strerror or text).lower())
     if isinstance(error, EOFError) or "truncated" in text.lower():
         return "truncated"
     return f"damaged: {text or type(error).__name__}"

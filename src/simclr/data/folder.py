@@ -1,13 +1,14 @@
 """A folder of images as `Images`: labels from sub-folders or a label file, broken files found at opening.
 
-Every file is decoded once here, so that a broken one is met now and not in the night. The pixels stay in
-memory where all of them fit a budget; else only the sizes are kept and each batch decodes its files again.
+Every file is decoded once, here or when its pack (`pack.py`) was made, so that a broken one is met now and not in the
+night. Pixels come from the pack's memory map, if there is one. Else they stay in memory where all of them fit a
+budget; else only the sizes are kept and each batch decodes its files again.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ import numpy as np
 from simclr.data.decode import decode_files
 from simclr.data.images import Channels, Images, Skipped, Split, choose_channels, part_of
 from simclr.data.labels import index_labels, read_label_file
+from simclr.data.pack import Pack, Spot, open_pack, pack_place, say_if_stale
 from simclr.data.scan import Found, scan_folder, some
 from simclr.errors import UserError
 
@@ -24,6 +26,8 @@ MEMORY_SHARE = 0.25
 """Share of the physical memory (or of the container's limit) that decoded pixels may take."""
 MEMORY_MOST = 8 << 30
 """Bytes of decoded pixels kept at most, on machines with more than 32 GiB; other programs run there too."""
+SMALLEST_SIDE = 16
+"""Images shrunk further than this show nothing."""
 TEST_FOLDERS = ("test", "val")
 """Names of the sub-folder that, beside train/, holds the test part; the first that is there counts."""
 
@@ -38,6 +42,9 @@ def open_folder(
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
     memory_budget: int | None = None,
+    pack: str = "off",
+    side: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Images:
     """Open the images of a folder, at any depth.
 
@@ -51,10 +58,17 @@ def open_folder(
         workers: Decoding threads, here and in `Images.batch`; 0 decodes in the calling thread.
         progress: Called with (files done, files in all).
         memory_budget: Bytes of decoded pixels to keep; by default MEMORY_SHARE and MEMORY_MOST decide.
+        pack: "off"; "auto": where decoding takes long, pixels are kept in the user's cache folder for all
+            processes and runs; or the folder to keep them in. It changes no pixel.
+        side: Images whose shorter side is longer are shrunk to it (`decode.shrink`), with a pack or without.
+        say: Told at once what takes long or has gone wrong, while `notes` wait until the images are open.
 
     Raises:
-        UserError: nothing usable, a label file that does not fit, with `strict` a broken file.
+        UserError: nothing usable, a label file that does not fit, with `strict` a broken file, a `side` too
+            small, a pack among the images.
     """
+    if side is not None and side < SMALLEST_SIDE:
+        raise UserError(f"--pack-side was {side}; it must be at least {SMALLEST_SIDE} pixels.")
     scan = scan_folder(root, besides=labels)
     if not scan.files and not scan.skipped:
         raise UserError(f"There are no images in {root}: give a folder with .jpg, .png or other image files in it.")
@@ -66,6 +80,7 @@ def open_folder(
     notes = [
         *scan.notes,
         *([f"{outside:,} images outside {' and '.join(parts)} ignored."] if outside else []),
+        *([f"Images with a shorter side above {side} pixels are shrunk to {side} (--pack-side)."] if side else []),
     ]
     given = None
     if labels is not None:  # before the decoding, which may take long
@@ -73,7 +88,12 @@ def open_folder(
         given = index_labels(read_label_file(labels, root, [file.key for file in files], known))
 
     budget = _default_budget() if memory_budget is None else memory_budget
-    decoded = _decode_all(files, workers, budget, progress)
+    packed = None
+    place = pack_place(pack, root, scan.files, side)
+    if place is not None:
+        packed, said = open_pack(place, files, side=side, workers=workers, progress=progress, say=say)
+        notes += said + say_if_stale(packed, scan.files)
+    decoded = _decode_all(files, packed, side, workers, budget, progress)
     unreachable = [item for item in scan.skipped if item.key.startswith(tuple(prefixes))]
     skipped = sorted([*unreachable, *decoded.skipped])
     total = len(files) + len(unreachable)
@@ -84,10 +104,10 @@ def open_folder(
     if skipped:
         named = some([f"{item.key} ({item.reason})" for item in skipped], most=10)
         notes.append(f"{len(skipped):,} of {total:,} files left out: {named}.")
-    if decoded.pixels is None:
+    if decoded.num_bytes > budget:
         notes.append(
-            f"The decoded pixels take {decoded.num_bytes / 2**30:.1f} GiB, and {budget / 2**30:.1f} GiB may "
-            "stay in memory: files are decoded again for each batch."
+            f"The decoded pixels{' of the others' if packed else ''} take {decoded.num_bytes / 2**30:.1f} GiB, and "
+            f"{budget / 2**30:.1f} GiB may stay in memory: files are decoded again for each batch."
         )
     kept = [files[row] for row in decoded.rows]
     sizes = np.array(decoded.sizes, dtype=np.int64)
@@ -108,9 +128,7 @@ def open_folder(
         labels=image_labels,
         classes=classes,
         fingerprint=_fingerprint(kept, sizes, image_labels),
-        read=partial(_read_kept, decoded.pixels)
-        if decoded.pixels is not None
-        else partial(_read_files, kept, sizes, workers),
+        read=_Store(kept, sizes, decoded.lies, packed, side, workers),
         rows=np.arange(len(kept)),
         skipped=skipped,
         notes=notes,
@@ -149,38 +167,55 @@ def _class_folder(key: str, prefixes: Sequence[str]) -> str:
     return top if slash else ""
 
 
+_Lies = Spot | np.ndarray | None
+"""Where an image's pixels lie: in the pack, in memory, or nowhere, so that its file is decoded for each batch."""
+
+
 class _Decoded(NamedTuple):
     rows: list[int]
     """Positions of the good files."""
     sizes: list[tuple[int, int]]
     gray: list[bool]
+    lies: list[_Lies]
     skipped: list[Skipped]
-    pixels: list[np.ndarray] | None
-    """None where they are more than the budget."""
     num_bytes: int
+    """Pixels that are not in the pack; more than the budget are not kept."""
 
 
 def _decode_all(
-    files: Sequence[Found], workers: int, budget: int, progress: Callable[[int, int], None] | None
+    files: Sequence[Found],
+    pack: Pack | None,
+    side: int | None,
+    workers: int,
+    budget: int,
+    progress: Callable[[int, int], None] | None,
 ) -> _Decoded:
+    """What the files hold: those that the pack knows without looking at them, the others decoded."""
     rows, sizes, gray, skipped = [], [], [], []
-    pixels: list[np.ndarray] | None = []
-    num_bytes = 0
-    for row, result in enumerate(decode_files([file.path for file in files], workers)):
+    lies: list[_Lies] = []
+    num_bytes = done = 0
+    known = [None if pack is None else pack.find(file) for file in files]
+    new = [file.path for file, found in zip(files, known, strict=True) if found is None]
+    decoded = decode_files(new, workers, side)
+    for row, found in enumerate(known):
+        result = next(decoded) if found is None else found
         if isinstance(result, str):
             skipped.append(Skipped(files[row].key, result))
         else:
+            height, width, channels = result.shape
             rows.append(row)
-            sizes.append(result.shape[:2])
-            gray.append(result.shape[2] == 1)
-            num_bytes += result.nbytes
-            if num_bytes > budget:
-                pixels = None
-            if pixels is not None:
-                pixels.append(result)
-        if progress is not None:
-            progress(row + 1, len(files))
-    return _Decoded(rows, sizes, gray, skipped, pixels, num_bytes)
+            sizes.append((height, width))
+            gray.append(channels == 1)
+            if isinstance(result, np.ndarray):
+                if num_bytes <= budget < num_bytes + result.nbytes:  # from here on none is kept
+                    lies = [spot if isinstance(spot, Spot) else None for spot in lies]
+                num_bytes += result.nbytes
+            lies.append(result if isinstance(result, Spot) or num_bytes <= budget else None)
+        if found is None:
+            done += 1
+            if progress is not None:
+                progress(done, len(new))
+    return _Decoded(rows, sizes, gray, lies, skipped, num_bytes)
 
 
 def _refuse(root: Path, skipped: Sequence[Skipped], total: int, some_good: bool) -> None:
@@ -193,19 +228,37 @@ def _refuse(root: Path, skipped: Sequence[Skipped], total: int, some_good: bool)
     raise UserError(f"None of the {total:,} image files in {root} can be used, the first is {first}.")
 
 
-def _read_kept(pixels: Sequence[np.ndarray], rows: np.ndarray) -> list[np.ndarray]:
-    return [pixels[row] for row in rows]
+@dataclass(frozen=True)
+class _Store:
+    """Rows -> pixels of the good files, wherever they lie."""
 
+    files: Sequence[Found]
+    sizes: np.ndarray
+    lies: Sequence[_Lies]
+    pack: Pack | None
+    side: int | None
+    workers: int
 
-def _read_files(files: Sequence[Found], sizes: np.ndarray, workers: int, rows: np.ndarray) -> list[np.ndarray]:
-    images = []
-    for row, result in zip(rows, decode_files([files[row].path for row in rows], workers), strict=True):
-        if isinstance(result, str) or result.shape[:2] != tuple(sizes[row]):
-            now = result if isinstance(result, str) else f"{result.shape[0]} x {result.shape[1]} pixels"
-            was = f"{sizes[row][0]} x {sizes[row][1]} pixels"
-            raise UserError(f"{files[row].path} has changed since the data was opened: it was {was} and is now {now}.")
-        images.append(result)
-    return images
+    def __call__(self, rows: np.ndarray) -> list[np.ndarray]:
+        lies = [self.lies[row] for row in rows]
+        for spot in lies:
+            if isinstance(spot, Spot):
+                spot.shard.expect(spot.row)
+        ready = [self.pack.read(spot) if self.pack and isinstance(spot, Spot) else spot for spot in lies]
+        again = self._decode([row for row, pixels in zip(rows, ready, strict=True) if pixels is None])
+        return [next(again) if pixels is None else pixels for pixels in ready]
+
+    def _decode(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
+        results = decode_files([self.files[row].path for row in rows], self.workers, self.side)
+        for row, result in zip(rows, results, strict=True):
+            height, width = self.sizes[row]
+            if isinstance(result, str) or result.shape[:2] != (height, width):
+                now = result if isinstance(result, str) else f"{result.shape[0]} x {result.shape[1]} pixels"
+                raise UserError(
+                    f"{self.files[row].path} has changed since the data was opened: it was {height} x {width} pixels "
+                    f"and is now {now}."
+                )
+            yield result
 
 
 def _fingerprint(files: Iterable[Found], sizes: np.ndarray, labels: np.ndarray | None) -> str:

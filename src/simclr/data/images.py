@@ -49,7 +49,7 @@ class Images:
     fingerprint: str
     """SHA-256 of the contents, the same on every machine: does a run resume on the data it began with?"""
     read: Callable[[np.ndarray], np.ndarray | Sequence[np.ndarray]] = field(repr=False)
-    """Rows of the store -> its (H, W, 1 or 3) uint8 arrays, or one fresh (B, H, W, 1 or 3) array."""
+    """Rows of the store -> its own (H, W, 1 or 3) uint8 arrays, or one fresh (B, H, W, 1 or 3) array."""
     rows: np.ndarray = field(repr=False)
     """(n,) row in the store of each image."""
     skipped: list[Skipped] = field(default_factory=list)
@@ -72,14 +72,28 @@ class Images:
         Raises:
             UserError: a file that was readable at opening has changed or gone.
         """
+        images = self.peek(indices)
+        if isinstance(images, np.ndarray):
+            return images
+        if not self._one_size:
+            return [image.copy() for image in images]
+        return np.stack(images) if images else np.empty((0, *self.sizes[0], self.channels), np.uint8)
+
+    def peek(self, indices: np.ndarray | Sequence[int]) -> np.ndarray | list[np.ndarray]:
+        """As `batch`, without a copy where the store is one of separate images: the arrays are only to be read.
+
+        Returns:
+            (B, H, W, C) uint8, or a list of B (H, W, C) uint8 arrays, which those of a pack are even where all have
+            one size. They stay good for as long as anyone holds them.
+
+        Raises:
+            UserError: as `batch`.
+        """
         indices = np.asarray(indices, dtype=np.intp if len(indices) == 0 else None)
         pixels = self.read(self.rows[indices])
         if isinstance(pixels, np.ndarray):
             return with_channels(pixels, self.channels)
-        images = [with_channels(image, self.channels) for image in pixels]
-        if not self._one_size:
-            return [image.copy() for image in images]
-        return np.stack(images) if images else np.empty((0, *self.sizes[0], self.channels), np.uint8)
+        return [with_channels(image, self.channels) for image in pixels]
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> "Images":
         """The images at `indices` (integers or a mask), in that order, as data of their own."""

@@ -20,6 +20,7 @@ class Found(NamedTuple):
     key: str
     path: Path
     num_bytes: int
+    mtime_ns: int
 
 
 class Scan(NamedTuple):
@@ -64,9 +65,9 @@ def scan_folder(root: Path, besides: Path | None = None) -> Scan:
             ending = os.path.splitext(name)[1].lower()
             try:
                 found = os.stat(path)  # of what a link leads to
-                mode, num_bytes, problem = found.st_mode, found.st_size, "not a regular file"
+                mode, problem = found.st_mode, "not a regular file"
             except OSError as error:
-                mode, num_bytes, problem = 0, 0, f"cannot be reached: {_why(error)}"
+                found, mode, problem = None, 0, f"cannot be reached: {_why(error)}"
             if stat.S_ISDIR(mode):
                 if name.startswith("."):
                     hidden.append(below)
@@ -76,8 +77,8 @@ def scan_folder(root: Path, besides: Path | None = None) -> Scan:
                     folders.append(below)
             elif ending not in ENDINGS:
                 endings[ending] += besides is None or not _same_file(path, besides)
-            elif stat.S_ISREG(mode):
-                files.append(Found(_text(below), path, num_bytes))
+            elif found is not None and stat.S_ISREG(mode):
+                files.append(Found(_text(below), path, found.st_size, found.st_mtime_ns))
             else:
                 skipped.append(Skipped(_text(below), problem))
     return Scan(sorted(files), sorted(skipped), _notes(+endings, hidden))

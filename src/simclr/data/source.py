@@ -22,6 +22,9 @@ def open_data(
     channels: Channels = "auto",
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
+    pack: str = "off",
+    side: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Images:
     """Open images by name or by path.
 
@@ -34,6 +37,9 @@ def open_data(
         channels: "auto": 1 where every image is gray, else 3; "1" or "3" converts.
         workers: Decoding threads.
         progress: Called with (files done, files in all) while a folder is opened.
+        pack: For a folder: "off", "auto" or a place for its pack (`open_folder`).
+        side: For a folder: largest shorter side of its images (`open_folder`).
+        say: Told at once what takes long or has gone wrong.
 
     Returns:
         The images, with `notes` to say aloud.
@@ -53,6 +59,8 @@ def open_data(
     path = Path(source).expanduser()
     if labels is not None and (named or not path.is_dir()):
         raise UserError(f"A label file goes with a folder of images, and {source} is none; an .npz file carries y.")
+    if side is not None and (named or not path.is_dir()):
+        raise UserError(f"--pack-side goes with a folder of images, and {source} is none.")
     if named:
         folder = Path(place).expanduser() if place else None
         if folder is not None and not folder.is_dir():
@@ -67,6 +75,9 @@ def open_data(
             channels=channels,
             workers=workers,
             progress=progress,
+            pack=pack,
+            side=side,
+            say=say,
         )
     if path.is_file():
         if path.suffix.lower() not in (".npz", ".npy"):

@@ -1,0 +1,365 @@
+"""A folder's images decoded once into memory-mapped files, for all processes, epochs and runs.
+
+A pack is a folder of shards (`shard.py`). That is all: there is no list of the shards, and an image is in the pack if
+some whole shard has it under the path, size and time of change of its file. So one rule serves a pack that is new,
+one whose making was killed, one with a damaged shard, and one whose images have changed since: what is not in it is
+decoded and added as further shards.
+
+One process of a machine writes at a time, under a file lock; the others wait for what it writes. Where a network's
+file system keeps no locks, two may write the same images twice: that costs room and harms nothing. Pixels of files
+that have changed or gone stay until the pack is deleted by hand, as another run may be reading them.
+"""
+
+import errno
+import math
+import os
+import shutil
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from simclr.data.decode import Passing, decode_file, in_order, peek_shape, shrunk_size
+from simclr.data.scan import Found
+from simclr.data.shard import ENDING, Shard, ShardWriter
+from simclr.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+SHARD_BYTES = 128 << 20
+"""Pixels in a shard: what a kill may cost, a second or two of decoding. Every further SHARDS_ALIKE shards are twice as
+large, so that a pack of a terabyte has about 450: each one open keeps a file descriptor, of which many systems allow
+1,024."""
+SHARDS_ALIKE = 64
+KEEP_FREE = 1 << 30
+"""Bytes of the disk that a pack leaves to others, such as the checkpoints of the run."""
+SLOW_SECONDS = 5.0
+"""Decoding that takes longer than this on one core is worth a pack."""
+SECONDS_PER_FILE, SECONDS_PER_BYTE = 1.5e-4, 1 / 35e6
+"""Of decoding on one core: PNG files of 28 x 28, and JPEG files of 500 x 375 and 90 KB (docs/lab-notes.md)."""
+SIDES = (512, 384, 320, 256, 224, 192, 160, 128, 96, 64)
+"""Shorter sides that are proposed where native size does not fit."""
+_SAMPLE = 200  # headers read to estimate the size of a pack
+_DAMAGED, _PARTIAL = ".damaged", ".partial"
+_DAY = 86_400.0
+_POLL_SECONDS = 0.2
+
+Progress = Callable[[int, int], None]
+Say = Callable[[str], None]
+
+
+class Spot(NamedTuple):
+    """Where an image lies."""
+
+    shard: Shard
+    row: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        height, width, channels = self.shard.shapes[self.row].tolist()
+        return height, width, channels
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape)
+
+
+def pack_place(setting: str, root: Path, files: Sequence[Found], side: int | None) -> Path | None:
+    """The folder of the pack of `root`, or None where none is wanted.
+
+    Args:
+        setting: "off"; "auto", which is the user's cache folder if decoding is slow enough to be worth it; else a
+            folder that holds packs.
+        side: Largest shorter side of the images; packs of different sides are different packs.
+
+    Raises:
+        UserError: the pack would lie among the images.
+    """
+    if setting == "off":
+        return None
+    if setting == "auto":
+        seconds = len(files) * SECONDS_PER_FILE + sum(file.num_bytes for file in files) * SECONDS_PER_BYTE
+        if seconds < SLOW_SECONDS:
+            return None
+        cache = os.environ.get("XDG_CACHE_HOME", "")
+        packs = (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "simclr" / "packs"
+    else:
+        packs = Path(setting).expanduser().resolve()
+    root = root.resolve()
+    if packs == root or root in packs.parents:
+        raise UserError(f"The pack would lie inside the images' folder {root}: give --pack another folder, or off.")
+    name = "".join(c if c.isascii() and c.isalnum() else "-" for c in root.name) or "images"
+    identity = sha256(os.fsencode(root) + f"\0{side}".encode()).hexdigest()
+    return packs / f"{name[:40]}-{identity[:12]}"
+
+
+def stamp(file: Found) -> str:
+    """What an image is known by: another size or time of change is another image."""
+    return f"{file.num_bytes} {file.mtime_ns} {file.key}"
+
+
+class Pack:
+    """The images of a folder that are decoded already.
+
+    Args:
+        place: The pack's folder; it need not exist.
+        say: Told of what is found damaged.
+    """
+
+    def __init__(self, place: Path, say: Say) -> None:
+        self.place = place
+        self._say = say
+        self._shards: dict[str, Shard | None] = {}  # by name; None for a damaged one
+        self._found: dict[str, Spot | str] = {}
+        self._set_aside: set[Path] = set()
+        self.refresh()
+
+    @property
+    def num_bytes(self) -> int:
+        """On the disk."""
+        return sum(shard.num_bytes for shard in self._shards.values() if shard is not None)
+
+    @property
+    def num_pixel_bytes(self) -> int:
+        """Of all images, also those whose files have changed or gone."""
+        return sum(shard.num_pixel_bytes for shard in self._shards.values() if shard is not None)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._shards)
+
+    @property
+    def damaged(self) -> list[Path]:
+        """Files of the pack to be removed: shards that are not whole."""
+        return [self.place / name for name, shard in self._shards.items() if shard is None]
+
+    def refresh(self) -> int:
+        """Read the indices of the shards that have appeared since; how many images the pack knows."""
+        for path in sorted(self.place.glob("*" + ENDING)):
+            if path.name in self._shards:
+                continue
+            try:
+                shard = Shard(path)
+            except FileNotFoundError:
+                continue  # another process has just removed it
+            except (ValueError, OSError) as error:
+                self._shards[path.name] = None
+                self._say(f"{path} of the pack is damaged ({error}): its images are decoded anew.")
+                continue
+            self._shards[path.name] = shard
+            self._found.update(shard.left_out)
+            self._found.update((name, Spot(shard, row)) for row, name in enumerate(shard.files))
+        return len(self._found)
+
+    def forget(self, path: Path) -> None:
+        """Let a shard of that name count as new."""
+        self._shards.pop(path.name, None)
+
+    def find(self, file: Found) -> Spot | str | None:
+        """Where an image lies, or why its file is none; None where the pack does not know it."""
+        return self._found.get(stamp(file))
+
+    def lacking(self, files: Sequence[Found]) -> list[Found]:
+        """Those that the pack does not know."""
+        return [file for file in files if self.find(file) is None]
+
+    def read(self, spot: Spot) -> np.ndarray | None:
+        """(H, W, 1 or 3) read-only pixels in the memory map; None where they are damaged on the disk.
+
+        A damaged shard is set aside for the next opening to make anew; its other images are still good to read.
+        """
+        pixels = spot.shard.image(spot.row)
+        if pixels is None:
+            path = spot.shard.path
+            if path not in self._set_aside:
+                self._set_aside.add(path)
+                with suppress(OSError):  # a pack that this process may not change
+                    path.rename(path.with_name(path.name + _DAMAGED))
+                self._say(
+                    f"{path} of the pack is damaged (its pixels do not match their checksum): such images are decoded "
+                    "again for each batch, and the next start makes that part of the pack anew."
+                )
+        return pixels
+
+
+def open_pack(
+    place: Path, files: Sequence[Found], *, side: int | None, workers: int, progress: Progress | None, say: Say
+) -> tuple[Pack, list[str]]:
+    """The pack of `files`, first completed where it can be.
+
+    Args:
+        side: As in `decode_file`.
+        workers: Decoding threads.
+        progress: Called with (files done, files in all) while images are added.
+        say: Told at once what takes long or has gone wrong.
+
+    Returns:
+        The pack, and sentences to say aloud. It may lack images, if the disk is full or may not be written.
+    """
+    pack = Pack(place, say)
+    notes = []
+    try:
+        if pack.damaged or pack.lacking(files):
+            place.mkdir(parents=True, exist_ok=True)
+            with _lock(pack, len(files), progress, say):
+                pack.refresh()
+                _remove_leftovers(pack, say)
+                if lacking := pack.lacking(files):
+                    notes += _complete(pack, lacking, side, workers, progress, say)
+    except OSError as error:
+        notes.append(f"The pack {place} cannot be written ({_why(error)}): --pack names another folder.")
+    if pack.num_bytes:
+        notes.insert(0, f"Images come decoded from the pack {place} ({_size(pack.num_bytes)}).")
+    return pack, notes
+
+
+def say_if_stale(pack: Pack, files: Sequence[Found]) -> list[str]:
+    """What to say of a pack that holds more for files of former days than for `files`, all those of the folder."""
+    spots = (pack.find(file) for file in files)
+    stale = pack.num_pixel_bytes - sum(spot.num_bytes for spot in spots if isinstance(spot, Spot))
+    if stale <= pack.num_pixel_bytes / 2:
+        return []
+    return [
+        f"{_size(stale)} of the pack are of files that have changed or gone: delete it, and it is made anew without them."
+    ]
+
+
+def _complete(
+    pack: Pack, files: Sequence[Found], side: int | None, workers: int, progress: Progress | None, say: Say
+) -> list[str]:
+    """Add files to the pack, as far as the disk has room; sentences on what could not be added."""
+    free = shutil.disk_usage(pack.place).free
+    shapes = _sample_shapes(files)
+    needed = _estimate(shapes, len(files), side)
+    if needed + KEEP_FREE > free:
+        smaller = [s for s in SIDES if side is None or s < side]
+        fitting = [s for s in smaller if _estimate(shapes, len(files), s) + KEEP_FREE <= free]
+        proposal = f"--pack-side {fitting[0]} would fit, or " if fitting else ""
+        return [
+            f"There is no room for the pack: it needs about {_size(needed)}, and {pack.place} has {_size(free)} free. "
+            f"{proposal}--pack names a folder on a larger disk."
+        ]
+    say(f"Decoding {len(files):,} images into the pack {pack.place}, once for all runs (about {_size(needed)}).")
+    with closing(in_order(partial(_decode_and_sum, side=side), files, workers)) as results:
+        decoded = zip(files, results, strict=True)
+        try:
+            done = 0
+            while done < len(files):
+                done = _write_shard(pack, decoded, done, lambda now: progress and progress(now, len(files)))
+                pack.refresh()
+        except OSError as error:
+            rest = len(pack.lacking(files))
+            return [f"The pack is not complete ({_why(error)}): {rest:,} of {len(files):,} new images are not in it."]
+    return []
+
+
+def _write_shard(
+    pack: Pack, decoded: Iterator[tuple[Found, "_Decoded | str"]], done: int, count: Callable[[int], object]
+) -> int:
+    """Write the next images as one shard; how many are then done."""
+    if shutil.disk_usage(pack.place).free < KEEP_FREE:
+        raise OSError(errno.ENOSPC, f"less than {_size(KEEP_FREE)} left on the disk")
+    most = SHARD_BYTES << pack.num_shards // SHARDS_ALIKE
+    with ShardWriter(pack.place / f"{_machine()}-{os.getpid()}{_PARTIAL}") as writer:
+        while writer.num_bytes < most and (following := next(decoded, None)) is not None:
+            file, result = following
+            if not isinstance(result, str):
+                writer.add(stamp(file), *result)
+            elif not isinstance(result, Passing):
+                writer.leave_out(stamp(file), result)
+            done += 1
+            count(done)
+    return done
+
+
+class _Decoded(NamedTuple):
+    pixels: np.ndarray
+    crc: int
+
+
+def _decode_and_sum(file: Found, side: int | None) -> _Decoded | str:
+    pixels = decode_file(file.path, side)
+    if isinstance(pixels, str):
+        return pixels
+    pixels = np.ascontiguousarray(pixels)
+    return _Decoded(pixels, zlib.crc32(pixels.data))
+
+
+@contextmanager
+def _lock(pack: Pack, total: int, progress: Progress | None, say: Say) -> Iterator[None]:
+    """Hold the pack's lock, once no other process of this machine (or network) does; show how far that one is."""
+    with open(pack.place / "lock", "ab") as file:
+        waiting = False
+        while not _try_lock(file.fileno()):
+            if not waiting:
+                say(f"Waiting for another process, which writes the pack {pack.place}.")
+                waiting = True
+            time.sleep(_POLL_SECONDS)
+            known = pack.refresh()
+            if progress is not None:
+                progress(min(known, total), total)
+        yield  # closing the file, or the end of the process, gives the lock back
+
+
+def _try_lock(file: int) -> bool:
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: two writers do no harm
+        return True
+    return True
+
+
+def _remove_leftovers(pack: Pack, say: Say) -> None:
+    """Remove damaged shards and what killed processes left; only for the holder of the lock."""
+    for path in pack.damaged:
+        path.unlink(missing_ok=True)
+        pack.forget(path)
+    for path in pack.place.glob("*" + _DAMAGED):
+        say(f"{path} had damaged pixels: its images are decoded anew.")
+        path.unlink(missing_ok=True)
+    for path in pack.place.glob("*" + _PARTIAL):
+        with suppress(FileNotFoundError):
+            # one of another machine may be in the making, where the file system keeps no locks
+            if path.name.startswith(f"{_machine()}-") or time.time() - path.stat().st_mtime > _DAY:
+                path.unlink()
+
+
+def _sample_shapes(files: Sequence[Found]) -> np.ndarray:
+    """(k, 3) heights, widths and channels of some of the files, spread over all of them."""
+    chosen = np.linspace(0, len(files) - 1, min(len(files), _SAMPLE)).astype(int)
+    shapes = [shape for i in chosen if (shape := peek_shape(files[i].path)) is not None]
+    return np.array(shapes, np.int64).reshape(-1, 3)
+
+
+def _estimate(shapes: np.ndarray, num_files: int, side: int | None) -> int:
+    """Bytes that the pixels of all files take, judging by the sample."""
+    if not len(shapes):
+        return 0
+    sizes = [shrunk_size(h, w, side) if side is not None else (h, w) for h, w, _ in shapes.tolist()]
+    return int((np.array(sizes).prod(axis=1) * shapes[:, 2]).mean() * num_files)
+
+
+def _machine() -> str:
+    return "".join(c for c in socket.gethostname() if c.isalnum())
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def _why(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
