@@ -122,6 +122,13 @@ class PretrainConfig:
     deterministic: bool = False
     """On a GPU, only use kernels that give the same bits each time (slower). A CPU always does."""
 
+    memory: Literal["auto", "plain", "recompute", "cache"] = "auto"
+    """How a step fits the memory: plain, activations recomputed (same result), or gradients cached for a chunk of the
+    batch at a time (batch norm then sees chunks); auto: the first that fits."""
+
+    chunk: int = 0
+    """With --memory cache: images of a process in a chunk, which must divide its batch; 0: the most that fit."""
+
     workers: int = 2
     """Threads that decode images and prepare views ahead of the encoder; 0: none. Changes no pixel."""
 
@@ -151,6 +158,7 @@ class PretrainConfig:
             ("keep", 1),
             ("workers", 0),
             ("seed", 0),
+            ("chunk", 0),
         ):
             _require(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
         for name in ("temperature", "lr", "width", "loss_scale"):
@@ -160,6 +168,7 @@ class PretrainConfig:
         for name in ("flip", "jitter", "grayscale", "blur"):
             value = getattr(self, name)
             _require(name, value, value is None or 0 <= value <= 1, "a probability between 0 and 1")
+        _require("chunk", self.chunk, self.chunk == 0 or self.memory == "cache", "0, unless --memory is cache")
         _require("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
         _require("crop_min", self.crop_min, 0 < self.crop_min <= 1, "an area share in (0, 1]")
 

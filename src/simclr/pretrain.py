@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from simclr.errors import UserError
 from simclr.evaluate import accuracy, knn
 from simclr.features import extract
 from simclr.malloc import keep_freed_memory
+from simclr.memory import out_of_memory, settle
 from simclr.methods.simclr import SimCLR, collapse_signs
-from simclr.models.batchnorm import set_global_batch_norm
+from simclr.models.batchnorm import set_global_batch_norm, track_once
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
+from simclr.models.recompute import recompute_blocks
 from simclr.optim import build_optimizer
 from simclr.progress import Progress, say
 from simclr.run import RunFolder, create_run
@@ -58,8 +61,13 @@ def check_settings(config: PretrainConfig, world: World) -> None:
     """Fail before any image is read where a setting alone is wrong."""
     EncoderConfig(name=config.encoder, width=config.width, stem=config.stem, channels=3, size=config.size)
     policy_of(config, channels=3)
-    _precision(config, world)
+    precision_of(config, world)
     world.local_slice(config.batch_size)
+    share = config.batch_size // world.size
+    if config.chunk and share % config.chunk:
+        raise UserError(
+            f"--chunk was {config.chunk}; it must divide the {share} images of a batch that a process has, or be 0."
+        )
 
 
 def check_images(images: Images, config: PretrainConfig, world: World) -> None:
@@ -75,7 +83,13 @@ def check_images(images: Images, config: PretrainConfig, world: World) -> None:
 
 
 def pretrain(
-    images: Images, config: PretrainConfig, run: RunFolder, world: World, *, origin: dict[str, Any] | None = None
+    images: Images,
+    config: PretrainConfig,
+    run: RunFolder,
+    world: World,
+    *,
+    origin: dict[str, Any] | None = None,
+    memory_budget: int | None = None,
 ) -> Outcome:
     """Train, from the newest good checkpoint of the run if it has one, until the end or a signal.
 
@@ -85,9 +99,22 @@ def pretrain(
         world: The processes that share each batch.
         origin: Of a new run (`origin_of`): its folder is made once all else is known to be good. None: the
             folder exists.
+        memory_budget: Bytes that a process of a new run may take; None: nearly all that are free.
+
+    Raises:
+        UserError: Images and settings do not go together, or memory, disk or the loss gave out.
     """
     check_images(images, config, world)
-    _choose_kernels(config, world)
+    choose_kernels(config, world)
+    if origin is None:  # a chunk is part of the result: a run keeps the rung that it began on
+        saved = run.config
+        config = replace(config, memory="plain" if saved.memory == "auto" else saved.memory, chunk=saved.chunk)
+    else:
+        build = partial(build_method, config, images.channels, World(device=world.device))
+        config, sentence = settle(
+            config, images, build, world, precision=precision_of(config, world), budget=memory_budget
+        )
+        say(sentence, main=world.is_main and bool(sentence))
     task, steps_per_epoch = build_task(images, config, run, world)
     if origin is not None and world.is_main:
         create_run(run.path, config, origin)
@@ -99,11 +126,14 @@ def pretrain(
     begun = time.perf_counter()
     views_per_step = config.batch_size * 2
     with Progress(task.total_steps, start, views_per_step, main=world.is_main) as progress:
-        outcome = train(
-            task, run, world,
-            start_step=start, workers=config.workers, log_every=config.log_every, save_every=config.save_every,
-            keep=config.keep, progress=progress,
-        )  # fmt: skip
+        try:
+            outcome = train(
+                task, run, world,
+                start_step=start, workers=config.workers, log_every=config.log_every, save_every=config.save_every,
+                keep=config.keep, progress=progress,
+            )  # fmt: skip
+        except torch.OutOfMemoryError:
+            raise out_of_memory(config) from None
     if world.is_main:
         _report_end(outcome, images, run, steps_per_epoch, time.perf_counter() - begun, views_per_step)
     return outcome
@@ -111,21 +141,13 @@ def pretrain(
 
 def build_task(images: Images, config: PretrainConfig, run: RunFolder, world: World) -> tuple[Task, float]:
     """The task of these settings, and how many steps an epoch has."""
-    encoder_config = EncoderConfig(
-        name=config.encoder, width=config.width, stem=config.stem, channels=images.channels, size=config.size,
-    )  # fmt: skip
-    encoder = build_encoder(encoder_config, seed=config.seed)
-    head = ProjectionHead(
-        encoder.num_features,
-        kind=config.head,
-        layers=config.head_layers,
-        dim=config.head_dim,
-        seed=config.seed,
-    )
-    method = SimCLR(encoder, head, temperature=config.temperature, loss_scale=config.loss_scale, world=world)
-    method.to(world.device).to(memory_format=torch.channels_last)
+    method = build_method(config, images.channels, world)
     if config.global_bn and world.size > 1:
         set_global_batch_norm(method, world.group)
+    if config.memory == "recompute":
+        recompute_blocks(method.encoder.backbone)
+    if config.memory in ("recompute", "cache"):
+        track_once(method)
 
     n, batch_size = len(images), config.batch_size
     total = total_steps(n, config.epochs, batch_size)
@@ -142,12 +164,12 @@ def build_task(images: Images, config: PretrainConfig, run: RunFolder, world: Wo
         total_steps=total,
         images_per_step=batch_size,
         seed=config.seed,
-        precision=_precision(config, world),
+        precision=precision_of(config, world),
         evaluate=_knn_monitor(images, method, config) if world.is_main else None,
         evaluate_every=max(1, round(config.knn_every * n / batch_size)) if config.knn_every else 0,
         warnings=collapse_signs,
         publish=lambda: save_encoder(
-            encoder,
+            method.encoder,
             run.encoder,
             preprocessing=config.views,
             origin={"method": "simclr", "run": str(run.path)},
@@ -156,10 +178,30 @@ def build_task(images: Images, config: PretrainConfig, run: RunFolder, world: Wo
     return task, n / batch_size
 
 
+def build_method(config: PretrainConfig, channels: int, world: World) -> SimCLR:
+    """Encoder, head and loss, on the device of this process."""
+    encoder_config = EncoderConfig(
+        name=config.encoder, width=config.width, stem=config.stem, channels=channels, size=config.size,
+    )  # fmt: skip
+    encoder = build_encoder(encoder_config, seed=config.seed)
+    head = ProjectionHead(
+        encoder.num_features,
+        kind=config.head,
+        layers=config.head_layers,
+        dim=config.head_dim,
+        seed=config.seed,
+    )
+    method = SimCLR(encoder, head, temperature=config.temperature, loss_scale=config.loss_scale, world=world)
+    return method.to(world.device).to(memory_format=torch.channels_last)
+
+
 def _batches(images: Images, policy: Policy, config: PretrainConfig, world: World) -> Callable[[int], Inputs]:
-    """step -> this process's two views. Shuffled epochs follow each other without a seam, as in the authors' input
-    pipeline (tf2/data.py: shuffle, repeat, batch): position p of the endless sequence is image
-    `order(epoch)[p % n]` of epoch p // n, so a batch may straddle two epochs and none is left over."""
+    """step -> this process's two views, or, to cache gradients, what makes those of each chunk.
+
+    Shuffled epochs follow each other without a seam, as in the authors' input pipeline (tf2/data.py: shuffle, repeat,
+    batch): position p of the endless sequence is image `order(epoch)[p % n]` of epoch p // n, so a batch may straddle
+    two epochs and none is left over.
+    """
     n = len(images)
     orders: dict[int, np.ndarray] = {}
 
@@ -180,19 +222,17 @@ def _batches(images: Images, policy: Policy, config: PretrainConfig, world: Worl
         for epoch in np.unique(epochs):
             rows = epochs == epoch
             indices[rows] = order(int(epoch))[positions[rows] % n]
-        return make_views(
-            images.peek(indices),
-            policy,
-            seed=config.seed,
-            epoch=epochs,
-            indices=indices,
-            device=world.device,
-        )
+        pixels = images.peek(indices)
+        views = partial(make_views, policy=policy, seed=config.seed, device=world.device)
+        if config.memory != "cache":
+            return views(pixels, epoch=epochs, indices=indices)
+        chunks = [slice(first, first + config.chunk) for first in range(0, len(indices), config.chunk)]
+        return tuple(partial(views, pixels[rows], epoch=epochs[rows], indices=indices[rows]) for rows in chunks)
 
     return batch
 
 
-def _choose_kernels(config: PretrainConfig, world: World) -> None:
+def choose_kernels(config: PretrainConfig, world: World) -> None:
     """On a GPU: the fastest kernels, or, if asked for, only those that give the same bits each time."""
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -203,7 +243,8 @@ def _choose_kernels(config: PretrainConfig, world: World) -> None:
         torch.backends.cudnn.benchmark = not config.deterministic
 
 
-def _precision(config: PretrainConfig, world: World) -> torch.dtype:
+def precision_of(config: PretrainConfig, world: World) -> torch.dtype:
+    """Of the forward pass, as torch.autocast takes it."""
     on_gpu = world.device.type == "cuda"
     if config.precision == "bf16" and not on_gpu:
         raise UserError(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from simclr.optim import set_lr
 from simclr.progress import Progress
 from simclr.run import RunFolder
 
-Inputs = tuple[Tensor, ...]
+Inputs = tuple[Any, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Task:
 
     Attributes:
         method: Module whose call on a batch, `method(*inputs, detail=bool)`, gives (loss, metrics).
-        batch: This process's inputs of a step, on the device.
+        batch: This process's inputs of a step: tensors on the device, or functions that make them there.
         optimizer: Over the method's parameters.
         learning_rate: Of a step.
         total_steps: Where training ends.

@@ -3,12 +3,15 @@
 Shapes: B images on this process, 2 views of each, F features, D projection width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from simclr.distributed import World
 from simclr.losses import nt_xent
 from simclr.losses.metrics import alignment, contrastive_accuracy_and_entropy, effective_rank, uniformity
+from simclr.methods.caching import cached
 from simclr.models.encoder import Encoder
 from simclr.models.heads import ProjectionHead
 
@@ -35,25 +38,32 @@ class SimCLR(nn.Module):
         self.loss_scale = loss_scale
         self.world = world
 
-    def forward(self, views_a: Tensor, views_b: Tensor, *, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, *views: Any, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to optimise, and metrics that need no labels.
 
         Args:
-            views_a: (B, C, S, S) in [0, 1]; row i shows image i.
-            views_b: (B, C, S, S), the other view of the same images.
+            views: The two views of B images, (B, C, S, S) in [0, 1] each; row i of both shows image i. Or, so that
+                gradients are cached (caching.py), a `MakeViews` for each chunk of the images.
             detail: Also compute the signs of health, over the images of all processes.
 
         Returns:
             The scaled global loss (scalar), and detached scalars: `loss` is the paper's mean over 2N.
         """
-        h = self.encoder(torch.cat([views_a, views_b]))  # (2B, F): one forward, batch-norm statistics over both
-        z = self.head(h)  # (2B, D)
+        if isinstance(views[0], Tensor):
+            h, z = self.project(*views)  # (2B, F), (2B, D)
+        else:
+            h, z = cached(self.project, views, [p for p in self.parameters() if p.requires_grad])
         za, zb = z.chunk(2)
         loss = nt_xent(za, zb, self.temperature, world=self.world)
         metrics = {"loss": loss.detach()}
         if detail:
             metrics |= self._health(h.detach(), za.detach(), zb.detach())
         return self.loss_scale * loss, metrics
+
+    def project(self, views_a: Tensor, views_b: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (2B, F) and projections (2B, D) of two views, (B, C, S, S) each."""
+        h = self.encoder(torch.cat([views_a, views_b]))  # one forward, batch-norm statistics over both
+        return h, self.head(h)
 
     @torch.no_grad()
     def _health(self, h: Tensor, za: Tensor, zb: Tensor) -> dict[str, Tensor]:

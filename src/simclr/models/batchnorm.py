@@ -75,6 +75,8 @@ class TensorFlowBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
+        if not self.track_running_stats:
+            return
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance, self.momentum)
@@ -131,6 +133,22 @@ def set_global_batch_norm(module: nn.Module, group: dist.ProcessGroup | None) ->
     for layer in module.modules():
         if isinstance(layer, TensorFlowBatchNorm):
             layer.process_group = group
+
+
+def track_once(module: nn.Module) -> None:
+    """Let no batch norm inside `module` count a batch twice that passes it again during backward, in place.
+
+    Recomputation and gradient caching run layers again inside the backward pass. They then normalise by the
+    batch's statistics as before, and leave the running ones and the number of batches alone. For torch's and
+    timm's layers as for ours; call it after `set_global_batch_norm`, which may put new layers in.
+    """
+    for layer in module.modules():
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
+            layer.register_forward_pre_hook(_track_outside_backward)
+
+
+def _track_outside_backward(layer: Any, _inputs: object) -> None:
+    layer.track_running_stats = torch._C._current_graph_task_id() == -1  # torch.utils.checkpoint asks this way too
 
 
 def _adopt(layer: _BatchNorm) -> TensorFlowBatchNorm:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from simclr.models.batchnorm import BatchNorm2d
 from simclr.models.config import ResNetShape
@@ -22,7 +23,8 @@ from simclr.models.init import lecun_normal_
 class ResNet(nn.Module):
     """Images to features h, (B, C, H, W) -> (B, num_features), by a global average pool.
 
-    Initialised from torch's global generator; `build_encoder` gives it a seed.
+    Initialised from torch's global generator; `build_encoder` gives it a seed. With `recompute` set, backward has
+    only the inputs of stem and blocks to go by and computes the rest again, one block at a time.
 
     Args:
         shape: Kind and number of blocks; its own width multiplier comes on top of `width`.
@@ -30,6 +32,8 @@ class ResNet(nn.Module):
         stem: 3x3 convolution (cifar), or 7x7/2 convolution and 3x3/2 max-pool (imagenet).
         channels: Of the input.
     """
+
+    recompute = False
 
     def __init__(
         self,
@@ -56,8 +60,13 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, num_features)."""
-        x = self.groups(self.stem(x))  # (B, num_features, H/32, W/32) with the imagenet stem, H/8 with cifar's
-        return x.mean((2, 3))
+        if self.recompute and self.training:
+            x = checkpoint(self.stem, x, use_reentrant=False)
+            for block in (block for group in self.groups for block in group.children()):
+                x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = self.groups(self.stem(x))
+        return x.mean((2, 3))  # from (B, num_features, H/32, W/32) with the imagenet stem, H/8 with cifar's
 
 
 class Conv2d(nn.Conv2d):
