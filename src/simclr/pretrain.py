@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from simclr.augment.device_images import DeviceImages, decoded_bytes
 from simclr.augment.policy import Policy
 from simclr.augment.random import shuffled
-from simclr.augment.views import make_views
+from simclr.augment.views import has_kernels, make_views
 from simclr.checkpoint import checkpoints, load_newest, set_aside_newer, write_atomically
 from simclr.config import PretrainConfig
 from simclr.data.images import Images
@@ -35,6 +36,7 @@ from simclr.train import Inputs, Outcome, Task, train
 from simclr.weights import save_encoder
 
 MONITOR_ROWS = 10_000  # labelled training images that the kNN check during training looks at
+RESIDENT_SHARE = 0.25  # of a GPU's free memory that the decoded images may take for good
 
 
 def policy_of(config: PretrainConfig, channels: int) -> Policy:
@@ -161,6 +163,8 @@ def _batches(images: Images, policy: Policy, config: PretrainConfig, world: Worl
     `order(epoch)[p % n]` of epoch p // n, so a batch may straddle two epochs and none is left over."""
     n = len(images)
     orders: dict[int, np.ndarray] = {}
+    resident = _keep_on_gpu(images, world)
+    dtype = _precision(config, world)  # autocast would round the views to it anyway
 
     def order(epoch: int) -> np.ndarray:
         found = orders.get(epoch)
@@ -180,15 +184,29 @@ def _batches(images: Images, policy: Policy, config: PretrainConfig, world: Worl
             rows = epochs == epoch
             indices[rows] = order(int(epoch))[positions[rows] % n]
         return make_views(
-            images.batch(indices),
+            images.batch(indices) if resident is None else resident[indices],
             policy,
             seed=config.seed,
             epoch=epochs,
             indices=indices,
             device=world.device,
+            dtype=dtype,
         )
 
     return batch
+
+
+def _keep_on_gpu(images: Images, world: World) -> DeviceImages | None:
+    """All images decoded on the GPU, so that none crosses the bus again; None on a CPU or where they do not fit."""
+    if not has_kernels(world.device):
+        return None
+    free, _ = torch.cuda.mem_get_info(world.device)
+    taken = f"The images take {decoded_bytes(images) / 1e9:.2f} GB decoded, of {free / 1e9:.1f} GB free on the GPU"
+    if decoded_bytes(images) > RESIDENT_SHARE * free:
+        say(f"{taken}: more than {RESIDENT_SHARE:.0%}, so each batch is sent there.", main=world.is_main)
+        return None
+    say(f"{taken}: they stay there.", main=world.is_main)
+    return DeviceImages.of(images, world.device)
 
 
 def _choose_kernels(config: PretrainConfig, world: World) -> None:
