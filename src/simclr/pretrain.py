@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from simclr.augment.device_images import DeviceImages, decoded_bytes
 from simclr.augment.policy import Policy
 from simclr.augment.random import shuffled
-from simclr.augment.views import make_views
+from simclr.augment.views import has_kernels, make_views
 from simclr.checkpoint import checkpoints, load_newest, set_aside_newer, write_atomically
 from simclr.config import PretrainConfig
 from simclr.data.images import Images
@@ -39,6 +40,7 @@ from simclr.train import Inputs, Outcome, Task, train
 from simclr.weights import save_encoder
 
 MONITOR_ROWS = 10_000  # labelled training images that the kNN check during training looks at
+RESIDENT_SHARE = 0.25  # of a GPU's free memory that the decoded images may take for good
 
 
 def policy_of(config: PretrainConfig, channels: int) -> Policy:
@@ -204,6 +206,8 @@ def _batches(images: Images, policy: Policy, config: PretrainConfig, world: Worl
     """
     n = len(images)
     orders: dict[int, np.ndarray] = {}
+    resident = _keep_on_gpu(images, world)
+    dtype = precision_of(config, world)  # autocast would round the views to it anyway
 
     def order(epoch: int) -> np.ndarray:
         found = orders.get(epoch)
@@ -222,14 +226,27 @@ def _batches(images: Images, policy: Policy, config: PretrainConfig, world: Worl
         for epoch in np.unique(epochs):
             rows = epochs == epoch
             indices[rows] = order(int(epoch))[positions[rows] % n]
-        pixels = images.peek(indices)
-        views = partial(make_views, policy=policy, seed=config.seed, device=world.device)
+        pixels = images.peek(indices) if resident is None else resident[indices]
+        views = partial(make_views, policy=policy, seed=config.seed, device=world.device, dtype=dtype)
         if config.memory != "cache":
             return views(pixels, epoch=epochs, indices=indices)
         chunks = [slice(first, first + config.chunk) for first in range(0, len(indices), config.chunk)]
         return tuple(partial(views, pixels[rows], epoch=epochs[rows], indices=indices[rows]) for rows in chunks)
 
     return batch
+
+
+def _keep_on_gpu(images: Images, world: World) -> DeviceImages | None:
+    """All images decoded on the GPU, so that none crosses the bus again; None on a CPU or where they do not fit."""
+    if not has_kernels(world.device):
+        return None
+    free, _ = torch.cuda.mem_get_info(world.device)
+    taken = f"The images take {decoded_bytes(images) / 1e9:.2f} GB decoded, of {free / 1e9:.1f} GB free on the GPU"
+    if decoded_bytes(images) > RESIDENT_SHARE * free:
+        say(f"{taken}: more than {RESIDENT_SHARE:.0%}, so each batch is sent there.", main=world.is_main)
+        return None
+    say(f"{taken}: they stay there.", main=world.is_main)
+    return DeviceImages.of(images, world.device)
 
 
 def choose_kernels(config: PretrainConfig, world: World) -> None:

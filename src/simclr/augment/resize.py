@@ -127,12 +127,20 @@ def _bicubic_taps(length: np.ndarray, resized: np.ndarray, position: np.ndarray)
     left = np.floor(centre)
     offset = np.rint((centre - left) * _OFFSET_STEPS) / _OFFSET_STEPS
     index = left.astype(np.int64)[:, :, None] + np.arange(-1, 3)
-    distance = np.abs(offset[:, :, None] - np.arange(-1, 3, dtype=np.float32)).astype(np.float64)
+    inside = np.clip(index, 0, length[:, None, None] - 1)
+    return inside, keys_weights(offset, inside == index)
+
+
+def keys_weights(offset: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Float32 weights (..., 4) of the taps around positions `offset` (...) beyond the second of them, 0 to 1.
+
+    Those not `inside` (..., 4) weigh nothing; the others are renormalised.
+    """
+    distance = np.abs(offset[..., None] - np.arange(-1, 3, dtype=np.float32)).astype(np.float64)
     near = (1.5 * distance - 2.5) * distance**2 + 1
     far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-    inside = np.clip(index, 0, length[:, None, None] - 1)
-    weight = np.where(distance < 1, near, far) * (inside == index)
-    return inside, (weight / weight.sum(axis=2, keepdims=True)).astype(np.float32)
+    weight = np.where(distance < 1, near, far) * inside
+    return (weight / weight.sum(axis=-1, keepdims=True)).astype(np.float32)
 
 
 def _bilinear_taps(length: np.ndarray, resized: np.ndarray, position: np.ndarray) -> _Taps:

@@ -12,25 +12,28 @@
 torch.Size([8, 3, 32, 32])
 """
 
+from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from simclr.augment.device_images import DeviceImages
 from simclr.augment.params import draw
 from simclr.augment.policy import Policy, Semantics
 from simclr.augment.reference import render
 from simclr.augment.resize import Images, check_images, chunks, crop_resize, image_sizes
 from simclr.errors import UserError
 
-Backend = Literal["auto", "reference", "cpu"]
-"""Who makes the pixels: batched torch on the device (reference.py), or compiled kernels on the CPU (cpu.py), which
-are faster there. Both make the same bits. "auto" is "cpu" when the device is the CPU."""
+Backend = Literal["auto", "reference", "cpu", "cuda"]
+"""Who makes the pixels: batched torch on the device (reference.py), compiled kernels on the CPU (cpu.py) or Triton's on
+a GPU (cuda.py), which are faster there. The first two make the same bits; cuda.py differs in the last bits of the mean
+that contrast needs. "auto" is the fastest that the device allows."""
 
 
 def make_views(
-    images: Images,
+    images: Images | DeviceImages,
     policy: Policy,
     *,
     seed: int,
@@ -38,6 +41,7 @@ def make_views(
     indices: np.ndarray,
     device: torch.device | str = "cpu",
     backend: Backend = "auto",
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Both views of each image of a batch.
 
@@ -45,29 +49,44 @@ def make_views(
     it and on any number of threads.
 
     Args:
-        images: B uint8 images: one array (B, H, W, C) or a list of arrays (H, W, C) of any sizes.
+        images: B uint8 images: one array (B, H, W, C) or a list of arrays (H, W, C) of any sizes; or those that lie
+            on the device already, of which only the cuda back end makes views.
         policy: what a view may look like; `policy.channels` must be the images' C.
         seed: 0 to 2**64 - 1.
         epoch: the epoch, or (B,) one for each image.
         indices: (B,) the images' positions in their data set.
-        backend: who makes the pixels; changes none of them.
+        device: where the views are to be; images on a device have theirs there.
+        backend: who makes the pixels; changes none of them beyond rounding.
+        dtype: of the views: float32, or bfloat16, to which they are rounded at the very end.
 
     Returns:
-        Two tensors (B, C, S, S), float32 in [0, 1], on `device`; those of the kernels are channels-last.
+        Two tensors (B, C, S, S) in [0, 1], on `device`; those of the kernels are channels-last.
 
     Raises:
         UserError: images that are not uint8 or not of the policy's channels, or indices that do not fit them.
     """
-    check_images(images, policy.channels)
-    sizes = image_sizes(images)
+    if isinstance(images, DeviceImages):
+        backend = _for_resident(images, policy.channels, backend)
+        device, sizes = images.pixels.device, images.sizes
+    else:
+        check_images(images, policy.channels)
+        sizes = image_sizes(images)
     params = [draw(policy, sizes, seed=seed, epoch=epoch, indices=indices, view=view) for view in (0, 1)]
-    if _by_kernels(backend, device):
+    if _resolve(backend, device) == "cuda":
+        from simclr.augment import cuda  # Triton takes half a second to import
+
+        if not isinstance(images, DeviceImages):
+            images = DeviceImages.upload(images, policy.channels, device)
+        first, second = cuda.render(images, params, policy, dtype)
+        return first, second
+    assert not isinstance(images, DeviceImages)
+    if _resolve(backend, device) == "cpu":
         from simclr.augment import cpu  # Numba takes a quarter of a second to import
 
         first, second = cpu.render(images, params, policy)
-        return first.to(device), second.to(device)
-    first, second = (render(images, of_view, policy, device) for of_view in params)
-    return first, second
+    else:
+        first, second = (render(images, of_view, policy, device) for of_view in params)
+    return first.to(device, dtype), second.to(device, dtype)
 
 
 def eval_images(
@@ -109,7 +128,14 @@ def eval_images(
     else:
         boxes = np.column_stack([np.zeros_like(sizes), sizes])
         resized = np.rint(size / share).astype(np.int64) * sizes // shorter
-    if _by_kernels(backend, device):
+    made_by = _resolve(backend, device)
+    if made_by == "cuda":
+        from simclr.augment import cuda
+
+        return cuda.crop_resize(
+            DeviceImages.upload(images, channels, device), boxes, size, semantics, resized=resized
+        )
+    if made_by == "cpu":
         from simclr.augment import cpu
 
         return cpu.crop_resize(images, boxes, size, semantics, resized=resized).to(device)
@@ -120,5 +146,24 @@ def eval_images(
     return batch
 
 
-def _by_kernels(backend: Backend, device: torch.device | str) -> bool:
-    return backend == "cpu" or (backend == "auto" and torch.device(device).type == "cpu")
+def has_kernels(device: torch.device | str) -> bool:
+    """Whether views are made on `device` from images that lie there (`DeviceImages`)."""
+    return _resolve("auto", device) == "cuda"
+
+
+def _resolve(backend: Backend, device: torch.device | str) -> Backend:
+    if backend != "auto":
+        return backend
+    if torch.device(device).type == "cpu":
+        return "cpu"
+    return "cuda" if torch.device(device).type == "cuda" and find_spec("triton") else "reference"
+
+
+def _for_resident(images: DeviceImages, channels: int, backend: Backend) -> Backend:
+    if images.channels != channels:
+        raise UserError(
+            f"images of {images.channels} channels and a policy of {channels}: give the policy the images' channels."
+        )
+    if backend not in ("auto", "cuda"):
+        raise UserError(f"backend {backend!r} for images that lie on a device: only 'cuda' makes views of those.")
+    return "cuda"
