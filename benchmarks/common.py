@@ -31,7 +31,7 @@ from simclr import pretrain as pretraining
 from simclr.config import PretrainConfig
 from simclr.data.images import Images, array_images
 from simclr.distributed import World
-from simclr.run import RunFolder, create_run, describe_machine
+from simclr.run import RunFolder, describe_machine
 from simclr.train import Outcome, Task, train
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -194,11 +194,10 @@ def run_ours(
         return train(task, run, world, **settings)
 
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(world.broadcast(str(folder or Path(temporary) / "run")))
-        if world.is_main and not path.exists():
-            create_run(path, config, {})
+        path = folder or Path(temporary) / "run"
+        path, origin = world.broadcast((path, None if path.exists() else {}))  # no origin: the run goes on
         with patch("simclr.pretrain.train", watched), suppress(Stop):
-            pretraining.pretrain(images, config, RunFolder(path), world)
+            pretraining.pretrain(images, config, RunFolder(path), world, origin=origin)
 
 
 def encoder_alone(task: Task) -> Contender:

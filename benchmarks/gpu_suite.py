@@ -1,12 +1,12 @@
 """Everything that needs a GPU, checked and measured in one call of less than nine minutes.
 
-    PYTHONPATH=src python benchmarks/gpu_suite.py                    # writes benchmarks/results/DATE-GPU.json
-    PYTHONPATH=src python benchmarks/gpu_suite.py --only views,loss  # some sections
-    PYTHONPATH=src python benchmarks/gpu_suite.py --device cpu --tiny    # does the script itself run?
+    PYTHONPATH=src python benchmarks/gpu_suite.py                               # benchmarks/results/DATE-GPU.json
+    PYTHONPATH=src python benchmarks/gpu_suite.py --only views-speed,loss-speed   # some sections
+    PYTHONPATH=src python benchmarks/gpu_suite.py --device cpu --tiny             # does the script itself run?
 
-Needs torch, numpy, numba, timm, scikit-learn, safetensors and rich, and no network. The sections are functions in
-gpu_sections.py. Each has a budget of seconds; one that fails leaves its traceback in the file, one that cannot run says
-why, and the next goes on. The file is written after every section.
+Needs torch, numpy, numba, timm, scikit-learn, safetensors, rich and pydantic (to resume), and no network. The sections
+are functions in gpu_sections.py. Each has a budget of seconds; one that fails leaves its traceback in the file, one
+that cannot run says why, and the next goes on. The file is written after every section.
 
 Beside each measurement stands what the hardware allows: the matrix product and the copy of memory measured first, in
 this run, and the FLOPs and bytes of a view (performance-facts: ResNet-18 at 32 pixels 3.33 GFLOP and about 20 MB a
