@@ -7,6 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
 
 
 @pytest.fixture(scope="session")
