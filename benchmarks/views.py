@@ -12,11 +12,6 @@ one image at a time and have two worker processes of a DataLoader, started and w
 """
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from common import Contender, Transformed, machine, paired_rounds, ratios, spread, write_json
 from simclr.augment.policy import Policy
 from simclr.augment.views import make_views
 
@@ -52,8 +48,6 @@ class Setting:
 
 
 SETTINGS = [Setting(32, 32, 0.5, 256), Setting(224, 256, 1.0, 32)]
-Contender = Callable[[], int]
-"""Makes some views and returns how many."""
 
 
 def main() -> None:
@@ -67,38 +61,18 @@ def main() -> None:
     for setting in SETTINGS:
         for cores in args.cores:
             torch.set_num_threads(cores)
-            speeds = measure(contenders(setting, cores), args.rounds, args.seconds)
+            speeds = paired_rounds(contenders(setting, cores), args.rounds, args.seconds)
             results.append({"setting": setting.name, "cores": cores, "views_per_second": speeds})
             print_table(setting, cores, speeds)
     if args.json:
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-        args.json.write_text(json.dumps({"machine": machine, "versions": versions, "results": results}, indent=1))
-
-
-def measure(contenders: dict[str, Contender], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Views per second of each contender in each round, after a round to warm up."""
-    speeds = {name: [] for name in contenders}
-    for round_ in range(rounds + 1):
-        for name, contender in contenders.items():
-            made, begun = 0, time.perf_counter()
-            while (spent := time.perf_counter() - begun) < seconds:
-                made += contender()
-            if round_:
-                speeds[name].append(made / spent)
-    return speeds
+        write_json(args.json, {"machine": machine(), "results": results})
 
 
 def print_table(setting: Setting, cores: int, speeds: dict[str, list[float]]) -> None:
     print(f"\n{setting.name}, {cores} core{'s' * (cores > 1)}: views per second, and how many times as many ours makes")
     for name, values in speeds.items():
-        ratios = [ours / theirs for ours, theirs in zip(speeds[OURS], values, strict=True)]
-        print(f"  {name:24} {spread(values, '{:9,.0f}')}   {spread(ratios, '{:6.2f}')}", flush=True)
-
-
-def spread(values: list[float], form: str) -> str:
-    median, low, high = (form.format(x) for x in (statistics.median(values), min(values), max(values)))
-    return f"{median} ({low.strip()} to {high.strip()})"
+        times = spread(ratios(speeds[OURS], values), "{:.2f}")
+        print(f"  {name:24} {spread(values, '{:,.0f}'):>28}   {times:>24}", flush=True)
 
 
 # --- contenders -------------------------------------------------------------------------------------------------------
@@ -182,26 +156,13 @@ def kornia(setting: Setting, images: torch.Tensor) -> Contender:
     return contender
 
 
-class Pairs(Dataset):
-    """Two views of each image, for worker processes."""
-
-    def __init__(self, transform: Callable, images: list) -> None:
-        self.transform, self.images = transform, images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> list[torch.Tensor]:
-        return list(self.transform(self.images[index]))
-
-
 def one_by_one(transform: Callable, images: list, cores: int) -> Contender:
     """Views in batches of 16 images, from this process or from as many workers as there are cores."""
     workers = {"num_workers": cores, "persistent_workers": True} if cores > 1 else {}
     # enough images for workers to be busy most of the time; few enough for one pass to be a short measurement
-    data = Pairs(transform, images[:32] if cores == 1 else (images * 4)[:256])
+    data = Transformed(images[:32] if cores == 1 else (images * 4)[:256], transform)
     loader = DataLoader(data, batch_size=16, **workers)
-    return lambda: sum(len(first) + len(second) for first, second in loader)
+    return lambda: sum(len(first) + len(second) for (first, second), _ in loader)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Batch norm: TensorFlow's statistics by a naive formula, and one batch spread over processes against the whole."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,3 +289,47 @@ def test_channels_last_sums_are_accurate(shape: tuple[int, ...]) -> None:
         found.append([y, leaf.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var])
     for exact, single in zip(*found, strict=True):
         assert (single.double() - exact).norm() <= 3e-6 * exact.norm() + 1e-12
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("shape", [(33, 24, 7, 9), (64, 8, 16, 16), (2048, 40)])
+def test_norm_addition_and_relu_in_one_pass(shape: tuple[int, ...], added: bool, relu: bool, threads: int) -> None:
+    """The kernels for fp32 on a CPU against torch's own operations, in fp64 and one after the other."""
+    x, beside, weight = (example(shape, torch.float32, seed).div_(shape[1]) for seed in (1, 2, 3))
+    outputs, gradients = [], []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for dtype in (torch.float32, torch.float64):
+            layer = layer_for(x.to(dtype))
+            inputs = [t.to(dtype) for t in (x, beside)]
+            if x.ndim == 4:
+                inputs = [t.contiguous(memory_format=torch.channels_last) for t in inputs]
+            inputs = [t.requires_grad_() for t in inputs]
+            if dtype == torch.float32:
+                y = layer(inputs[0], add=inputs[1] if added else None, relu=relu)
+            else:
+                y = torch.nn.functional.batch_norm(
+                    inputs[0], None, None, layer.weight, layer.bias, training=True, eps=layer.eps
+                )
+                y = y + inputs[1] if added else y
+                y = y.relu() if relu else y
+            outputs.append(y)
+            wanted = [*inputs[: 1 + added], layer.weight, layer.bias]
+            gradients.append(torch.autograd.grad((y * weight.to(dtype)).sum(), wanted))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(outputs[0].double(), outputs[1], rtol=1e-5, atol=1e-5)
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_what_is_not_a_number_stays_visible() -> None:
+    """A ReLU that hides it would let training go on with it."""
+    x = torch.randn(64, 8, 16, 16).contiguous(memory_format=torch.channels_last)
+    x[0, 3, 2, 1] = math.nan
+    y = BatchNorm2d(8)(x, relu=True)
+    assert y[:, 3].isnan().all()
+    assert not y[:, :3].isnan().any()

@@ -22,6 +22,7 @@ from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluate import accuracy, knn
 from simclr.features import extract
+from simclr.malloc import keep_freed_memory
 from simclr.methods.simclr import SimCLR, collapse_signs
 from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.config import EncoderConfig
@@ -193,6 +194,8 @@ def _batches(images: Images, policy: Policy, config: PretrainConfig, world: Worl
 
 def _choose_kernels(config: PretrainConfig, world: World) -> None:
     """On a GPU: the fastest kernels, or, if asked for, only those that give the same bits each time."""
+    if world.device.type == "cpu":
+        keep_freed_memory()
     if world.device.type == "cuda":
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it

@@ -7,6 +7,7 @@ unbiased one. torch.nn.SyncBatchNorm is no substitute: it keeps the unbiased one
 Shapes: x is (N, C), (N, C, L) or (N, C, H, W); n is its number of values per channel, over all processes.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from simclr.errors import UserError
+
+LEAST_FOR_KERNELS = 1 << 14
+"""Values below which torch's own kernels are as fast as ours."""
 
 
 class TensorFlowBatchNorm(_BatchNorm):
@@ -35,25 +39,31 @@ class TensorFlowBatchNorm(_BatchNorm):
         if not beta:
             self.register_parameter("bias", None)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *, add: Tensor | None = None, relu: bool = False) -> Tensor:
         """Normalise each channel by the batch's statistics in training, by the running ones otherwise.
+
+        Args:
+            input: x.
+            add: Like x; added to what is normalised.
+            relu: Rectify the result.
 
         Raises:
             ValueError: In training, one value per channel alone, which has no variance (torch's rule).
         """
         self._check_input_dim(input)
         if not self.training:
-            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            y = F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return _finish(y, add, relu)
         group = self.process_group
         if group is not None and dist.get_world_size(group) == 1:
             group = None
-        if group is not None or (_folds(input) and input.numel() > input.shape[1]):
-            y, mean, variance, n = _BatchNormFunction.apply(input, self.weight, self.bias, self.eps, group)
+        if group is not None or (_by_kernels(input) and input.numel() > input.shape[1]):
+            y, mean, variance, n = _BatchNormFunction.apply(input, self.weight, self.bias, add, relu, self.eps, group)
             self._track(mean, variance * (n / (n - 1)) if self.unbiased else variance)
-        else:
-            y, mean, variance = self._by_torch(input)
-            self._track(mean, variance)
-        return y
+            return y
+        y, mean, variance = self._by_torch(input)
+        self._track(mean, variance)
+        return _finish(y, add, relu)
 
     def _by_torch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Output, mean and variance by torch's kernel: at momentum 1 its running ones are the batch's."""
@@ -93,9 +103,9 @@ class BatchNormAct2d(BatchNorm2d):
     drop: nn.Module
     act: nn.Module
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *, add: Tensor | None = None, relu: bool = False) -> Tensor:
         """(N, C, H, W) -> the same."""
-        return self.act(self.drop(super().forward(input)))
+        return self.act(self.drop(super().forward(input, add=add, relu=relu)))
 
 
 def set_global_batch_norm(module: nn.Module, group: dist.ProcessGroup | None) -> None:
@@ -148,22 +158,32 @@ def _adopt(layer: _BatchNorm) -> TensorFlowBatchNorm:
 class _BatchNormFunction(torch.autograd.Function):
     """Batch norm over this process or a group, which costs one collective forward and one backward.
 
-    Statistics are fp32, or fp64 for fp64 x, whatever the autocast.
+    Statistics are fp32, or fp64 for fp64 x, whatever the autocast. On a CPU, norm_kernels.py does the arithmetic.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: dist.ProcessGroup | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, add: Tensor | None, relu: bool, eps: float,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """Output like x, and the mean (C,), biased variance (C,) and n () of the whole batch."""
-        mean, variance = _moments(x)  # (C,), (C,)
+        kernels = _kernels() if _by_kernels(x) else None
+        mean, variance = kernels.moments(_as_pixels(x)) if kernels else _moments(x)  # (C,), (C,)
         n = mean.new_tensor(x.numel() // x.shape[1])
         if group is not None:
             mean, variance, n = _combine(mean, variance, n, group)
-        ctx.save_for_backward(x, weight, mean, variance, n)
+        if kernels:
+            scale = torch.rsqrt(variance + eps)
+            scale = scale if weight is None else scale * weight
+            shift = -mean * scale if bias is None else bias - mean * scale
+            beside = None if add is None else _as_pixels(add)
+            y = kernels.normalize(_as_pixels(x), scale, shift, beside, relu).view(x.shape)
+        else:
+            y = _finish(F.batch_norm(x, mean, variance, weight, bias, eps=eps), add, relu)
+        ctx.save_for_backward(x, weight, mean, variance, n, y if relu else None)
         ctx.eps, ctx.group = eps, group
         ctx.mark_non_differentiable(mean, variance, n)
-        return F.batch_norm(x, mean, variance, weight, bias, eps=eps), mean, variance, n
+        return y, mean, variance, n
 
     @staticmethod
     @once_differentiable
@@ -171,25 +191,35 @@ class _BatchNormFunction(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         """dx of the whole batch's loss; the parameters' gradients are sums over this process's rows only."""
-        x, weight, mean, variance, n = ctx.saved_tensors
-        sum_dy, sum_dy_xhat = _sums(grad_outputs[0], x, mean, variance, ctx.eps)  # (C,), (C,)
+        x, weight, mean, variance, n, y = ctx.saved_tensors
+        dy, inverse_std = grad_outputs[0], torch.rsqrt(variance + ctx.eps)
+        kernels = _kernels() if _by_kernels(x) else None
+        if kernels:
+            x_, dy, y = _as_pixels(x), _as_pixels(dy), None if y is None else _as_pixels(y)
+            sum_dy, sum_dy_xhat = kernels.sums(dy, y, x_, mean, inverse_std)  # (C,), (C,)
+        else:
+            x_, dy = x, dy if y is None else torch.where(y > 0, dy, 0)
+            sum_dy, sum_dy_xhat = _sums(dy, x, mean, inverse_std)
         dweight = sum_dy_xhat if ctx.needs_input_grad[1] else None
         dbias = sum_dy if ctx.needs_input_grad[2] else None
-        dx = None
+        dx, dadd = None, dy if ctx.needs_input_grad[3] else None
         if ctx.needs_input_grad[0]:
             sums = torch.stack([sum_dy, sum_dy_xhat])  # (2, C)
             if ctx.group is not None:
                 dist.all_reduce(sums, group=ctx.group)
             mean_dy, mean_dy_xhat = sums / n
-            inverse_std = torch.rsqrt(variance + ctx.eps)
             # dx = gamma / std (dy - mean(dy) - xhat mean(dy xhat)): for each channel a dy + b x + c
             a = inverse_std if weight is None else inverse_std * weight  # (C,)
             b = -a * inverse_std * mean_dy_xhat
             c = -a * mean_dy - b * mean
-            shape = [1, -1] + [1] * (x.ndim - 2)
-            dx = torch.addcmul(c.view(shape), _wide(grad_outputs[0]), a.view(shape))
-            dx = dx.addcmul_(_wide(x), b.view(shape)).to(x.dtype)
-        return dx, dweight, dbias, None, None
+            if kernels:
+                dx, dadd = kernels.input_grad(dy, y, x_, a, b, c, with_other=ctx.needs_input_grad[3])
+                dx, dadd = dx.view(x.shape), None if dadd is None else dadd.view(x.shape)
+            else:
+                shape = [1, -1] + [1] * (x.ndim - 2)
+                dx = torch.addcmul(c.view(shape), _wide(dy), a.view(shape))
+                dx = dx.addcmul_(_wide(x), b.view(shape)).to(x.dtype)
+        return dx, dweight, dbias, dadd, None, None, None
 
 
 def _combine(mean: Tensor, variance: Tensor, n: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,54 +237,42 @@ def _combine(mean: Tensor, variance: Tensor, n: Tensor, group: dist.ProcessGroup
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (C,) and biased variance (C,)."""
-    folds = _folds(x)
-    if not folds:
-        variance, mean = torch.var_mean(_wide(x), _all_but_channels(x), correction=0)
-        return mean, variance
-    means, variances = torch.batch_norm_update_stats(_folded(x, folds), None, None, 0.0)
-    means, variances = means.view(folds, -1), variances.view(folds, -1)  # (K, C)
-    mean = means.mean(0)
-    return mean, (variances + (means - mean) ** 2).mean(0)
+    variance, mean = torch.var_mean(_wide(x), _all_but_channels(x), correction=0)
+    return mean, variance
 
 
-def _sums(dy: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _sums(dy: Tensor, x: Tensor, mean: Tensor, inverse_std: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over rows of dy and of dy times the normalised x: (C,), (C,)."""
-    folds = _folds(x)
-    if not folds:
-        shape, dims = [1, -1] + [1] * (x.ndim - 2), _all_but_channels(x)
-        dy, xhat = _wide(dy), (_wide(x) - mean.view(shape)) * torch.rsqrt(variance + eps).view(shape)
-        return dy.sum(dims), (dy * xhat).sum(dims)
-    _, sum_dy_xhat, sum_dy = torch.ops.aten.native_batch_norm_backward(
-        _folded(dy, folds), _folded(x, folds), None, mean.repeat(folds), variance.repeat(folds), None, None,
-        False, eps, [False, True, True],
-    )  # fmt: skip
-    return sum_dy.view(folds, -1).sum(0), sum_dy_xhat.view(folds, -1).sum(0)
+    shape, dims = [1, -1] + [1] * (x.ndim - 2), _all_but_channels(x)
+    dy, xhat = _wide(dy), (_wide(x) - mean.view(shape)) * inverse_std.view(shape)
+    return dy.sum(dims), (dy * xhat).sum(dims)
 
 
-FOLDED_CHANNELS = 512  # columns that torch's kernels then sum over; more make the rows' sums longer than a cache line
+def _finish(y: Tensor, add: Tensor | None, relu: bool) -> Tensor:
+    """What follows the norm where no kernel does it in the same pass."""
+    y = y if add is None else y + add
+    return F.relu_(y) if relu else y
 
 
-def _folds(x: Tensor) -> int:
-    """K > 0 where x is better summed as (n / K, K C) rows; 0 where torch's own reductions serve.
+def _by_kernels(x: Tensor) -> bool:
+    """Whether norm_kernels.py takes x: fp32 rows of channels on a CPU, enough of them.
 
-    torch's CPU kernels for channels-last batches add up a channel's n values one after the other in fp32, an
-    error of 5e-5 at n = 400,000. As rows of K neighbouring pixels they add n / K values, and K sums are added
-    exactly enough: 100 times more accurate at the same speed.
+    torch's kernels for such batches add up a channel's n values one after the other in fp32, an error of 5e-5 at
+    n = 400,000; ours are a hundred times more accurate, and faster.
     """
     last = x.ndim == 2 or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or not last:
-        return 0
-    channels, folds = x.shape[1], 1
-    n = x.numel() // channels
-    while folds * channels < FOLDED_CHANNELS and n % (2 * folds) == 0:
-        folds *= 2
-    return folds
+    return x.device.type == "cpu" and x.dtype == torch.float32 and last and x.numel() >= LEAST_FOR_KERNELS
 
 
-def _folded(x: Tensor, folds: int) -> Tensor:
-    """(N, C) or (N, C, H, W) as (n / K, K C)."""
-    rows = x if x.ndim == 2 else x.permute(0, 2, 3, 1)
-    return rows.reshape(-1, folds * x.shape[1])
+def _kernels() -> ModuleType:
+    from simclr.models import norm_kernels  # Numba takes a quarter of a second to import
+
+    return norm_kernels
+
+
+def _as_pixels(x: Tensor) -> Tensor:
+    """(N, C) or (N, C, H, W) as channels-last (N, C, H, W)."""
+    return x.view(*x.shape, *[1] * (4 - x.ndim)).contiguous(memory_format=torch.channels_last)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Shapes: B rows, F features of the encoder, D width of the projection.
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr.errors import UserError
@@ -95,8 +94,7 @@ class _Layer(nn.Module):
         self.last = last
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.dense(x))
-        return x if self.last else F.relu_(x)
+        return self.norm(self.dense(x), relu=not self.last)
 
 
 class _Dense(nn.Linear):

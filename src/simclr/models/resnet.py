@@ -72,7 +72,7 @@ class Conv2d(nn.Conv2d):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, batch norm and, if asked, ReLU."""
+    """Convolution, batch norm and, if asked, addition and ReLU."""
 
     def __init__(
         self,
@@ -91,23 +91,30 @@ class ConvNorm(nn.Module):
         if zero_gamma:
             nn.init.zeros_(self.norm.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
-        x = self.norm(self.conv(x))
-        return F.relu_(x) if self.relu else x
+    def forward(self, x: Tensor, *, add: Tensor | None = None) -> Tensor:
+        """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
+
+        Args:
+            add: Like the output; added before the ReLU.
+        """
+        return self.norm(self.conv(x), add=add, relu=self.relu)
 
 
 class Block(nn.Module):
-    """relu(shortcut(x) + residual(x)): any residual branch, beside any shortcut."""
+    """relu(shortcut(x) + residual(x)): any residual branch that ends in a ConvNorm, beside any shortcut."""
 
-    def __init__(self, shortcut: nn.Module, residual: nn.Module) -> None:
+    def __init__(self, shortcut: nn.Module, residual: nn.Sequential) -> None:
         super().__init__()
         self.shortcut = shortcut  # before the residual branch: the authors' order of creation
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
         """Post-activation: the sum is rectified, and nothing after it."""
-        return F.relu_(self.shortcut(x) + self.residual(x))
+        shortcut = self.shortcut(x)
+        *first, last = self.residual
+        for layer in first:
+            x = layer(x)
+        return last(x, add=shortcut)  # which rectifies the sum
 
 
 class SameMaxPool(nn.Module):
@@ -136,11 +143,11 @@ def _block(bottleneck: bool, in_channels: int, inner: float, *, stride: int, pro
         residual = nn.Sequential(
             ConvNorm(in_channels, int(inner), 1),
             ConvNorm(int(inner), int(inner), 3, stride),
-            ConvNorm(int(inner), out_channels, 1, relu=False, zero_gamma=True),
+            ConvNorm(int(inner), out_channels, 1, zero_gamma=True),
         )
     else:
         residual = nn.Sequential(
             ConvNorm(in_channels, out_channels, 3, stride),
-            ConvNorm(out_channels, out_channels, 3, relu=False, zero_gamma=True),
+            ConvNorm(out_channels, out_channels, 3, zero_gamma=True),
         )
     return Block(shortcut, residual)

@@ -1,0 +1,260 @@
+"""Whole training steps per second of ours against lightly's documented loop, and our step against its encoder alone.
+
+    pip install lightly
+    python benchmarks/train.py --json train.json
+
+Same encoder (ours, in both), same images, same batch. Ours is what `simclr pretrain` runs: its loop, its threads that
+make views ahead, its optimiser, its records. lightly's is the loop of its SimCLR page (common.py), with the number of
+worker processes that is fastest here, and with `--lightly-encoder torchvision` that page's encoder too.
+
+`outside` is the share of our step that is not the encoder's and head's forward and backward: 1 - t_encoder / t_step,
+where t_encoder is measured on ready random views of the same batch, in the same process with the same threads. It is
+negative where noise is larger than what it measures: on a busy machine our step, with its threads, gets more of a core
+than the encoder alone does, so the share counts on a quiet one only.
+
+Every measurement has a process of its own that may use `cores` cores in all, workers included. In it the contenders
+take turns, a few seconds each, and ratios are taken within a round: median (smallest to largest) over the rounds.
+"""
+
+import argparse
+import copy
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import (
+    Contender,
+    LightlyLoop,
+    Stop,
+    best_workers,
+    in_fresh_process,
+    machine,
+    pil_images,
+    print_markdown,
+    random_images,
+    ratios,
+    run_ours,
+    spread,
+    views_per_second,
+    write_json,
+)
+from simclr.config import PretrainConfig
+from simclr.data.images import Images
+from simclr.data.source import open_data
+from simclr.errors import UserError
+from simclr.models.config import EncoderConfig
+from simclr.models.encoder import build_encoder
+from simclr.recipes import RECIPES
+from simclr.train import Task
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    size: int
+    source: int
+    """Pixels a side of the stored images."""
+    encoder: str
+    recipe: str
+    batch: int
+    """Images a step; few where a step would take minutes on a CPU."""
+    data: str | None = None
+    """Named data; None: random pixels."""
+    target: float | None = None
+    """Largest share outside the encoder that issue 3 allows."""
+
+
+SETTINGS = [
+    Setting("small, fashion-mnist, 28 px", 28, 28, "small", "cpu", 256, data="fashion-mnist", target=0.15),
+    Setting("small, colour, 32 px", 32, 32, "small", "cpu", 256, target=0.15),
+    Setting("resnet18, colour, 32 px", 32, 32, "resnet18", "cifar", 64, target=0.05),
+    Setting("small, colour, 224 px", 224, 256, "small", "photos", 32),
+    Setting("resnet18, colour, 224 px", 224, 256, "resnet18", "photos", 16),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", help="settings whose name contains this")
+    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="least time of one measurement")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="lightly's candidates")
+    parser.add_argument("--lightly-encoder", choices=["ours", "torchvision"], default="ours")
+    parser.add_argument("--batch", type=int, help="images a step, instead of each setting's own")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/train.json"))
+    args = parser.parse_args()
+    chosen = [s if args.batch is None else replace(s, batch=args.batch) for s in SETTINGS]
+    results: list[dict[str, Any]] = []
+    for setting in chosen:
+        if args.only and args.only not in setting.name:
+            continue
+        for cores in args.cores:
+            try:
+                result = in_fresh_process(cores, measure, setting, cores, args)
+            except UserError as error:
+                print(f"{setting.name} is left out: {error}", flush=True)
+                continue
+            results.append({"setting": asdict(setting), "cores": cores} | result)
+            write_json(args.json, {"machine": machine(), "options": options(args), "results": results})
+            print(f"{setting.name}, {cores} core{'s' * (cores > 1)}: done", flush=True)
+    print_results(results)
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+def print_results(results: list[dict[str, Any]]) -> None:
+    rows = []
+    for result in results:
+        setting, speeds = result["setting"], result["views_per_second"]
+        lightly = speeds.get("lightly")
+        outside = [100 * (1 - ratio) for ratio in ratios(speeds["ours"], speeds["encoder alone"])]
+        rows.append(
+            [
+                f"{setting['name']}, batch {setting['batch']}, {result['cores']} core{'s' * (result['cores'] > 1)}",
+                spread(speeds["ours"], "{:,.0f}"),
+                f"{spread(lightly, '{:,.0f}')}, {result['lightly_workers']} workers" if lightly else "not installed",
+                spread(ratios(speeds["ours"], lightly), "{:.2f}") if lightly else "",
+                spread(outside) + (f", target {100 * setting['target']:.0f}" if setting["target"] else ""),
+            ]
+        )
+    print_markdown(["setting", "ours, views/s", "lightly, views/s", "ours / lightly", "outside the encoder, %"], rows)
+
+
+# --- one setting, in a process of its own -----------------------------------------------------------------------------
+
+
+def measure(setting: Setting, cores: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Views per second of ours, of the encoder alone and of lightly, round by round."""
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    images = open_data(setting.data) if setting.data else random_images(max(8 * setting.batch, 64), setting.source)
+    config = our_config(setting)
+    make = lightly_loop(setting, images, args.lightly_encoder)
+    # lightly's workers are forked before any thread of ours runs
+    tried = best_workers(make, args.workers, args.seconds) if make else {}
+    best = max(tried, key=tried.__getitem__) if tried else None
+    loop = make(best) if make and best is not None else None
+    rounds = Rounds(loop, config.workers, rounds=args.rounds, seconds=args.seconds)
+    run_ours(images, config, rounds, change=lambda task: replace(task, total_steps=10**9))
+    if loop is not None:
+        loop.close()
+    return {
+        "views_per_second": rounds.speeds,
+        "lightly_workers": best,
+        "lightly_by_workers": tried,
+        "threads_ahead": config.workers,
+    }
+
+
+class Rounds:
+    """Told of each of our steps: segments of our training alternate with segments of the others.
+
+    While others run, our threads and lightly's workers finish what they had begun and wait; the first steps of a
+    segment, which find those batches ready, are therefore not timed. The first round warms up and is dropped.
+    """
+
+    def __init__(self, loop: LightlyLoop | None, ahead: int, *, rounds: int, seconds: float) -> None:
+        self._loop, self._ahead, self._rounds, self._seconds = loop, ahead, rounds, seconds
+        self._encoder: Contender | None = None
+        self._untimed, self._views, self._begun = ahead + 1, 0, 0.0
+        self.speeds: dict[str, list[float]] = {"ours": [], "encoder alone": []} | ({"lightly": []} if loop else {})
+
+    def __call__(self, task: Task, _done: int) -> None:
+        if self._untimed:
+            self._untimed -= 1
+            self._begun, self._views = time.perf_counter(), 0
+            return
+        self._views += 2 * task.images_per_step
+        spent = time.perf_counter() - self._begun
+        if spent < self._seconds:
+            return
+        self._encoder = self._encoder or encoder_alone(task)
+        measured = {"ours": self._views / spent, "encoder alone": views_per_second(self._encoder, self._seconds)}
+        if self._loop is not None:
+            self._use_up()
+            measured["lightly"] = views_per_second(self._loop, self._seconds)
+        for name, speed in measured.items():
+            self.speeds[name].append(speed)
+        if len(self.speeds["ours"]) > self._rounds:
+            for speeds in self.speeds.values():
+                del speeds[0]
+            raise Stop
+        self._untimed = self._ahead + 1
+
+    def _use_up(self) -> None:
+        begun = time.perf_counter()
+        for _ in range(self._loop.ahead + 1):
+            if time.perf_counter() - begun < self._seconds:  # where steps are long, two batches are no head start
+                self._loop()
+
+
+def encoder_alone(task: Task) -> Contender:
+    """Forward and backward of encoder and head on ready random views: what a step cannot do without."""
+    method = copy.deepcopy(task.method)
+    encoder, head = method.encoder, method.head
+    expects = encoder.config
+    views = torch.rand(2 * task.images_per_step, expects.channels, expects.size, expects.size)
+    views = views.to(memory_format=torch.channels_last)
+    gradient: list[torch.Tensor] = []
+
+    def contender() -> int:
+        z = head(encoder(views))
+        gradient[:] = gradient or [torch.randn_like(z)]
+        method.zero_grad(set_to_none=True)
+        z.backward(gradient[0])
+        return len(views)
+
+    return contender
+
+
+def our_config(setting: Setting) -> PretrainConfig:
+    """The recipe as the command line would take it, for this encoder, size and batch, without kNN checks."""
+    return replace(
+        RECIPES[setting.recipe].config,
+        encoder=setting.encoder,
+        size=setting.size,
+        batch_size=setting.batch,
+        knn_every=0,
+        save_every=10**9,
+        device="cpu",
+    )
+
+
+def lightly_loop(setting: Setting, images: Images, encoder: str) -> Callable[[int], LightlyLoop] | None:
+    """Number of workers -> lightly's loop over these images; None where lightly is not installed."""
+    try:
+        import lightly.transforms  # noqa: F401
+    except ImportError as error:
+        print(f"lightly is left out ({error}): pip install lightly", flush=True)
+        return None
+    pictures = pil_images(images)
+
+    def make(workers: int) -> LightlyLoop:
+        if encoder == "torchvision" and setting.encoder == "resnet18":
+            from torchvision.models import resnet18
+
+            backbone, num_features = resnet18(), 512
+            backbone.fc = torch.nn.Identity()
+            if images.channels == 1:
+                backbone.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+        else:
+            config = EncoderConfig(name=setting.encoder, channels=images.channels, size=setting.size)
+            backbone = build_encoder(config, seed=0)
+            num_features = backbone.num_features
+        return LightlyLoop(
+            pictures, backbone, num_features, size=setting.size, batch_size=setting.batch, workers=workers
+        )
+
+    return make
+
+
+if __name__ == "__main__":
+    main()

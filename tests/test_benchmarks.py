@@ -1,0 +1,49 @@
+"""The benchmarks that check something: bytes between processes against the formula, the emoji split, the GPU suite."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripts are importable, here and in processes that they start."""
+    for folder in ("benchmarks", "examples"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+
+
+def test_two_processes_move_the_bytes_of_the_formula() -> None:
+    import scaling
+
+    measured = scaling.launch(2, argparse.Namespace(batch=8, encoder="small", size=8, steps=2))
+    assert measured["counted"] == measured["formula"]
+    assert measured["counted"]["projections"] == 8 * 128 * 4  # 4 images, 2 views, 128 numbers of 4 bytes
+
+
+def test_variants_of_an_emoji_are_on_one_side_and_tests_have_no_skin_tones() -> None:
+    import emoji
+
+    def entry(unified: str, category: str = "People & Body", tones: bool = False, **more: str) -> dict:
+        file = unified.lower()
+        variants = {t: {"image": f"{file}-{t.lower()}.png"} for t in ("1F3FB", "1F3FF")} if tones else {}
+        return {"unified": unified, "image": f"{file}.png", "category": category, "skin_variations": variants} | more
+
+    runners = [entry("1F3C3", tones=True), entry("1F3C3-200D-2640-FE0F", tones=True)]
+    old = [entry("1F46B"), entry("1F468-200D-1F91D", obsoletes="1F46B")]
+    cooks = [entry(f"{adult}-200D-1F373", tones=True) for adult in ("1F468", "1F469", "1F9D1")]
+    others = [entry(f"1F4{i:02X}", "Objects") for i in range(100)] + [entry("1F3FB", "Component")]
+    people = [entry(f"1F9{i:02X}", tones=True) for i in range(0x30, 0x60)]
+    tested = set()
+    for seed in range(20):
+        side = emoji.split([*runners, *old, *cooks, *others, *people], seed)
+        for family in (runners, old, cooks):
+            assert len({side[e["image"]] for e in family}) == 1
+            tested |= {e["image"] for e in family if side[e["image"]][0] == "test"}
+        assert "1f3fb.png" not in side
+        assert not any("-1f3f" in image for image, (part, _) in side.items() if part == "test")
+        objects = [part for part, category in side.values() if category == "objects"]
+        assert objects.count("test") == 20
+    assert len(tested) == 7  # each family was tested under some seed
