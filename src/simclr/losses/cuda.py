@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from simclr.losses.operands import Operands
 
-__all__ = ["Launch", "gradients", "log_sums"]
+__all__ = ["Launch", "gradients", "largest_tile", "log_sums"]
 
 BAND = 8192
 """Rows of one forward launch, a multiple of every tile: partial sums then take 80 x N numbers, where z has N x D."""
@@ -261,12 +261,15 @@ def _pack(z: Tensor, operands: Operands) -> Tensor:
 
 
 def _fitting(packed: Tensor) -> Launch:
-    """The largest tile whose rows and columns, the latter twice to load ahead, fit into shared memory."""
     if packed.dtype == torch.float32:
         return Launch(32, 32, 4, 1)
-    room = torch.cuda.get_device_properties(packed.device).shared_memory_per_block_optin - 2048
-    row_bytes = packed.shape[0] * packed.shape[2] * packed.element_size()
-    return next(tile for tile in TILES if (tile.rows + tile.stages * tile.columns) * row_bytes <= room)
+    room = torch.cuda.get_device_properties(packed.device).shared_memory_per_block_optin
+    return largest_tile(packed.shape[0] * packed.shape[2] * packed.element_size(), room)
+
+
+def largest_tile(row_bytes: int, shared_memory: int) -> Launch:
+    """The largest tile whose rows and columns, the latter twice to load ahead, fit beside 2 KiB of odds and ends."""
+    return next(t for t in TILES if (t.rows + t.stages * t.columns) * row_bytes + 2048 <= shared_memory)
 
 
 def _run(kernel: Any, programs: int, packed: Tensor, tile: Launch, *args: Any, **constants: Any) -> None:
