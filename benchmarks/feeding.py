@@ -62,10 +62,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="least time of one measurement")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--cores", type=int, default=os.cpu_count())
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="that everything may use")
     parser.add_argument("--folder", type=Path, help="where files and pack go; unset: a folder that is deleted again")
     parser.add_argument("--json", type=Path, help="also write every measurement here")
     args = parser.parse_args()
+    os.sched_setaffinity(0, range(args.cores))
     torch.set_num_threads(1)  # the threads or workers of the loader are what shares the cores
     with tempfile.TemporaryDirectory() as passing:
         folder = args.folder or Path(passing)

@@ -230,7 +230,7 @@ def say_if_stale(pack: Pack, files: Sequence[Found]) -> list[str]:
     if stale <= pack.num_pixel_bytes / 2:
         return []
     return [
-        f"{_size(stale)} of the pack are of files that have changed or gone: delete it, and it is made anew without them."
+        f"{_size(stale)} of the pack are of files that have changed or gone: delete it, and it is made without them."
     ]
 
 
