@@ -1,5 +1,6 @@
 """Packs: a folder's images decoded once give the pixels that decoding each time gives, whatever happens to the pack."""
 
+import errno
 import json
 import os
 import signal
@@ -217,6 +218,24 @@ def test_damaged_shard_alone_is_made_anew(
     assert sum("is damaged" in text and good[1].name in text for text in said) == 1
     assert [path.stat().st_mtime_ns for path in others] == times
     assert same(images, open_data(photos))
+
+
+def test_shard_that_cannot_be_read_is_not_removed(
+    photos: Path, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_data(photos, pack=str(tmp_path / "packs"))
+    before = shards(tmp_path / "packs")
+    said: list[str] = []
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "Shard", refuse)
+        patch.setattr(packing.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(0))
+        images = open_data(photos, pack=str(tmp_path / "packs"), say=said.append)
+    assert len(said) == len(before) and all("cannot be read (too many open files)" in text for text in said)
+    assert same(images, open_data(photos)) and shards(tmp_path / "packs") == before
 
 
 def test_damaged_pixels_are_noticed_when_they_are_read(

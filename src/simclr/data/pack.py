@@ -80,7 +80,9 @@ class Pack:
     def __init__(self, place: Path, say: Say) -> None:
         self.place = place
         self._say = say
-        self._shards: dict[str, Shard | None] = {}  # by name; None for a damaged one
+        self.damaged: list[Path] = []
+        """Shards that are not whole, to be removed."""
+        self._shards: dict[str, Shard | None] = {}  # by name; None for one that cannot be used
         self._found: dict[str, Spot | str] = {}
         self._set_aside: set[Path] = set()
         self.refresh()
@@ -99,11 +101,6 @@ class Pack:
     def num_shards(self) -> int:
         return len(self._shards)
 
-    @property
-    def damaged(self) -> list[Path]:
-        """Files of the pack to be removed: shards that are not whole."""
-        return [self.place / name for name, shard in self._shards.items() if shard is None]
-
     def refresh(self) -> int:
         """Read the indices of the shards that have appeared since; how many images the pack knows."""
         for path in sorted(self.place.glob("*" + ENDING)):
@@ -115,16 +112,23 @@ class Pack:
                 continue  # another process has just removed it
             except (ValueError, OSError) as error:
                 self._shards[path.name] = None
-                self._say(f"{path} of the pack is damaged ({error}): its images are decoded anew.")
+                if isinstance(error, OSError):  # perhaps only for us, only now: it is not to be removed
+                    self._say(f"{path} of the pack cannot be read ({_why(error)}).")
+                else:
+                    self.damaged.append(path)
+                    self._say(f"{path} of the pack is damaged ({error}): its images are decoded anew.")
                 continue
             self._shards[path.name] = shard
             self._found.update(shard.left_out)
             self._found.update((name, Spot(shard, row)) for row, name in enumerate(shard.files))
         return len(self._found)
 
-    def forget(self, path: Path) -> None:
-        """Let a shard of that name count as new."""
-        self._shards.pop(path.name, None)
+    def remove_damaged(self) -> None:
+        """Delete shards that are not whole; one of the same name is new then. Only for the holder of the lock."""
+        for path in self.damaged:
+            path.unlink(missing_ok=True)
+            del self._shards[path.name]
+        self.damaged = []
 
     def find(self, file: Found) -> Spot | str | None:
         """Where an image lies, or why its file is none; None where the pack does not know it."""
@@ -276,9 +280,7 @@ def _try_lock(file: int) -> bool:
 
 def _remove_leftovers(pack: Pack, say: Say) -> None:
     """Remove damaged shards and what killed processes left; only for the holder of the lock."""
-    for path in pack.damaged:
-        path.unlink(missing_ok=True)
-        pack.forget(path)
+    pack.remove_damaged()
     for path in pack.place.glob("*" + _DAMAGED):
         say(f"{path} had damaged pixels: its images are decoded anew.")
         path.unlink(missing_ok=True)
