@@ -62,18 +62,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="least time of one measurement")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--cores", type=int, default=os.cpu_count())
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="that everything may use")
     parser.add_argument("--folder", type=Path, help="where files and pack go; unset: a folder that is deleted again")
     parser.add_argument("--json", type=Path, help="also write every measurement here")
     args = parser.parse_args()
+    os.sched_setaffinity(0, range(args.cores))
     torch.set_num_threads(1)  # the threads or workers of the loader are what shares the cores
     with tempfile.TemporaryDirectory() as passing:
         folder = args.folder or Path(passing)
-        jpeg_bytes = make_photos(folder / "photos", args.images)
+        photos = folder / f"photos-{args.images}"
+        jpeg_bytes = make_photos(photos, args.images)
         print(
             f"{args.images} JPEG files of {WIDTH} x {HEIGHT}, {jpeg_bytes / 1000:.0f} KB on average; {args.cores} cores"
         )
-        images, once = open_twice(folder, args.cores)
+        images, once = open_twice(photos, args.cores)
         print(
             f"once: {once['packed_images_per_second']:,.0f} images/s into a {once['pack_bytes'] / 1e6:,.0f} MB pack, "
             f"opened again in {once['open_again_seconds'] * 1e3:,.1f} ms",
@@ -81,7 +83,7 @@ def main() -> None:
         )
         feeds, tried = {OURS: ours(images, args.batch_size, args.cores)}, {}
         try:
-            theirs = [lightly(folder / "photos", args.batch_size, n) for n in worker_counts(args.cores)]
+            theirs = [lightly(photos, args.batch_size, n) for n in worker_counts(args.cores)]
         except ImportError as error:
             print(f"lightly is left out ({error}): pip install lightly")
         else:
@@ -177,13 +179,13 @@ def photo(texture: np.ndarray, seed: int) -> Image.Image:
 # --- contenders -------------------------------------------------------------------------------------------------------
 
 
-def open_twice(folder: Path, cores: int) -> tuple[Images, dict[str, float]]:
+def open_twice(photos: Path, cores: int) -> tuple[Images, dict[str, float]]:
     """The photos with a pack of their own that is new, and what making and opening it cost."""
-    with tempfile.TemporaryDirectory(dir=folder) as packs:
+    with tempfile.TemporaryDirectory(dir=photos.parent) as packs:
         begun = time.perf_counter()
-        images = open_data(folder / "photos", workers=cores, pack=packs)
+        images = open_data(photos, workers=cores, pack=packs)
         packed = time.perf_counter()
-        images = open_data(folder / "photos", workers=cores, pack=packs)
+        images = open_data(photos, workers=cores, pack=packs)
         opened = time.perf_counter()
         pack_bytes = sum(path.stat().st_size for path in Path(packs).rglob("*.shard"))
     for row in range(len(images)):  # the first epoch: each image's checksum; the open pack outlives its names

@@ -1,5 +1,6 @@
 """Packs: a folder's images decoded once give the pixels that decoding each time gives, whatever happens to the pack."""
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from simclr import cli
-from simclr.data import Images, open_data
+from simclr.data import Images, open_data, place
 from simclr.data import pack as packing
 from simclr.data.folder import open_folder
 from simclr.errors import UserError
@@ -155,7 +156,7 @@ open_data(sys.argv[1], pack=sys.argv[2], workers=2, progress=progress)
 def test_two_processes_at_once_decode_each_image_once(photos: Path, tmp_path: Path) -> None:
     packs = tmp_path / "packs"
     open_data(photos, pack=str(packs))  # to learn the name
-    (place,) = packs.iterdir()
+    (made,) = packs.iterdir()
     for path in shards(packs):
         path.unlink()
     code = """
@@ -165,7 +166,7 @@ pack.decode_file = lambda path, side: count.append(path) or real(path, side)
 images = open_data(sys.argv[1], pack=sys.argv[2], say=lambda text: print(text, flush=True))
 print(len(count), images.fingerprint)
 """
-    with open(place / "lock") as lock:
+    with open(made / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         both = [python(code, photos, packs) for _ in range(2)]
         for process in both:
@@ -217,6 +218,24 @@ def test_damaged_shard_alone_is_made_anew(
     assert sum("is damaged" in text and good[1].name in text for text in said) == 1
     assert [path.stat().st_mtime_ns for path in others] == times
     assert same(images, open_data(photos))
+
+
+def test_shard_that_cannot_be_read_is_not_removed(
+    photos: Path, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_data(photos, pack=str(tmp_path / "packs"))
+    before = shards(tmp_path / "packs")
+    said: list[str] = []
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "Shard", refuse)
+        patch.setattr(packing.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(0))
+        images = open_data(photos, pack=str(tmp_path / "packs"), say=said.append)
+    assert len(said) == len(before) and all("cannot be read (too many open files)" in text for text in said)
+    assert same(images, open_data(photos)) and shards(tmp_path / "packs") == before
 
 
 def test_damaged_pixels_are_noticed_when_they_are_read(
@@ -281,11 +300,11 @@ def test_auto_packs_what_is_slow_to_decode_in_the_users_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     open_data(photos, pack="auto")
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr(packing, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(place, "SLOW_SECONDS", 0.0)
     said: list[str] = []
     open_data(photos, pack="auto", say=said.append)
-    (place,) = (tmp_path / "cache" / "simclr" / "packs").iterdir()
-    assert place.name.startswith("photos-") and str(place) in said[0] and "MiB" in said[0]
+    (made,) = (tmp_path / "cache" / "simclr" / "packs").iterdir()
+    assert made.name.startswith("photos-") and str(made) in said[0] and "MiB" in said[0]
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, as the XDG specification says
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     open_data(photos, pack="auto")
@@ -295,10 +314,10 @@ def test_auto_packs_what_is_slow_to_decode_in_the_users_cache(
 def test_pack_that_does_not_fit_is_not_begun(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     native, small = (int(open_data(photos, side=side).sizes.prod(axis=1).sum()) * 3 for side in (None, 16))
     assert small < native / 2
-    monkeypatch.setattr(packing, "SIDES", (24, 16))
+    monkeypatch.setattr(place, "SIDES", (24, 16))
     usage = namedtuple("usage", "free")
-    free = packing.KEEP_FREE + int(small * 1.3)
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda _: usage(free))
+    free = place.KEEP_FREE + int(small * 1.3)
+    monkeypatch.setattr(place.shutil, "disk_usage", lambda _: usage(free))
     images = open_data(photos, pack=str(tmp_path / "packs"))
     (note,) = [note for note in images.notes if "no room for the pack" in note]
     assert "--pack-side 16 would fit" in note and "1.0 GiB free" in note

@@ -18,7 +18,8 @@ import numpy as np
 from simclr.data.decode import decode_files
 from simclr.data.images import Channels, Images, Skipped, Split, choose_channels, part_of
 from simclr.data.labels import index_labels, read_label_file
-from simclr.data.pack import Pack, Spot, open_pack, pack_place, say_if_stale
+from simclr.data.pack import Pack, Spot, open_pack, say_if_stale
+from simclr.data.place import pack_place
 from simclr.data.scan import Found, scan_folder, some
 from simclr.errors import UserError
 

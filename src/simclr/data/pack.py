@@ -20,16 +20,15 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from simclr.data.decode import Passing, decode_file, in_order, peek_shape, shrunk_size
+from simclr.data.decode import Passing, decode_file, in_order
+from simclr.data.place import KEEP_FREE, room_for, size_text
 from simclr.data.scan import Found
 from simclr.data.shard import ENDING, Shard, ShardWriter
-from simclr.errors import UserError
 
 try:
     import fcntl
@@ -41,15 +40,6 @@ SHARD_BYTES = 128 << 20
 large, so that a pack of a terabyte has about 450: each one open keeps a file descriptor, of which many systems allow
 1,024."""
 SHARDS_ALIKE = 64
-KEEP_FREE = 1 << 30
-"""Bytes of the disk that a pack leaves to others, such as the checkpoints of the run."""
-SLOW_SECONDS = 5.0
-"""Decoding that takes longer than this on one core is worth a pack."""
-SECONDS_PER_FILE, SECONDS_PER_BYTE = 1.5e-4, 1 / 35e6
-"""Of decoding on one core: PNG files of 28 x 28, and JPEG files of 500 x 375 and 90 KB (docs/lab-notes.md)."""
-SIDES = (512, 384, 320, 256, 224, 192, 160, 128, 96, 64)
-"""Shorter sides that are proposed where native size does not fit."""
-_SAMPLE = 200  # headers read to estimate the size of a pack
 _DAMAGED, _PARTIAL = ".damaged", ".partial"
 _DAY = 86_400.0
 _POLL_SECONDS = 0.2
@@ -74,35 +64,6 @@ class Spot(NamedTuple):
         return math.prod(self.shape)
 
 
-def pack_place(setting: str, root: Path, files: Sequence[Found], side: int | None) -> Path | None:
-    """The folder of the pack of `root`, or None where none is wanted.
-
-    Args:
-        setting: "off"; "auto", which is the user's cache folder if decoding is slow enough to be worth it; else a
-            folder that holds packs.
-        side: Largest shorter side of the images; packs of different sides are different packs.
-
-    Raises:
-        UserError: the pack would lie among the images.
-    """
-    if setting == "off":
-        return None
-    if setting == "auto":
-        seconds = len(files) * SECONDS_PER_FILE + sum(file.num_bytes for file in files) * SECONDS_PER_BYTE
-        if seconds < SLOW_SECONDS:
-            return None
-        cache = os.environ.get("XDG_CACHE_HOME", "")
-        packs = (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "simclr" / "packs"
-    else:
-        packs = Path(setting).expanduser().resolve()
-    root = root.resolve()
-    if packs == root or root in packs.parents:
-        raise UserError(f"The pack would lie inside the images' folder {root}: give --pack another folder, or off.")
-    name = "".join(c if c.isascii() and c.isalnum() else "-" for c in root.name) or "images"
-    identity = sha256(os.fsencode(root) + f"\0{side}".encode()).hexdigest()
-    return packs / f"{name[:40]}-{identity[:12]}"
-
-
 def stamp(file: Found) -> str:
     """What an image is known by: another size or time of change is another image."""
     return f"{file.num_bytes} {file.mtime_ns} {file.key}"
@@ -119,7 +80,9 @@ class Pack:
     def __init__(self, place: Path, say: Say) -> None:
         self.place = place
         self._say = say
-        self._shards: dict[str, Shard | None] = {}  # by name; None for a damaged one
+        self.damaged: list[Path] = []
+        """Shards that are not whole, to be removed."""
+        self._shards: dict[str, Shard | None] = {}  # by name; None for one that cannot be used
         self._found: dict[str, Spot | str] = {}
         self._set_aside: set[Path] = set()
         self.refresh()
@@ -138,11 +101,6 @@ class Pack:
     def num_shards(self) -> int:
         return len(self._shards)
 
-    @property
-    def damaged(self) -> list[Path]:
-        """Files of the pack to be removed: shards that are not whole."""
-        return [self.place / name for name, shard in self._shards.items() if shard is None]
-
     def refresh(self) -> int:
         """Read the indices of the shards that have appeared since; how many images the pack knows."""
         for path in sorted(self.place.glob("*" + ENDING)):
@@ -154,16 +112,23 @@ class Pack:
                 continue  # another process has just removed it
             except (ValueError, OSError) as error:
                 self._shards[path.name] = None
-                self._say(f"{path} of the pack is damaged ({error}): its images are decoded anew.")
+                if isinstance(error, OSError):  # perhaps only for us, only now: it is not to be removed
+                    self._say(f"{path} of the pack cannot be read ({_why(error)}).")
+                else:
+                    self.damaged.append(path)
+                    self._say(f"{path} of the pack is damaged ({error}): its images are decoded anew.")
                 continue
             self._shards[path.name] = shard
             self._found.update(shard.left_out)
             self._found.update((name, Spot(shard, row)) for row, name in enumerate(shard.files))
         return len(self._found)
 
-    def forget(self, path: Path) -> None:
-        """Let a shard of that name count as new."""
-        self._shards.pop(path.name, None)
+    def remove_damaged(self) -> None:
+        """Delete shards that are not whole; one of the same name is new then. Only for the holder of the lock."""
+        for path in self.damaged:
+            path.unlink(missing_ok=True)
+            del self._shards[path.name]
+        self.damaged = []
 
     def find(self, file: Found) -> Spot | str | None:
         """Where an image lies, or why its file is none; None where the pack does not know it."""
@@ -219,7 +184,7 @@ def open_pack(
     except OSError as error:
         notes.append(f"The pack {place} cannot be written ({_why(error)}): --pack names another folder.")
     if pack.num_bytes:
-        notes.insert(0, f"Images come decoded from the pack {place} ({_size(pack.num_bytes)}).")
+        notes.insert(0, f"Images come decoded from the pack {place} ({size_text(pack.num_bytes)}).")
     return pack, notes
 
 
@@ -229,27 +194,17 @@ def say_if_stale(pack: Pack, files: Sequence[Found]) -> list[str]:
     stale = pack.num_pixel_bytes - sum(spot.num_bytes for spot in spots if isinstance(spot, Spot))
     if stale <= pack.num_pixel_bytes / 2:
         return []
-    return [
-        f"{_size(stale)} of the pack are of files that have changed or gone: delete it, and it is made anew without them."
-    ]
+    return [f"{size_text(stale)} of the pack are of files that have changed or gone: delete it, and it is made anew."]
 
 
 def _complete(
     pack: Pack, files: Sequence[Found], side: int | None, workers: int, progress: Progress | None, say: Say
 ) -> list[str]:
     """Add files to the pack, as far as the disk has room; sentences on what could not be added."""
-    free = shutil.disk_usage(pack.place).free
-    shapes = _sample_shapes(files)
-    needed = _estimate(shapes, len(files), side)
-    if needed + KEEP_FREE > free:
-        smaller = [s for s in SIDES if side is None or s < side]
-        fitting = [s for s in smaller if _estimate(shapes, len(files), s) + KEEP_FREE <= free]
-        proposal = f"--pack-side {fitting[0]} would fit, or " if fitting else ""
-        return [
-            f"There is no room for the pack: it needs about {_size(needed)}, and {pack.place} has {_size(free)} free. "
-            f"{proposal}--pack names a folder on a larger disk."
-        ]
-    say(f"Decoding {len(files):,} images into the pack {pack.place}, once for all runs (about {_size(needed)}).")
+    needed, no_room = room_for(pack.place, files, side)
+    if no_room:
+        return [no_room]
+    say(f"Decoding {len(files):,} images into the pack {pack.place}, once for all runs (about {size_text(needed)}).")
     with closing(in_order(partial(_decode_and_sum, side=side), files, workers)) as results:
         decoded = zip(files, results, strict=True)
         try:
@@ -268,7 +223,7 @@ def _write_shard(
 ) -> int:
     """Write the next images as one shard; how many are then done."""
     if shutil.disk_usage(pack.place).free < KEEP_FREE:
-        raise OSError(errno.ENOSPC, f"less than {_size(KEEP_FREE)} left on the disk")
+        raise OSError(errno.ENOSPC, f"less than {size_text(KEEP_FREE)} left on the disk")
     most = SHARD_BYTES << pack.num_shards // SHARDS_ALIKE
     with ShardWriter(pack.place / f"{_machine()}-{os.getpid()}{_PARTIAL}") as writer:
         while writer.num_bytes < most and (following := next(decoded, None)) is not None:
@@ -325,9 +280,7 @@ def _try_lock(file: int) -> bool:
 
 def _remove_leftovers(pack: Pack, say: Say) -> None:
     """Remove damaged shards and what killed processes left; only for the holder of the lock."""
-    for path in pack.damaged:
-        path.unlink(missing_ok=True)
-        pack.forget(path)
+    pack.remove_damaged()
     for path in pack.place.glob("*" + _DAMAGED):
         say(f"{path} had damaged pixels: its images are decoded anew.")
         path.unlink(missing_ok=True)
@@ -338,27 +291,8 @@ def _remove_leftovers(pack: Pack, say: Say) -> None:
                 path.unlink()
 
 
-def _sample_shapes(files: Sequence[Found]) -> np.ndarray:
-    """(k, 3) heights, widths and channels of some of the files, spread over all of them."""
-    chosen = np.linspace(0, len(files) - 1, min(len(files), _SAMPLE)).astype(int)
-    shapes = [shape for i in chosen if (shape := peek_shape(files[i].path)) is not None]
-    return np.array(shapes, np.int64).reshape(-1, 3)
-
-
-def _estimate(shapes: np.ndarray, num_files: int, side: int | None) -> int:
-    """Bytes that the pixels of all files take, judging by the sample."""
-    if not len(shapes):
-        return 0
-    sizes = [shrunk_size(h, w, side) if side is not None else (h, w) for h, w, _ in shapes.tolist()]
-    return int((np.array(sizes).prod(axis=1) * shapes[:, 2]).mean() * num_files)
-
-
 def _machine() -> str:
     return "".join(c for c in socket.gethostname() if c.isalnum())
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def _why(error: OSError) -> str:
