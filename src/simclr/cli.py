@@ -45,6 +45,9 @@ class Pretrain:
     pack_side: int | None = None
     """Shrink images whose shorter side is longer to this many pixels, once; unset: every pixel is kept."""
 
+    memory_budget: str | None = None
+    """What training may take of the device's memory (of a process), such as 2GB; unset: nearly all that is free."""
+
     config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
 
 
@@ -158,6 +161,28 @@ class Views:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say before a run what fits the memory, how long it takes and how much disk, from a few measured steps.
+
+    Takes the flags of `simclr pretrain`, trains a few steps on the images in well under a minute, and writes nothing.
+    """
+
+    data: Positional[Annotated[str, arg(metavar="DATA")]]
+    """Folder, .npz file or name of the images."""
+
+    recipe: str | None = None
+    """As in `simclr pretrain`."""
+
+    memory_budget: str | None = None
+    """What training may take of the device's memory (of a process), such as 2GB; unset: nearly all that is free."""
+
+    json: Path | None = None
+    """Also write the plan to this file."""
+
+    config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipes:
     """Print the recipes with their settings, command, cost and expected result."""
 
@@ -166,7 +191,7 @@ class Recipes:
 
 
 COMMANDS: dict[str, type] = {
-    command.__name__.lower(): command for command in (Pretrain, Resume, Evaluate, Embed, Views, Recipes)
+    command.__name__.lower(): command for command in (Plan, Pretrain, Resume, Evaluate, Embed, Views, Recipes)
 }
 
 

@@ -24,6 +24,8 @@ from simclr.errors import UserError
 from simclr.evaluate import KNN_K, KNN_TEMPERATURE, split_data
 from simclr.evaluate import evaluate as evaluate_encoder
 from simclr.features import extract
+from simclr.memory import parse_bytes
+from simclr.plan import plan as plan_run
 from simclr.progress import counting, say
 from simclr.recipes import RECIPES, Recipe, choose_recipe, find_recipe, fit_recipe
 from simclr.run import RunFolder, describe_machine, open_run
@@ -50,6 +52,7 @@ def pretrain(args: "cli.Pretrain", flags_over: FlagsOver) -> None:
         "side": args.pack_side,
     }
     source = _lasting(args.data)
+    budget = parse_bytes(args.memory_budget) if args.memory_budget else None
     world = distributed.start(args.config.device)
     try:
         asked = flags_over(recipe.config if recipe else PretrainConfig())
@@ -57,7 +60,7 @@ def pretrain(args: "cli.Pretrain", flags_over: FlagsOver) -> None:
         images = _open(source, world, channels=asked.channels, **options)
         config = _settle(recipe, images, flags_over, world)
         origin = pretraining.origin_of(images, source, options, describe_machine())
-        outcome = pretraining.pretrain(images, config, RunFolder(out), world, origin=origin)
+        outcome = pretraining.pretrain(images, config, RunFolder(out), world, origin=origin, memory_budget=budget)
     finally:
         distributed.stop()
     _leave(outcome, world)
@@ -90,6 +93,27 @@ def resume(args: "cli.Resume", flags_over: FlagsOver) -> None:
     finally:
         distributed.stop()
     _leave(outcome, world)
+
+
+def plan(args: "cli.Plan", flags_over: FlagsOver) -> None:
+    """`simclr plan DATA`: a table on standard output, and a JSON file on request."""
+    if args.json is not None:
+        _require_writable(args.json)
+    recipe = find_recipe(args.recipe) if args.recipe else None
+    budget = parse_bytes(args.memory_budget) if args.memory_budget else None
+    world = distributed.start(args.config.device)
+    try:
+        asked = flags_over(recipe.config if recipe else PretrainConfig())
+        pretraining.check_settings(asked, world)
+        images = _open(args.data, world, channels=asked.channels)
+        name = (recipe or choose_recipe(images, on_gpu=world.device.type == "cuda")[0]).name
+        config = _settle(recipe, images, flags_over, world)
+        planned = plan_run(images, config, world, recipe=name, budget=budget)
+    finally:
+        distributed.stop()
+    print(planned.table())
+    if args.json is not None:
+        _write(args.json, (json.dumps(planned.to_dict(), indent=2) + "\n").encode())
 
 
 def evaluate(args: "cli.Evaluate") -> None:

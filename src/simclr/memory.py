@@ -114,8 +114,8 @@ def choose(footprint: Footprint, n: int, budget: int) -> Rung:
     least = min(rungs, key=lambda rung: rung.need)
     how = f"{least.name} in chunks of {least.chunk}" if least.chunk else least.name
     raise UserError(
-        f"--batch-size gives a process {n:,} images, which need {gigabytes(least.need)} even with --memory {how}, and "
-        f"there are {gigabytes(budget)}; give a smaller --size, --width or --encoder, or a batch that splits evenly "
+        f"--batch-size gives a process {n:,} images, which need {readable(least.need)} even with --memory {how}, and "
+        f"there are {readable(budget)}; give a smaller --size, --width or --encoder, or a batch that splits evenly "
         f"into chunks of {LEAST_CHUNK} images a process."
     )
 
@@ -158,7 +158,7 @@ def available(world: World) -> int:
 
 def describe(rung: Rung, n: int, budget: int) -> str:
     """The choice in one sentence."""
-    fits = f"{gigabytes(rung.need)} of {gigabytes(budget)}"
+    fits = f"{readable(rung.need)} of {readable(budget)}"
     if rung.name == "plain":
         return f"Memory: a step needs about {fits}."
     if rung.name == "recompute":
@@ -237,7 +237,6 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def gigabytes(count: float) -> str:
-    """Bytes for people: 3.1 GB, 0.042 GB."""
-    amount = count / 1e9
-    return f"{amount:,.1f} GB" if amount >= 1 else f"{amount:.2g} GB"
+def readable(count: float) -> str:
+    """Bytes for people: 3.1 GB, 42 MB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.3g} MB"

@@ -85,7 +85,7 @@ class Progress:
                 self._print(f"step {done}: {text}")
         else:
             left = (self._total - done) / rate
-            say(f"step {done}/{self._total}: {text}, {_duration(left)} left")
+            say(f"step {done}/{self._total}: {text}, {duration(left)} left")
 
     def _print(self, line: str) -> None:
         if self._bar is not None:
@@ -94,7 +94,8 @@ class Progress:
             say(line)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """1:02 for 62 seconds, 1:02:03 from an hour on."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -109,13 +109,7 @@ def train(
             evaluate = task.evaluate_every > 0 and (done % task.evaluate_every == 0 or last)
             log = done % log_every == 0 or evaluate or last
 
-            torch.manual_seed(_step_seed(task.seed, step, world))
-            set_lr(task.optimizer, task.learning_rate(step))
-            with _autocast(device, task.precision):
-                loss, metrics = model(*inputs, detail=log)
-            task.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            task.optimizer.step()
+            loss, metrics = take_step(model, task, step, inputs, world, detail=log)
             finite &= torch.isfinite(loss.detach())
 
             outcome.step, outcome.steps_run = done, outcome.steps_run + 1
@@ -158,6 +152,26 @@ def train(
     outcome.seconds = time.perf_counter() - clock
     outcome.wait_seconds = batches.wait_seconds
     return outcome
+
+
+def take_step(
+    model: nn.Module, task: Task, step: int, inputs: Inputs, world: World, *, detail: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One update of the weights; the loss and metrics before it.
+
+    Args:
+        model: The task's method, in DistributedDataParallel where there are several processes.
+        inputs: The task's batch of this step.
+        detail: As the method takes it.
+    """
+    torch.manual_seed(_step_seed(task.seed, step, world))
+    set_lr(task.optimizer, task.learning_rate(step))
+    with _autocast(world.device, task.precision):
+        loss, metrics = model(*inputs, detail=detail)
+    task.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    task.optimizer.step()
+    return loss, metrics
 
 
 class Prefetcher:

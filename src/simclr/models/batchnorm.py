@@ -7,6 +7,7 @@ unbiased one. torch.nn.SyncBatchNorm is no substitute: it keeps the unbiased one
 Shapes: x is (N, C), (N, C, L) or (N, C, H, W); n is its number of values per channel, over all processes.
 """
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -143,12 +144,26 @@ def track_once(module: nn.Module) -> None:
     timm's layers as for ours; call it after `set_global_batch_norm`, which may put new layers in.
     """
     for layer in module.modules():
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
-            layer.register_forward_pre_hook(_track_outside_backward)
+        if isinstance(layer, TensorFlowBatchNorm):
+            layer.register_forward_pre_hook(_track_ours_once)
+        elif isinstance(layer, _BatchNorm) and layer.running_mean is not None:
+            layer.register_forward_pre_hook(partial(_track_torch_once, momentum=layer.momentum))
 
 
-def _track_outside_backward(layer: Any, _inputs: object) -> None:
-    layer.track_running_stats = torch._C._current_graph_task_id() == -1  # torch.utils.checkpoint asks this way too
+def _track_ours_once(layer: Any, _inputs: object) -> None:
+    layer.track_running_stats = not _in_backward()
+
+
+def _track_torch_once(layer: Any, _inputs: object, *, momentum: float | None) -> None:
+    """torch saves its running statistics for backward, so a recomputation must have them: it moves them by nothing."""
+    layer.momentum = momentum
+    if layer.training and _in_backward():
+        layer.momentum = 0.0
+        layer.num_batches_tracked.sub_(1)  # the layer adds 1
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
 
 
 def _adopt(layer: _BatchNorm) -> TensorFlowBatchNorm:
