@@ -26,9 +26,17 @@ from simclr.augment import cuda
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 PRESETS = [Policy.google, Policy.torchvision]
-MIXED = [(40, 30), (1, 1), (3, 50), (33, 64), (32, 32), (1, 7)]
+MIXED = [(40, 30), (1, 1), (3, 50), (33, 24)]
 LAST_BITS = 2e-6  # the mean that contrast needs is added up in another order
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="minutes in the interpreter")
+
+
+@pytest.fixture(autouse=True)
+def larger_tiles(monkeypatch):
+    """The interpreter takes as long for a small tile as for a large one."""
+    if not ON_GPU:
+        monkeypatch.setattr(cuda, "_MOST_PIXELS", 4096)
+        monkeypatch.setattr(cuda, "_BLUR_FLOATS", 8192)
 
 
 def random_images(sizes: list[tuple[int, int]], channels: int = 3) -> list[np.ndarray]:
@@ -40,8 +48,17 @@ def random_images(sizes: list[tuple[int, int]], channels: int = 3) -> list[np.nd
     return images
 
 
-def draws(policy: Policy, images: list[np.ndarray], view: int = 0) -> ViewParams:
-    return draw(policy, resize.image_sizes(images), seed=3, epoch=1, indices=np.arange(len(images)), view=view)
+def draws(policy: Policy, images: list[np.ndarray]) -> ViewParams:
+    """With every operation that the policy has in some of the views and not in others."""
+    row = np.arange(len(images))
+    drawn = draw(policy, resize.image_sizes(images), seed=3, epoch=1, indices=row, view=0)
+    return replace(
+        drawn,
+        blur=(row % 2 == 0) & (policy.blur > 0),
+        flip=row % 4 < 2,
+        gray=(row % 4 == 3) & (policy.gray > 0),
+        jitter=(row != 1) & (policy.jitter > 0),
+    )
 
 
 def rendered(
@@ -57,7 +74,7 @@ def assert_is_the_reference(images: list[np.ndarray], params: ViewParams, policy
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize(("channels", "size"), [(3, 16), (3, 33), (1, 28), (1, 5), (3, 1)])
+@pytest.mark.parametrize(("channels", "size"), [(3, 16), (3, 33), (1, 28)])
 def test_views_are_those_of_the_reference(preset, channels, size):
     images = random_images(MIXED, channels)
     policy = preset(size, channels=channels, blur=0.5)
@@ -65,10 +82,18 @@ def test_views_are_those_of_the_reference(preset, channels, size):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_blur_of_several_tiles(preset):
-    images = random_images([(40, 50), (30, 20)])
-    policy = preset(60, blur=1.0, jitter=0.0)
-    assert_is_the_reference(images, replace(draws(policy, images), sigma=np.array([0.4, 2], np.float32)), policy)
+def test_one_pixel(preset):
+    images = random_images([(3, 5), (1, 1)])
+    assert_is_the_reference(images, draws(preset(1), images), preset(1))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_views_of_several_tiles(preset, monkeypatch):
+    monkeypatch.setattr(cuda, "_MOST_PIXELS", 512)
+    monkeypatch.setattr(cuda, "_BLUR_FLOATS", 512)
+    images = random_images([(30, 40)])
+    policy = preset(41, blur=1.0, jitter=1.0)
+    assert_is_the_reference(images, replace(draws(policy, images), sigma=np.array([2], np.float32)), policy)
 
 
 @needs_gpu
@@ -83,19 +108,20 @@ def test_large_views_are_those_of_the_reference(preset, channels, size):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_far_larger_images_too(preset):
-    images = random_images([(6, 300), (120, 90)])
+    images = random_images([(2, 150), (60, 50)])
     policy = preset(9, jitter=0)
-    whole = replace(draws(policy, images), box=np.array([[0, 0, 6, 300], [0, 0, 120, 90]]))
+    whole = replace(draws(policy, images), box=np.array([[0, 0, 2, 150], [0, 0, 60, 50]]))
     assert_is_the_reference(images, whole, policy)
 
 
 @pytest.mark.parametrize("policy", [Policy.google(21, strength=1.25), Policy.torchvision(21, strength=2.5)])
 def test_extreme_factors_and_sigmas(policy):
     images = random_images([(9, 9)] * 6)  # enlarged noise overshoots [0, 1]
-    policy = replace(policy, jitter=1.0, blur=1.0)
     strongest = 3.5 if policy.semantics == "torchvision" else 2.0
     params = replace(
         draws(policy, images),
+        blur=np.ones(6, bool),
+        jitter=np.ones(6, bool),
         contrast=np.array([0, strongest, 0.3, 1.2, 1, 0], np.float32),
         saturation=np.array([strongest, 0, 0, strongest, 1.7, 1], np.float32),
         hue=np.array([0.5, -0.5, 0.25, -0.2, 0.5, -0.01], np.float32),
@@ -107,7 +133,7 @@ def test_extreme_factors_and_sigmas(policy):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_operations_in_every_place_and_at_their_neutral_values(preset):
     images = random_images([(9, 9)] * 8)
-    policy = preset(16)
+    policy = preset(12)
     orders = [np.roll([BRIGHTNESS, CONTRAST, SATURATION, HUE], k) for k in range(4)] * 2
     drawn = draws(policy, images)
     neutral = np.arange(8) >= 4  # the rows of the first operation at its neutral value
@@ -134,7 +160,11 @@ def test_bfloat16_is_the_rounded_float32():
     policy = Policy.google(20, blur=0.5)
     params = draws(policy, images)
     exact, ours = rendered(images, params, policy), rendered(images, params, policy, torch.bfloat16)
-    assert ours.dtype == torch.bfloat16 and torch.equal(ours, exact.to(torch.bfloat16))
+    if ON_GPU:
+        expected = exact.to(torch.bfloat16)
+    else:  # Triton's interpreter cuts off what it should round
+        expected = (exact.view(torch.int32) & -65536).view(torch.float32).to(torch.bfloat16)
+    assert ours.dtype == torch.bfloat16 and torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -142,7 +172,6 @@ def test_a_view_is_the_same_bits_in_any_batch(preset):
     images = random_images(MIXED)
     policy = preset(25, blur=0.5)
     params = draws(policy, images)
-    assert params.blur.any() and not params.blur.all()
     whole = rendered(images, params, policy)
     rows = np.random.default_rng(0).permutation(len(images))
     assert torch.equal(rendered([images[row] for row in rows], params[rows], policy), whole[rows])
@@ -181,7 +210,7 @@ def test_resident_images_make_the_views_of_the_same_images_streamed():
         pixels, None, name="noise", split="all", has_own_split=False, classes=None, channels="auto"
     )  # fmt: skip
     ragged = random_images([(14, 9), (5, 30), (20, 20)])
-    policy, rows = Policy.google(16), np.array([7, 0, 7, 3])
+    policy, rows = Policy.google(10), np.array([7, 0, 7])
     where = {"seed": 1, "epoch": 2, "indices": rows, "device": DEVICE, "backend": "cuda"}
     resident = DeviceImages.of(data, DEVICE)
     for a, b in zip(

@@ -4,7 +4,7 @@
     device_images.py    uint8 images on the device
     here                records for the kernels, and launches
 
-The host draws parameters and sends them in one copy that it does not wait for; nothing here synchronises with the device.
+The host draws parameters and sends them in one copy that it does not wait for; nothing here waits for the device.
 
 Where TRITON_INTERPRET=1 was set before Triton was imported, the kernels run on the CPU, slowly, for tests.
 
@@ -16,6 +16,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,20 +122,17 @@ def _make(
     records = words.to(pixels.device, non_blocking=True)
     planes = torch.empty(len(blurred), size, size, channels, device=pixels.device)
     out = torch.empty(len(views), size, size, channels, dtype=dtype, device=pixels.device)
-    compiled = {"SIZE": size, "CHANNELS": channels, "GOOGLE": google, "WORDS": words.shape[1]}
-    exact = {"enable_fp_fusion": False, "num_stages": 1}
     tile = min(_MOST_PIXELS, max(128, triton.next_power_of_2(size * size)))
-    here = torch.cuda.device(pixels.device) if pixels.is_cuda else nullcontext()  # a thread's own starts as the first
+    launch: dict[str, Any] = {"SIZE": size, "CHANNELS": channels, "GOOGLE": google, "WORDS": words.shape[1]}
+    launch |= {"enable_fp_fusion": False, "num_stages": 1}
+    make = launch | {"ADD": add, "BLOCK": tile, "num_warps": tile // 64}
+    blur = launch | {"BLOCK": _BLUR_FLOATS, "num_warps": _BLUR_FLOATS // 32}
+    here = torch.cuda.device(pixels.device) if pixels.is_cuda else nullcontext()  # a thread's own is the first one
     with _one_at_a_time, here:
         if len(views):
-            make_kernel[(len(views),)](
-                pixels, records, _keys_table(pixels.device), planes, out,
-                **compiled, ADD=add, BLOCK=tile, num_warps=tile // 64, **exact,
-            )  # fmt: skip
+            make_kernel[(len(views),)](pixels, records, _keys_table(pixels.device), planes, out, **make)
         if len(blurred):
-            blur_kernel[(len(blurred),)](
-                records, planes, out, **compiled, BLOCK=_BLUR_FLOATS, num_warps=_BLUR_FLOATS // 32, **exact
-            )
+            blur_kernel[(len(blurred),)](records, planes, out, **blur)
     return out.permute(0, 3, 1, 2)
 
 

@@ -14,6 +14,8 @@ between views and batches is read from the records, so that nothing but size, ch
 Shapes: C channels, S x S pixels of a view, T taps of the resize filter.
 """
 
+from typing import Any
+
 import numpy as np
 import triton
 import triton.language as tl
@@ -43,10 +45,11 @@ NOTHING = 4
 """A step that only clips."""
 
 _WORD = 4  # bytes
+_PLACES: dict[str, Any] = dict(np.dtype(VIEW).fields or {})  # (type, first byte) of each field
 
 
 def _word(name: str) -> tl.constexpr:
-    return tl.constexpr(np.dtype(VIEW).fields[name][1] // _WORD)
+    return tl.constexpr(_PLACES[name][1] // _WORD)
 
 
 _OFFSET, _ROW_BYTES, _LENGTH, _RESIZED = (_word(name) for name in ("offset", "row_bytes", "length", "resized"))
@@ -250,12 +253,11 @@ def _within(index, length):
 
 @triton.jit
 def _column(crop, a0, a1, a2, a3, w0, w1, w2, w3):
-    return w0 * _unit(crop + a0) + w1 * _unit(crop + a1) + w2 * _unit(crop + a2) + w3 * _unit(crop + a3)
-
-
-@triton.jit
-def _unit(pointer):
-    return tl.load(pointer).to(tl.float32) * _BYTE
+    x0 = tl.load(crop + a0).to(tl.float32) * _BYTE
+    x1 = tl.load(crop + a1).to(tl.float32) * _BYTE
+    x2 = tl.load(crop + a2).to(tl.float32) * _BYTE
+    x3 = tl.load(crop + a3).to(tl.float32) * _BYTE
+    return w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
 
 
 @triton.jit
@@ -278,10 +280,10 @@ def _bilinear(crop, record, y, x, CHANNELS: tl.constexpr):
             row_share = _triangle(top + j, top_distance + j * row_step, row_half, height)
             row_weight = tl.div_rn(row_share.to(tl.float32), row_total)
             at = column + tl.minimum(top + j, height - 1) * row_bytes
-            r_column += row_weight * _unit(at)
+            r_column += row_weight * (tl.load(at).to(tl.float32) * _BYTE)
             if CHANNELS == 3:
-                g_column += row_weight * _unit(at + 1)
-                b_column += row_weight * _unit(at + 2)
+                g_column += row_weight * (tl.load(at + 1).to(tl.float32) * _BYTE)
+                b_column += row_weight * (tl.load(at + 2).to(tl.float32) * _BYTE)
         r += weight * r_column
         g += weight * g_column
         b += weight * b_column

@@ -132,9 +132,7 @@ def eval_images(
     if made_by == "cuda":
         from simclr.augment import cuda
 
-        return cuda.crop_resize(
-            DeviceImages.upload(images, channels, device), boxes, size, semantics, resized=resized
-        )
+        return cuda.crop_resize(DeviceImages.upload(images, channels, device), boxes, size, semantics, resized=resized)
     if made_by == "cpu":
         from simclr.augment import cpu
 
