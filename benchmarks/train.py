@@ -5,7 +5,9 @@
 
 Same encoder (ours, in both), same images, same batch. Ours is what `simclr pretrain` runs: its loop, its threads that
 make views ahead, its optimiser, its records. lightly's is the loop of its SimCLR page (common.py), with the number of
-worker processes that is fastest here, and with `--lightly-encoder torchvision` that page's encoder too.
+worker processes that is fastest here. That page leaves tensors in torch's default layout, ours puts them channels-last;
+`--lightly-encoder channels-last` does so in lightly's loop too. `--lightly-encoder torchvision` takes the page's own
+network where the setting's is ResNet-18: a smaller task at 32 pixels, since its stem halves the image twice.
 
 `outside` is the share of our step that is not the encoder's and head's forward and backward: 1 - t_encoder / t_step,
 where t_encoder is measured on ready random views of the same batch, in the same process with the same threads. It is
@@ -17,10 +19,13 @@ take turns, a few seconds each, and ratios are taken within a round: median (sma
 """
 
 import argparse
+import multiprocessing
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +90,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="least time of one measurement")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="lightly's candidates")
-    parser.add_argument("--lightly-encoder", choices=["ours", "torchvision"], default="ours")
+    parser.add_argument("--lightly-encoder", choices=["ours", "channels-last", "torchvision"], default="ours")
     parser.add_argument("--batch", type=int, help="images a step, instead of each setting's own")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/train.json"))
     args = parser.parse_args()
@@ -134,66 +139,20 @@ def print_results(results: list[dict[str, Any]]) -> None:
 def measure(setting: Setting, cores: int, args: argparse.Namespace) -> dict[str, Any]:
     """Views per second of ours, of the encoder alone and of lightly, round by round."""
     warnings.filterwarnings("ignore")
-    torch.manual_seed(0)
-    images = open_data(setting.data) if setting.data else random_images(max(8 * setting.batch, 64), setting.source)
     config = our_config(setting)
-    make = lightly_loop(setting, images, args.lightly_encoder)
-    # lightly's workers are forked before any thread of ours runs
-    tried = best_workers(make, args.workers, args.seconds) if make else {}
-    best = max(tried, key=tried.__getitem__) if tried else None
-    loop = make(best) if make and best is not None else None
-    rounds = Rounds(loop, config.workers, rounds=args.rounds, seconds=args.seconds)
-    run_ours(images, config, rounds, change=lambda task: replace(task, total_steps=10**9))
-    if loop is not None:
-        loop.close()
+    with LightlyProcess(setting, cores, args) as lightly:
+        rounds = Rounds(lightly, config.workers, rounds=args.rounds, seconds=args.seconds)
+        run_ours(images_of(setting), config, rounds, change=lambda task: replace(task, total_steps=10**9))
     return {
         "views_per_second": rounds.speeds,
-        "lightly_workers": best,
-        "lightly_by_workers": tried,
+        "lightly_workers": lightly.workers,
+        "lightly_by_workers": lightly.tried,
         "threads_ahead": config.workers,
     }
 
 
-class Rounds:
-    """Told of each of our steps: segments of our training alternate with segments of the others.
-
-    While others run, our threads and lightly's workers finish what they had begun and wait; the first steps of a
-    segment, which find those batches ready, are therefore not timed. The first round warms up and is dropped.
-    """
-
-    def __init__(self, loop: LightlyLoop | None, ahead: int, *, rounds: int, seconds: float) -> None:
-        self._loop, self._ahead, self._rounds, self._seconds = loop, ahead, rounds, seconds
-        self._encoder: Contender | None = None
-        self._untimed, self._views, self._begun = ahead + 1, 0, 0.0
-        self.speeds: dict[str, list[float]] = {"ours": [], "encoder alone": []} | ({"lightly": []} if loop else {})
-
-    def __call__(self, task: Task, _done: int) -> None:
-        if self._untimed:
-            self._untimed -= 1
-            self._begun, self._views = time.perf_counter(), 0
-            return
-        self._views += 2 * task.images_per_step
-        spent = time.perf_counter() - self._begun
-        if spent < self._seconds:
-            return
-        self._encoder = self._encoder or encoder_alone(task)
-        measured = {"ours": self._views / spent, "encoder alone": views_per_second(self._encoder, self._seconds)}
-        if self._loop is not None:
-            self._use_up()
-            measured["lightly"] = views_per_second(self._loop, self._seconds)
-        for name, speed in measured.items():
-            self.speeds[name].append(speed)
-        if len(self.speeds["ours"]) > self._rounds:
-            for speeds in self.speeds.values():
-                del speeds[0]
-            raise Stop
-        self._untimed = self._ahead + 1
-
-    def _use_up(self) -> None:
-        begun = time.perf_counter()
-        for _ in range(self._loop.ahead + 1):
-            if time.perf_counter() - begun < self._seconds:  # where steps are long, two batches are no head start
-                self._loop()
+def images_of(setting: Setting) -> Images:
+    return open_data(setting.data) if setting.data else random_images(max(8 * setting.batch, 64), setting.source)
 
 
 def our_config(setting: Setting) -> PretrainConfig:
@@ -207,6 +166,96 @@ def our_config(setting: Setting) -> PretrainConfig:
         save_every=10**9,
         device="cpu",
     )
+
+
+class Rounds:
+    """Told of each of our steps: segments of our training alternate with segments of the others.
+
+    While others run, our threads and lightly's workers finish what they had begun and wait; the first steps of a
+    segment, which find those batches ready, are therefore not timed. The first round warms up and is dropped.
+    """
+
+    def __init__(self, lightly: "LightlyProcess", ahead: int, *, rounds: int, seconds: float) -> None:
+        self._lightly, self._ahead, self._rounds, self._seconds = lightly, ahead, rounds, seconds
+        self._encoder: Contender | None = None
+        self._untimed, self._views, self._begun = ahead + 1, 0, 0.0
+        self.speeds: dict[str, list[float]] = {"ours": [], "encoder alone": []}
+        if lightly.tried:
+            self.speeds["lightly"] = []
+
+    def __call__(self, task: Task, _done: int) -> None:
+        if self._untimed:
+            self._untimed -= 1
+            self._begun, self._views = time.perf_counter(), 0
+            return
+        self._views += 2 * task.images_per_step
+        spent = time.perf_counter() - self._begun
+        if spent < self._seconds:
+            return
+        self._encoder = self._encoder or encoder_alone(task)
+        measured = {"ours": self._views / spent, "encoder alone": views_per_second(self._encoder, self._seconds)}
+        if self._lightly.tried:
+            measured["lightly"] = self._lightly.segment()
+        for name, speed in measured.items():
+            self.speeds[name].append(speed)
+        if len(self.speeds["ours"]) > self._rounds:
+            for speeds in self.speeds.values():
+                del speeds[0]
+            raise Stop
+        self._untimed = self._ahead + 1
+
+
+# --- lightly, in another process --------------------------------------------------------------------------------------
+
+
+class LightlyProcess:
+    """lightly's loop in a Python of its own, which trains when it is asked to and sleeps otherwise.
+
+    What our training sets for its process (how memory is freed) does not reach it, and its workers are forked where no
+    thread of ours runs.
+    """
+
+    def __init__(self, setting: Setting, cores: int, args: argparse.Namespace) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, setting, cores, args))
+        self._process.start()
+        theirs.close()
+        self.tried: dict[int, float] = self._pipe.recv()
+        """Views per second by number of workers; empty where lightly is not installed."""
+        self.workers = max(self.tried, key=self.tried.__getitem__) if self.tried else None
+
+    def __enter__(self) -> "LightlyProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.close()  # the process sees the end of its orders
+        self._process.join()
+
+    def segment(self) -> float:
+        """Views per second of some steps now."""
+        self._pipe.send("go on")
+        return self._pipe.recv()
+
+
+def _serve(orders: Connection, setting: Setting, cores: int, args: argparse.Namespace) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(cores)
+    torch.manual_seed(0)
+    make = lightly_loop(setting, images_of(setting), args.lightly_encoder)
+    tried = best_workers(make, args.workers, args.seconds) if make else {}
+    orders.send(tried)
+    if make is None:
+        return
+    loop = make(max(tried, key=tried.__getitem__))
+    with suppress(EOFError):
+        while orders.recv():
+            begun = time.perf_counter()
+            for _ in range(loop.ahead + 1):  # use up what the workers finished while they waited
+                if time.perf_counter() - begun < args.seconds:  # where steps are long, that is no head start
+                    loop()
+            orders.send(views_per_second(loop, args.seconds))
+    loop.close()
 
 
 def lightly_loop(setting: Setting, images: Images, encoder: str) -> Callable[[int], LightlyLoop] | None:
@@ -224,12 +273,12 @@ def lightly_loop(setting: Setting, images: Images, encoder: str) -> Callable[[in
 
             backbone, num_features = resnet18(), 512
             backbone.fc = torch.nn.Identity()
-            if images.channels == 1:
-                backbone.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
         else:
             config = EncoderConfig(name=setting.encoder, channels=images.channels, size=setting.size)
             backbone = build_encoder(config, seed=0)
             num_features = backbone.num_features
+        if encoder == "channels-last":
+            backbone.to(memory_format=torch.channels_last)
         return LightlyLoop(
             pictures, backbone, num_features, size=setting.size, batch_size=setting.batch, workers=workers
         )
