@@ -175,9 +175,8 @@ def plan(images: Images, config: PretrainConfig, world: World, *, recipe: str, b
 
 @dataclass(frozen=True, kw_only=True)
 class _Timing:
-    """Seconds of a step of `images` images, and of two parts of it that do not grow in proportion."""
+    """Seconds of a step, and of its update of the weights, which does not grow with the batch."""
 
-    images: int
     step: float
     update: float
 
@@ -203,7 +202,7 @@ def _time(
     if few not in sizes:
         return 0, None
     timed = timing(few)
-    per_image = timed.step * (_warm_up(config.workers) + STEPS) / few
+    per_image = timed.step * (max(2, config.workers) + STEPS) / few
     at = next((m for m in sizes if m * per_image <= SECONDS_PER_RUNG), few)
     if at > few:
         timed = timing(at)
@@ -215,24 +214,24 @@ def _time(
 
 
 def _time_steps(task: Task, workers: int, world: World) -> _Timing:
-    """Steps as in training, views prepared by its threads."""
-    warm_up = _warm_up(workers)
-    seconds = begun = 0.0
+    """Steps as in training, views prepared by its threads; fewer where a step takes long."""
+    warm_up = max(2, workers)  # until the views prepared ahead are used up
+    started = _now(world)
+    begun, timed = 0.0, 0
     with Prefetcher(task.batch, 0, warm_up + STEPS + workers, workers) as batches:
         for step, inputs in batches:
             take_step(task.method, task, step, inputs, world)
-            if step + 1 == warm_up:
-                begun = _now(world)
-            if step + 1 == warm_up + STEPS:
-                seconds = (_now(world) - begun) / STEPS
+            now = _now(world)
+            if begun:
+                timed += 1
+            elif step + 1 == warm_up or now - started > SECONDS_PER_RUNG / 3:
+                begun = now
+            if timed == STEPS or (timed and now - started > SECONDS_PER_RUNG):
                 break
+    seconds = (_now(world) - begun) / timed
     begun = _now(world)
     task.optimizer.step()
-    return _Timing(images=task.images_per_step, step=seconds, update=_now(world) - begun)
-
-
-def _warm_up(workers: int) -> int:
-    return max(2, workers)
+    return _Timing(step=seconds, update=_now(world) - begun)
 
 
 def _loss_seconds(n: int, width: int, temperature: float, world: World) -> float:
@@ -257,10 +256,9 @@ def _times(rung: RungPlan, batch_size: int) -> str:
         return f"{'-':>12}{'-':>10}{'-':>10}{'-':>11}"
     assert rung.epoch_seconds is not None and rung.run_seconds is not None
     about = "" if rung.timed_at == batch_size else "~"
-    step = f"{about}{rung.step_seconds:.3g} s"
-    return (
-        f"{step:>12}{rung.views_per_second:>10,.0f}{duration(rung.epoch_seconds):>10}{duration(rung.run_seconds):>11}"
-    )
+    step, rate = f"{about}{rung.step_seconds:.3g} s", rung.views_per_second
+    views = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2g}"
+    return f"{step:>12}{views:>10}{duration(rung.epoch_seconds):>10}{duration(rung.run_seconds):>11}"
 
 
 def _how_timed(rungs: list[RungPlan], batch_size: int) -> list[str]:
