@@ -122,7 +122,10 @@ def build_task(images: Images, config: PretrainConfig, run: RunFolder, world: Wo
         dim=config.head_dim,
         seed=config.seed,
     )
-    method = SimCLR(encoder, head, temperature=config.temperature, loss_scale=config.loss_scale, world=world)
+    method = SimCLR(
+        encoder, head, temperature=config.temperature, loss_scale=config.loss_scale, world=world,
+        decoupled=config.loss == "dcl",
+    )  # fmt: skip
     method.to(world.device).to(memory_format=torch.channels_last)
     if config.global_bn and world.size > 1:
         set_global_batch_norm(method, world.group)
