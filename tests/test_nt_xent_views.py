@@ -4,16 +4,21 @@ import math
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from simclr import UserError
+from simclr.config import PretrainConfig
+from simclr.data.source import open_data
 from simclr.distributed import World
 from simclr.losses import nt_xent, nt_xent_dense, nt_xent_views, nt_xent_views_dense
 from simclr.losses.nt_xent import nt_xent_views_streamed
 from simclr.losses.operands import Operands
 from simclr.losses.streamed import others_logsumexp
+from simclr.pretrain import build_task
+from simclr.run import RunFolder
 from test_distributed import in_processes
 
 FORMS = [nt_xent_views_dense, nt_xent_views_streamed]
@@ -129,6 +134,18 @@ def test_what_has_no_loss_is_refused():
         nt_xent(torch.ones(1, 3), torch.ones(1, 3), decoupled=True)
     with pytest.raises(UserError, match="temperature"):
         nt_xent_views(torch.ones(3, 4, 3), 0.0)
+
+
+@pytest.mark.parametrize(("name", "decoupled"), [("nt-xent", False), ("dcl", True)])
+def test_the_setting_chooses_the_loss(tmp_path, name, decoupled):
+    images = open_data("digits").subset(np.arange(12))
+    config = PretrainConfig(size=8, encoder="small", batch_size=8, loss=name, loss_scale=1.0)
+    task, _ = build_task(images, config, RunFolder(tmp_path / "run"), World())
+    views = task.batch(0)
+    loss, _ = task.method(*views)
+    with torch.no_grad():
+        z = task.method.head(task.method.encoder(torch.cat(views)))
+    assert loss.item() == pytest.approx(nt_xent(*z.chunk(2), 0.1, decoupled=decoupled).item(), rel=1e-5)
 
 
 def test_two_processes_equal_one(tmp_path):

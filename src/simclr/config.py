@@ -74,8 +74,11 @@ class PretrainConfig:
     """Width of the projection z."""
 
     # ---- loss
+    loss: Literal["nt-xent", "dcl"] = "nt-xent"
+    """The paper's loss, or DCL, which leaves the positive out of the denominator (arXiv:2110.06848)."""
+
     temperature: float = 0.1
-    """Temperature of NT-Xent: 0.1 for ImageNet, 0.5 for CIFAR (table 5, B.9)."""
+    """Temperature of the loss: 0.1 for ImageNet, 0.5 for CIFAR (table 5, B.9)."""
 
     loss_scale: float = 2.0
     """Factor on the loss that is optimised: the authors' code takes twice the paper's mean over 2N."""

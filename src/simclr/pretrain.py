@@ -193,7 +193,10 @@ def build_method(config: PretrainConfig, channels: int, world: World) -> SimCLR:
         dim=config.head_dim,
         seed=config.seed,
     )
-    method = SimCLR(encoder, head, temperature=config.temperature, loss_scale=config.loss_scale, world=world)
+    method = SimCLR(
+        encoder, head, temperature=config.temperature, loss_scale=config.loss_scale, world=world,
+        decoupled=config.loss == "dcl",
+    )  # fmt: skip
     return method.to(world.device).to(memory_format=torch.channels_last)
 
 

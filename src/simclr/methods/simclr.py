@@ -22,14 +22,22 @@ class SimCLR(nn.Module):
     The loss is computed inside `forward`, so that under DistributedDataParallel every gradient passes the reducer.
 
     Args:
-        temperature: Of NT-Xent.
+        temperature: Of the loss.
         loss_scale: Factor on the loss that is optimised; the authors' code optimises twice the paper's mean
             (tf2/objective.py adds the two directions), which matters to parameters that LARS does not adapt.
         world: The processes whose images are each other's negatives.
+        decoupled: Take DCL for NT-Xent: positives stay out of the denominator.
     """
 
     def __init__(
-        self, encoder: Encoder, head: ProjectionHead, *, temperature: float, loss_scale: float, world: World
+        self,
+        encoder: Encoder,
+        head: ProjectionHead,
+        *,
+        temperature: float,
+        loss_scale: float,
+        world: World,
+        decoupled: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -37,6 +45,7 @@ class SimCLR(nn.Module):
         self.temperature = temperature
         self.loss_scale = loss_scale
         self.world = world
+        self.decoupled = decoupled
 
     def forward(self, *views: Any, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to optimise, and metrics that need no labels.
@@ -47,14 +56,14 @@ class SimCLR(nn.Module):
             detail: Also compute the signs of health, over the images of all processes.
 
         Returns:
-            The scaled global loss (scalar), and detached scalars: `loss` is the paper's mean over 2N.
+            The scaled global loss (scalar), and detached scalars: `loss` is the mean over 2N.
         """
         if isinstance(views[0], Tensor):
             h, z = self.project(*views)  # (2B, F), (2B, D)
         else:
             h, z = cached(self.project, views, [p for p in self.parameters() if p.requires_grad])
         za, zb = z.chunk(2)
-        loss = nt_xent(za, zb, self.temperature, world=self.world)
+        loss = nt_xent(za, zb, self.temperature, world=self.world, decoupled=self.decoupled)
         metrics = {"loss": loss.detach()}
         if detail:
             metrics |= self._health(h.detach(), za.detach(), zb.detach())
