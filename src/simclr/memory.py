@@ -140,7 +140,7 @@ def settle(
         UserError: Nothing fits.
     """
     if config.memory in ("plain", "recompute") or config.chunk:
-        return config, ""
+        return config, "" if budget is None else f"The memory budget decides nothing: --memory is {config.memory}."
     n = config.batch_size // world.size
     method = build()  # first: what its weights take is no longer free
     budget = available(world) if budget is None else budget
