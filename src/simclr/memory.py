@@ -140,11 +140,11 @@ def settle(
         UserError: Nothing fits.
     """
     if config.memory in ("plain", "recompute") or config.chunk:
-        return config, ""
+        return config, "" if budget is None else f"The memory budget decides nothing: --memory is {config.memory}."
     n = config.batch_size // world.size
-    if budget is None:
-        budget = available(world)
-    footprint = measure(build(), config, images, precision)
+    method = build()  # first: what its weights take is no longer free
+    budget = available(world) if budget is None else budget
+    footprint = measure(method, config, images, precision)
     rung = ladder(footprint, n, budget)[-1] if config.memory == "cache" else choose(footprint, n, budget)
     rung = world.broadcast(rung)
     return replace(config, memory=rung.name, chunk=rung.chunk), describe(rung, n, budget)

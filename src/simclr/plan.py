@@ -126,8 +126,8 @@ def plan(images: Images, config: PretrainConfig, world: World, *, recipe: str, b
         )
     check_images(images, config, world)
     choose_kernels(config, world)
-    budget = available(world) if budget is None else budget
     method = build_method(config, images.channels, world)
+    budget = available(world) if budget is None else budget
     footprint = measure(method, config, images, precision_of(config, world))
     steps = total_steps(len(images), config.epochs, config.batch_size)
     rungs = []
@@ -270,4 +270,5 @@ def _how_timed(rungs: list[RungPlan], batch_size: int) -> list[str]:
 def _device_name(world: World) -> str:
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"

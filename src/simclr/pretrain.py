@@ -113,9 +113,8 @@ def pretrain(
         config = replace(config, memory="plain" if saved.memory == "auto" else saved.memory, chunk=saved.chunk)
     else:
         build = partial(build_method, config, images.channels, World(device=world.device))
-        config, sentence = settle(
-            config, images, build, world, precision=precision_of(config, world), budget=memory_budget
-        )
+        precision = precision_of(config, world)
+        config, sentence = settle(config, images, build, world, precision=precision, budget=memory_budget)
         say(sentence, main=world.is_main and bool(sentence))
     task, steps_per_epoch = build_task(images, config, run, world)
     if origin is not None and world.is_main:
@@ -187,11 +186,7 @@ def build_method(config: PretrainConfig, channels: int, world: World) -> SimCLR:
     )  # fmt: skip
     encoder = build_encoder(encoder_config, seed=config.seed)
     head = ProjectionHead(
-        encoder.num_features,
-        kind=config.head,
-        layers=config.head_layers,
-        dim=config.head_dim,
-        seed=config.seed,
+        encoder.num_features, kind=config.head, layers=config.head_layers, dim=config.head_dim, seed=config.seed
     )
     method = SimCLR(
         encoder, head, temperature=config.temperature, loss_scale=config.loss_scale, world=world,
