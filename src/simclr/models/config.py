@@ -1,17 +1,19 @@
 """Which encoder, and what it expects of its input. Imports no torch, so that the command line stays quick.
 
-The ResNets are those of google-research/simclr, resnet.py; `resnet10` and `small` are ours.
+The ResNets are those of google-research/simclr, resnet.py; `resnet10`, `small` and the strided stem are ours.
 """
 
 import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from simclr.errors import UserError
 
 TIMM = "timm/"
+Stem = Literal["auto", "cifar", "strided", "imagenet"]
+STEMS: tuple[Stem, ...] = get_args(Stem)
 CIFAR_STEM_UP_TO = 32  # pixels; the authors' run.py takes the small stem at and below this size
 
 
@@ -57,8 +59,9 @@ class EncoderConfig:
     width: float = 1.0
     """Multiplier on every channel count of a ResNet, whole or fractional (SimCLR section 4.1: 1, 2, 4)."""
 
-    stem: Literal["auto", "cifar", "imagenet"] = "auto"
-    """First layers of a ResNet: 3x3 (cifar), or 7x7/2 and max-pool (imagenet); auto: cifar up to size 32."""
+    stem: Stem = "auto"
+    """First layers of a ResNet: 3x3 (cifar), 3x3/2 (strided; ours, for CPUs), or 7x7/2 and max-pool (imagenet); auto:
+    cifar up to size 32, else imagenet."""
 
     mean: tuple[float, ...] | None = None
     """Per channel, subtracted from pixels in [0, 1]; None: pixels go in as they are, as the authors do."""
@@ -76,8 +79,8 @@ class EncoderConfig:
             if type(value) is not int or value < 1:
                 raise UserError(f"The encoder's {name} was {value!r}; it must be a whole number of at least 1.")
         self._check_width()
-        if self.stem not in ("auto", "cifar", "imagenet"):
-            raise UserError(f"The stem was {self.stem!r}; it must be auto, cifar or imagenet.")
+        if self.stem not in STEMS:
+            raise UserError(f"The stem was {self.stem!r}; it must be one of {', '.join(STEMS)}.")
         if self.is_timm and (self.width != 1.0 or self.stem != "auto"):
             raise UserError(
                 f"{self.name} was given the width {self.width} and the stem {self.stem!r}; timm models have "
@@ -93,7 +96,7 @@ class EncoderConfig:
         return self.name.startswith(TIMM)
 
     @property
-    def resolved_stem(self) -> Literal["cifar", "imagenet"]:
+    def resolved_stem(self) -> Stem:
         """The stem of a ResNet, with auto decided by the size."""
         if self.stem == "auto":
             return "cifar" if self.size <= CIFAR_STEM_UP_TO else "imagenet"
