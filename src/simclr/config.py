@@ -56,7 +56,7 @@ class PretrainConfig:
 
     # ---- encoder and projection head
     encoder: str = "resnet18"
-    """resnet18/34/50/101/152/200, resnet10, small (for CPUs), or timm/NAME."""
+    """resnet18/34/50/101/152/200, resnet10, small (for CPUs), timm/NAME or torchvision/NAME."""
 
     width: float = 1.0
     """Multiplier on every channel count of a ResNet."""

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from simclr.errors import UserError
 
-TIMM = "timm/"
+TIMM, TORCHVISION = "timm/", "torchvision/"
 Stem = Literal["auto", "cifar", "strided", "imagenet"]
 STEMS: tuple[Stem, ...] = get_args(Stem)
 CIFAR_STEM_UP_TO = 32  # pixels; the authors' run.py takes the small stem at and below this size
@@ -46,7 +46,7 @@ class EncoderConfig:
     """
 
     name: str
-    """One of `RESNETS`, or timm/NAME for a model of timm."""
+    """One of `RESNETS`, or timm/NAME or torchvision/NAME for a model of theirs."""
 
     _: KW_ONLY
 
@@ -81,19 +81,19 @@ class EncoderConfig:
         self._check_width()
         if self.stem not in STEMS:
             raise UserError(f"The stem was {self.stem!r}; it must be one of {', '.join(STEMS)}.")
-        if self.is_timm and (self.width != 1.0 or self.stem != "auto"):
+        if self.is_foreign and (self.width != 1.0 or self.stem != "auto"):
             raise UserError(
-                f"{self.name} was given the width {self.width} and the stem {self.stem!r}; timm models have "
-                "their own, so leave the width at 1 and the stem at auto, or take a ResNet."
+                f"{self.name} was given the width {self.width} and the stem {self.stem!r}; timm and torchvision models "
+                "have their own, so leave the width at 1 and the stem at auto, or take a ResNet."
             )
         if self.feature != "h":
             raise UserError(f"The feature layer was {self.feature!r}; it must be h, the encoder's output.")
         self._check_normalisation()
 
     @property
-    def is_timm(self) -> bool:
-        """Whether the encoder is a model of timm."""
-        return self.name.startswith(TIMM)
+    def is_foreign(self) -> bool:
+        """Whether the encoder is a model of timm or torchvision."""
+        return self.name.startswith((TIMM, TORCHVISION))
 
     @property
     def resolved_stem(self) -> Stem:
@@ -125,7 +125,7 @@ class EncoderConfig:
         width = self.width
         if isinstance(width, bool) or not isinstance(width, int | float) or not (0 < width < math.inf):
             raise UserError(f"The width multiplier was {width!r}; it must be a number greater than 0.")
-        least = 1 if self.is_timm else 64 * RESNETS[self.name].width * width
+        least = 1 if self.is_foreign else 64 * RESNETS[self.name].width * width
         if int(least) < 1:
             raise UserError(
                 f"A width multiplier of {width} leaves {self.name} no channel; take at least "
@@ -143,8 +143,10 @@ class EncoderConfig:
 
 
 def _check_name(name: str) -> None:
-    if name in RESNETS or (name.startswith(TIMM) and name != TIMM):
+    if name in RESNETS or (name.startswith((TIMM, TORCHVISION)) and name not in (TIMM, TORCHVISION)):
         return
     close = difflib.get_close_matches(name.lower(), RESNETS, n=2, cutoff=0.5)
     hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-    raise UserError(f"There is no encoder {name!r}{hint}; known: {', '.join(RESNETS)}, {TIMM}NAME for those of timm.")
+    raise UserError(
+        f"There is no encoder {name!r}{hint}; known: {', '.join(RESNETS)}, {TIMM}NAME and {TORCHVISION}NAME."
+    )
