@@ -10,6 +10,7 @@ from torch import nn
 from simclr.augment.policy import Semantics
 from simclr.augment.views import eval_images
 from simclr.data.images import Images
+from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.models.encoder import Encoder
 
@@ -20,13 +21,18 @@ def extract(
     *,
     semantics: Semantics = "google",
     batch_size: int = 256,
+    world: World = World(),
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Features h of every image, in the order of the data, with the encoder in inference mode.
 
+    Several processes take the batches in turn and exchange what they made, so that each ends with every row; the
+    batches are those of one process, and so are the bits.
+
     Args:
         encoder: On the device where the work is to be done; its mode is restored afterwards.
         semantics: Whose evaluation preprocessing: the one that the encoder was trained with.
+        world: The processes that share the work; all must call.
         progress: Called with (done, total) images.
 
     Returns:
@@ -40,12 +46,17 @@ def extract(
     device = next(encoder.parameters()).device
     features = np.empty((len(images), encoder.num_features), dtype=np.float32)
     with inference(encoder):
-        for begin in range(0, len(images), batch_size):
+        for first in range(0, len(images), batch_size * world.size):
+            begin = first + world.rank * batch_size
             rows = np.arange(begin, min(begin + batch_size, len(images)))
-            pixels = eval_images(images.peek(rows), config.size, semantics, device=device)  # (B, C, S, S)
-            features[rows] = encoder(pixels).float().cpu().numpy()
+            mine = torch.zeros(batch_size, encoder.num_features, device=device)
+            if len(rows):
+                pixels = eval_images(images.peek(rows), config.size, semantics, device=device)  # (B, C, S, S)
+                mine[: len(rows)] = encoder(pixels)
+            end = min(first + batch_size * world.size, len(images))
+            features[first:end] = world.all_gather_rows(mine)[: end - first].cpu().numpy()
             if progress is not None:
-                progress(int(rows[-1]) + 1, len(images))
+                progress(end, len(images))
     return features
 
 
