@@ -11,8 +11,8 @@ from PIL import Image
 from simclr.data.images import Images, array_images
 from simclr.data.splits import label_subset
 from simclr.errors import UserError
-from simclr.evaluate import Split
 from simclr.evaluation.curve import Curve, labels_curve, labels_saved, when_it_pays
+from simclr.evaluation.split import Split
 
 NUM_CLASSES = 3
 

@@ -77,8 +77,8 @@ class Evaluate:
     """Say how good an encoder is: accuracies by the papers' protocols, beside what it has to beat.
 
     RUN is a run's folder, an encoder's folder, timm/NAME or torchvision/NAME (with their pretrained weights), random or
-    pixels. PROTOCOL is one or more, with commas between, of: knn (nearest neighbours); linear (a linear classifier on frozen
-    features); logistic (the transfer protocol: 45 l2 strengths); finetune (the whole network); supervised (the
+    pixels. PROTOCOL is one or more, with commas between, of: knn (nearest neighbours); linear (a linear classifier on
+    frozen features); logistic (the transfer protocol: 45 l2 strengths); finetune (the whole network); supervised (the
     same network from scratch on the same labels). What was measured before is not measured again.
     """
 

@@ -1,4 +1,4 @@
-"""`simclr evaluate RUN DATA`: how good is it? Protocols x what is compared x seeds -> a table, a JSON file, pictures."""
+"""`simclr evaluate RUN DATA`: how good is it? Protocols x what is compared x seeds -> a table, JSON, pictures."""
 
 import json
 from collections.abc import Callable

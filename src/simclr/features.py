@@ -14,6 +14,8 @@ from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.models.encoder import Encoder
 
+ALONE = World()
+
 
 def extract(
     encoder: Encoder,
@@ -21,7 +23,7 @@ def extract(
     *,
     semantics: Semantics = "google",
     batch_size: int = 256,
-    world: World = World(),
+    world: World = ALONE,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Features h of every image, in the order of the data, with the encoder in inference mode.
@@ -54,7 +56,7 @@ def outputs(
     size: int,
     semantics: Semantics = "google",
     batch_size: int = 256,
-    world: World = World(),
+    world: World = ALONE,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """What `network` gives for the evaluation view of each image, in inference mode and in the order of the images.
@@ -96,6 +98,16 @@ def pixels_of(images: Images, *, size: int, semantics: Semantics = "google", bat
         rows = np.arange(begin, min(begin + batch_size, len(images)))
         batches.append(eval_images(images.peek(rows), size, semantics).flatten(1).numpy())  # (B, C*S*S)
     return np.concatenate(batches)
+
+
+def require_finite(features: np.ndarray, what: str) -> None:
+    """Refuse features with NaN or infinite values; `what` says whose they are."""
+    bad = ~np.isfinite(features).all(1)
+    if bad.any():
+        raise UserError(
+            f"The {what} features contain NaN or infinite numbers, in {bad.sum():,} of {len(bad):,} rows; the encoder "
+            "or the file that they come from is damaged, or its training diverged."
+        )
 
 
 def require_channels(channels: int, images: Images) -> None:

@@ -58,7 +58,7 @@ class FeatureCache:
             _prune(path)
         except OSError as error:
             raise UserError(
-                f"Features cannot be kept in {path.parent} ({error.strerror}); name another folder with --cache, or off."
+                f"Features cannot be kept in {path.parent} ({error.strerror}); give --cache another folder, or off."
             ) from None
 
 

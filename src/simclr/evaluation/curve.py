@@ -21,7 +21,7 @@ from simclr.errors import UserError
 from simclr.evaluation.table import BASELINES, Row, markdown_table, mean_and_spread, seeds_note, text_table
 
 if TYPE_CHECKING:
-    from simclr.evaluate import Split
+    from simclr.evaluation.split import Split
 
 Count = int | Literal["all"]
 """Labels a class; "all": every label that there is, whatever the classes' sizes."""

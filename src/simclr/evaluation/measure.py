@@ -1,7 +1,7 @@
 """Subjects x protocols x seeds -> accuracies: the table of an evaluation.
 
     knn         weighted cosine neighbours on frozen features
-    linear      linear classifier on frozen features: the exact optimum, or the papers' SGD on crops where images are many
+    linear      linear classifier on frozen features: the exact optimum or, where images are many, the papers' SGD
     logistic    the transfer protocol: 45 l2 strengths, chosen on a validation split
     finetune    the network (or what comes after a block) trained on the labels
     supervised  the same network from scratch on the same labels
@@ -101,13 +101,16 @@ def measure(
                 name = SUPERVISED if protocol == SUPERVISED else subject.name
                 config = _training(protocol, subject, split, settings)
                 key = _key(protocol, subject, split, seed, settings, config)
-                found = records.get(key)
+                found: dict[str, Any] | None = records.get(key)
                 if found is None:
                     say(f"  {name}: {protocol}, seed {seed}")
-                    figures, how = _run(protocol, subject, split, seed, settings, config, _place(folder, key), world)
+                    place = _place(folder, key)
+                    figures, how = _run(protocol, subject, split, seed, settings, config, place, world)
                     found = {"figures": figures, "how": how}
                     records.add(key, found)
-                yield Measurement(subject=name, protocol=protocol, seed=seed, **found)
+                yield Measurement(
+                    subject=name, protocol=protocol, seed=seed, figures=found["figures"], how=found["how"]
+                )
 
 
 def _makes_sense(protocol: Protocol, subject: Subject, first: Subject) -> bool:

@@ -34,7 +34,9 @@ class Records:
             try:
                 lines = path.read_bytes().splitlines() if path.exists() else []
             except OSError as error:
-                raise UserError(f"The results in {path} cannot be read: {error.strerror}; name another --out.") from None
+                raise UserError(
+                    f"The results in {path} cannot be read: {error.strerror}; name another --out."
+                ) from None
             for line in lines:
                 try:
                     record = json.loads(line)

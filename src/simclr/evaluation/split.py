@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from simclr.data.images import Images
-from simclr.data.splits import label_subset, listed_labels, split_indices
+from simclr.data.labels import read_label_list
+from simclr.data.splits import label_subset, split_indices
 from simclr.errors import UserError
 
 
@@ -48,11 +49,12 @@ def split_data(train: Images, test: Images | None, *, seed: int, labels: str | N
     assert train.labels is not None and test.labels is not None
     if labels is not None:
         if Path(labels).is_file():
-            chosen, drawn = listed_labels(list(train.keys), Path(labels)), labels
+            chosen, drawn = read_label_list(Path(labels), train), labels
         else:
             chosen, drawn = label_subset(train.labels, labels, seed=seed), f"{labels}, seed {seed}"
         train = train.subset(chosen)
         how += f", {len(train):,} labels used ({drawn})"
+    assert train.labels is not None
     known = np.unique(train.labels)
     if len(known) < 2:
         raise UserError(f"{train.name} has a single class among the images to learn from; evaluation needs two.")
@@ -60,8 +62,8 @@ def split_data(train: Images, test: Images | None, *, seed: int, labels: str | N
     if len(unknown):
         names = [str(label) if test.classes is None else test.classes[label] for label in unknown[:3]]
         raise UserError(
-            f"{train.name} has test images of {len(unknown)} classes ({', '.join(names)}{', ...' * (len(unknown) > 3)}) "
-            "of which none is there to learn from; give labelled training images of each class, or more --labels."
+            f"{train.name} has test images of {len(unknown)} classes ({', '.join(names)}"
+            f"{', ...' * (len(unknown) > 3)}) of which none is there to learn from; give labelled training images of each class, or more --labels."
         )
     return Split(train, test, how, num_labelled)
 

@@ -1,4 +1,4 @@
-"""What is evaluated: a run, a folder with an encoder, a pretrained model of timm or torchvision, random weights, pixels.
+"""What is evaluated: a run, an encoder's folder, a pretrained model of timm or torchvision, random weights, pixels.
 
 Each is a `Subject`: a name, perhaps an encoder with its projection head, and the features of any images, made once.
 """
@@ -18,7 +18,7 @@ from simclr.data.images import Images
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache
-from simclr.features import extract, pixels_of
+from simclr.features import extract, pixels_of, require_finite
 from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
@@ -64,11 +64,7 @@ class Subject:
             )  # (n, F)
 
         found = self.cache.get(key, make, self.world)
-        if not np.isfinite(found).all():
-            raise UserError(
-                f"{self.name} gives features that are not finite for {images.name}: its weights are damaged, or it was "
-                "fed what it does not expect; evaluate an earlier checkpoint."
-            )
+        require_finite(found, self.name)
         return found
 
     def fitted(self, images: Images) -> Images:
@@ -105,8 +101,12 @@ def open_subject(
     shared = {"cache": cache, "world": world, "progress": progress}
     if name == PIXELS:
         return Subject(
-            name=name, encoder=None, preprocessing=preprocessing, size=min(like.size, MOST_PIXELS),
-            channels=like.channels, **shared,
+            name=name,
+            encoder=None,
+            preprocessing=preprocessing,
+            size=min(like.size, MOST_PIXELS),
+            channels=like.channels,
+            **shared,
         )
     if name == RANDOM:
         return _subject(name, random_encoder(like, seed=seed), None, preprocessing, **shared)
@@ -114,7 +114,7 @@ def open_subject(
         config = EncoderConfig(name=name, channels=3, size=FOREIGN_SIZE)
         return _subject(name, build_encoder(config, pretrained=True), None, "torchvision", **shared)
     model = load(Path(name), device="cpu")
-    return _subject(name, model.encoder, None, model.preprocessing, **shared)
+    return _subject(name, model.encoder, model.head, model.preprocessing, **shared)
 
 
 def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
