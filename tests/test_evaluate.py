@@ -9,6 +9,7 @@ from sklearn.preprocessing import StandardScaler
 from simclr.data.source import open_data
 from simclr.errors import UserError
 from simclr.evaluation.knn import knn
+from simclr.evaluation.logistic import optimum_probe
 from simclr.evaluation.metrics import accuracy
 from simclr.evaluation.split import split_data
 from simclr.evaluation.subjects import random_encoder
@@ -52,14 +53,17 @@ def test_linear_probe_equals_scikit_learn(digits, features):
     labels = digits[0].labels
     scaler = StandardScaler().fit(train)
     other = LogisticRegression(C=0.1, max_iter=1000).fit(scaler.transform(train), labels)
-    ours = linear_probe(train, labels, test, seed=0, candidates=(10.0,))
+    ours = optimum_probe(train, labels, test, seed=0, candidates=(10.0,)).predicted
     assert np.array_equal(ours, other.predict(scaler.transform(test)))
 
 
 def test_no_test_row_touches_another_ones_prediction(digits, features):
     train, test = features
     labels = digits[0].labels
-    for classify in (lambda rows: knn(train, labels, rows), lambda rows: linear_probe(train, labels, rows, seed=0)):
+    for classify in (
+        lambda rows: knn(train, labels, rows),
+        lambda rows: optimum_probe(train, labels, rows, seed=0).predicted,
+    ):
         assert np.array_equal(classify(test)[:7], classify(test[:7]))
 
 

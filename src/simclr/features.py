@@ -102,11 +102,11 @@ def pixels_of(images: Images, *, size: int, semantics: Semantics = "google", bat
 
 def require_finite(features: np.ndarray, what: str) -> None:
     """Refuse features with NaN or infinite values; `what` says whose they are."""
-    bad = ~np.isfinite(features).all(1)
-    if bad.any():
+    finite = int(np.isfinite(features).all(axis=1).sum())
+    if finite < len(features):
         raise UserError(
-            f"The {what} features contain NaN or infinite numbers, in {bad.sum():,} of {len(bad):,} rows; the encoder "
-            "or the file that they come from is damaged, or its training diverged."
+            f"The {what} features contain NaN or infinite numbers, in {len(features) - finite:,} of {len(features):,} "
+            "rows; the encoder or the file that they come from is damaged, or its training diverged."
         )
 
 

@@ -138,10 +138,13 @@ def _run(
     if protocol == "knn":
         votes = knn_votes(train, labels, test, device=world.device)
         return _figures(votes.scores, votes.classes, asked), f"k {votes.k}, temperature {KNN_TEMPERATURE}, cosine"
-    probe = optimum_probe if protocol == "linear" else logistic_probe
-    fitted = probe(train, labels, test, seed=seed, device=world.device)
-    how = "exact optimum on features of the central crop" if protocol == "linear" else "45 l2 strengths"
-    return _figures(fitted.scores, fitted.classes, asked), f"{how}, l2 {fitted.strength:.3g} chosen on training rows"
+    classes, targets = np.unique(labels, return_inverse=True)  # (K,), (n,)
+    if protocol == "linear":
+        fitted, how = optimum_probe(train, targets, test, seed=seed, device=world.device), "exact optimum, n x l2"
+    else:
+        fitted, how = logistic_probe(train, targets, test, seed=seed, device=world.device), "best of 45 l2"
+    how += f" {fitted.strength:.3g}{'' if fitted.converged else ', not converged'}"
+    return _figures(fitted.scores, classes, asked), f"logistic regression on frozen features, {how}"
 
 
 def _train(
