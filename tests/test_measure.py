@@ -1,4 +1,4 @@
-"""The table of an evaluation: what makes sense for whom, what is remembered, and that nothing of the test side leaks."""
+"""The table of an evaluation: what makes sense for whom, what is remembered, and that no test label leaks."""
 
 import json
 import os
@@ -159,7 +159,7 @@ def extract_in_process(rank: int, folder: str) -> None:
 
 def test_a_class_that_nothing_teaches_is_named():
     train, test = open_data("digits"), open_data("digits", split="test")
-    with pytest.raises(UserError, match="test images of 1 classes"):
+    with pytest.raises(UserError, match="test images of 1 classes of which none is there to learn from"):
         split_data(train.subset(np.flatnonzero(train.labels != 3)), test, seed=0)
 
 

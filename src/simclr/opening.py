@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from simclr.checkpoint import write_atomically
 from simclr.data.images import Channels, Images, Split
@@ -71,7 +72,12 @@ def require_writable(path: Path) -> None:
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    try:
+        with TemporaryFile(dir=folder):  # permissions alone do not tell: root may write to /proc, which takes nothing
+            writable = not path.is_dir()
+    except OSError:
+        writable = False
+    if not writable:
         raise UserError(f"{path} cannot be written; give another path.")
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from simclr.data.images import Images
 from simclr.data.labels import read_label_list
+from simclr.data.scan import some
 from simclr.data.splits import label_subset, split_indices
 from simclr.errors import UserError
 
@@ -60,10 +61,10 @@ def split_data(train: Images, test: Images | None, *, seed: int, labels: str | N
         raise UserError(f"{train.name} has a single class among the images to learn from; evaluation needs two.")
     unknown = np.setdiff1d(test.labels, known)
     if len(unknown):
-        names = [str(label) if test.classes is None else test.classes[label] for label in unknown[:3]]
+        names = some([str(label) if test.classes is None else test.classes[label] for label in unknown])
         raise UserError(
-            f"{train.name} has test images of {len(unknown)} classes ({', '.join(names)}"
-            f"{', ...' * (len(unknown) > 3)}) of which none is there to learn from; give labelled training images of each class, or more --labels."
+            f"{train.name} has test images of {len(unknown)} classes of which none is there to learn from ({names}); "
+            "give labelled training images of each class, or more --labels."
         )
     return Split(train, test, how, num_labelled)
 
