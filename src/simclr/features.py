@@ -1,6 +1,6 @@
 """Encoder + images -> features: the one source for evaluation, embedding and monitoring."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -37,16 +37,43 @@ def extract(
     """
     config = encoder.config
     require_channels(config.channels, images)
-    device = next(encoder.parameters()).device
-    features = np.empty((len(images), encoder.num_features), dtype=np.float32)
-    with inference(encoder):
+    return outputs(
+        encoder, images, encoder.num_features,
+        size=config.size, semantics=semantics, batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+
+
+def outputs(
+    network: nn.Module,
+    images: Images | Sequence[np.ndarray],
+    width: int,
+    *,
+    size: int,
+    semantics: Semantics = "google",
+    batch_size: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """What `network` gives for the evaluation view of each image, in inference mode and in the order of the images.
+
+    Args:
+        network: (B, C, size, size) -> (B, width), on the device where the work is to be done.
+        images: Of the channels that it takes; arrays are (H, W, C) uint8.
+        progress: Called with (done, total) images.
+
+    Returns:
+        (n, width) float32.
+    """
+    device = next(network.parameters()).device
+    result = np.empty((len(images), width), dtype=np.float32)
+    with inference(network):
         for begin in range(0, len(images), batch_size):
-            rows = np.arange(begin, min(begin + batch_size, len(images)))
-            pixels = eval_images(images.peek(rows), config.size, semantics, device=device)  # (B, C, S, S)
-            features[rows] = encoder(pixels).float().cpu().numpy()
+            end = min(begin + batch_size, len(images))
+            some = images.peek(np.arange(begin, end)) if isinstance(images, Images) else images[begin:end]
+            pixels = eval_images(some, size, semantics, device=device)  # (B, C, size, size)
+            result[begin:end] = network(pixels).float().cpu().numpy()
             if progress is not None:
-                progress(int(rows[-1]) + 1, len(images))
-    return features
+                progress(end, len(images))
+    return result
 
 
 def pixels_of(images: Images, *, size: int, semantics: Semantics = "google", batch_size: int = 256) -> np.ndarray:
