@@ -322,8 +322,9 @@ def _run_folder(path: Path | None, identity: str, world: World) -> Iterator[RunF
     world.barrier()  # all have looked before one writes
     if world.is_main:
         try:
-            folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             write_atomically(described, identity.encode())
+            folder.checkpoints.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"The folder {path} cannot be made: {error.strerror}; give another one.") from None
     world.barrier()
