@@ -21,7 +21,8 @@ from simclr.data.splits import split_indices
 from simclr.device import choose_kernels, keep_on_gpu, precision_of
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.evaluate import accuracy, knn
+from simclr.evaluation.knn import knn
+from simclr.evaluation.metrics import accuracy
 from simclr.features import extract
 from simclr.memory import out_of_memory, settle
 from simclr.methods.simclr import SimCLR, collapse_signs
