@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_one_sentence_with_counts(tmp_path, images, text, s
 
 
 def test_a_missing_list_and_data_without_labels(tmp_path, images):
-    with pytest.raises(UserError, match="nowhere.txt cannot be read"):
+    with pytest.raises(UserError, match=r"nowhere\.txt cannot be read"):
         read_label_list(tmp_path / "nowhere.txt", images)
     with pytest.raises(UserError, match="1 have no label"):
         listed(tmp_path, "n01440764_10026.JPEG", replace(images, labels=None))

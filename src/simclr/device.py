@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 
 from simclr.augment.device_images import DeviceImages, decoded_bytes
-from simclr.augment.views import has_kernels
 from simclr.data.images import Images
 from simclr.distributed import World
 from simclr.errors import UserError
@@ -43,12 +42,10 @@ def precision_of(precision: Literal["auto", "fp32", "bf16"], world: World) -> to
 
 
 def keep_on_gpu(images: Images, world: World) -> tuple[DeviceImages | None, str]:
-    """All images decoded on the GPU, so that none crosses the bus again, and the sentence about it.
+    """All images decoded on the GPU, so that none crosses the bus again, or None where they do not fit; and a sentence.
 
-    None on a CPU or where they do not fit; the sentence is empty on a CPU.
+    Only for a device that makes views of images that lie there (`augment.views.has_kernels`).
     """
-    if not has_kernels(world.device):
-        return None, ""
     free, _ = torch.cuda.mem_get_info(world.device)
     taken = f"The images take {decoded_bytes(images) / 1e9:.2f} GB decoded, of {free / 1e9:.1f} GB free on the GPU"
     if decoded_bytes(images) > RESIDENT_SHARE * free:

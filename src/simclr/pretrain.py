@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from simclr.augment.policy import Policy
-from simclr.augment.views import make_views
+from simclr.augment.views import has_kernels, make_views
 from simclr.checkpoint import write_atomically
 from simclr.config import PretrainConfig
 from simclr.data.images import Images
@@ -197,8 +197,10 @@ def build_method(config: PretrainConfig, channels: int, world: World) -> SimCLR:
 def _batches(images: Images, policy: Policy, config: PretrainConfig, world: World) -> Callable[[int], Inputs]:
     """step -> this process's two views, or, to cache gradients, what makes those of each chunk."""
     order = EndlessOrder(len(images), config.seed)
-    resident, sentence = keep_on_gpu(images, world)
-    say(sentence, main=world.is_main and bool(sentence))
+    resident = None
+    if has_kernels(world.device):
+        resident, sentence = keep_on_gpu(images, world)
+        say(sentence, main=world.is_main)
     dtype = precision_of(config.precision, world)  # autocast would round the views to it anyway
 
     def batch(step: int) -> Inputs:

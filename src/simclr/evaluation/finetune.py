@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from simclr.augment.policy import Policy, Semantics
-from simclr.augment.views import make_view
+from simclr.augment.views import has_kernels, make_view
 from simclr.checkpoint import write_atomically
 from simclr.config import FREE_ON_RESUME
 from simclr.data.images import Images
@@ -267,7 +267,7 @@ def _batches(
         blur=0.0,
     )
     order = EndlessOrder(len(train), seed)
-    resident, _ = keep_on_gpu(train, world)
+    resident = keep_on_gpu(train, world)[0] if has_kernels(world.device) else None
     view = partial(
         make_view, policy=policy, seed=seed, device=world.device, dtype=precision_of(config.precision, world)
     )
