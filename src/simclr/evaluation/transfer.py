@@ -147,8 +147,8 @@ def judge(scores: np.ndarray, classes: np.ndarray, truth: np.ndarray, metric: Me
 
     Credits are such that their mean is the score: 1 for an image told rightly, and for accuracy per class weighted so
     that all classes count alike. Average precision is no mean over images, and exchanging the outcomes of single images
-    between two encoders means nothing for it; there, as in the paper, credits are those of accuracy: the share of the
-    image's classes that are told rightly.
+    between two encoders means nothing for it; there credits are those of accuracy: the share of the image's classes
+    that are told rightly.
 
     Args:
         scores: (m, K) logits.
