@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simclr.checkpoint import checkpoints, load_newest, save_checkpoint, set_aside_newer
 from simclr.distributed import World
-from simclr.errors import UserError
+from simclr.errors import Diverged
 from simclr.optim import set_lr
 from simclr.progress import say
 from simclr.run import RunFolder
@@ -262,7 +262,7 @@ def _stop_if_broken(finite: Tensor, task: Task, run: RunFolder, step: int) -> No
     weights = torch.stack(torch._foreach_norm([p.detach() for p in task.method.parameters()]))
     if not bool(finite & torch.isfinite(weights).all()):
         kept = "the last good checkpoint is kept" if checkpoints(run.checkpoints) else "there is no earlier checkpoint"
-        raise UserError(
+        raise Diverged(
             f"The loss or the weights were no longer finite at step {step}; nothing of that was saved, {kept}. "
             + task.remedy
         )

@@ -32,7 +32,7 @@ from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.finetune_config import FinetuneConfig
 from simclr.features import outputs, require_channels
-from simclr.methods.classify import Classify
+from simclr.methods.classify import Classify, share_right
 from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier
 from simclr.models.config import EncoderConfig
@@ -53,9 +53,9 @@ class Finetuned:
     scores: np.ndarray
     """(m, K) float32 logits; column k stands for `labels[k]`."""
     targets: np.ndarray
-    """(m,) int64 column of each test image's own label."""
+    """(m,) int64 column of each test image's own label; where it may show several, its `Images.targets`, (m, K)."""
     accuracy: float
-    """Top-1 over the test images, in [0, 1]."""
+    """Top-1 over the test images, in [0, 1]; of several classes an image, share of those told rightly."""
     labels: np.ndarray
     """(K,) the labels that the training images have, ascending."""
     classes: list[str]
@@ -145,7 +145,7 @@ def finetune(
     return Finetuned(
         scores=scores,
         targets=test_targets,
-        accuracy=float((scores.argmax(axis=1) == test_targets).mean()),
+        accuracy=float(share_right(torch.from_numpy(scores).double(), torch.from_numpy(test_targets))),
         labels=labels,
         classes=classes,
         network=network.eval(),
@@ -183,7 +183,12 @@ def supervised(
 
 
 def _class_targets(train: Images, test: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The K labels of the training images, and the column of each training (n,) and test image (m,)."""
+    """The K labels of the training images, and the column of each training (n,) and test image (m,).
+
+    Images of several classes have their targets instead, (n, K) and (m, K), and a column for each class.
+    """
+    if train.targets is not None and test.targets is not None:
+        return np.arange(train.targets.shape[1]), train.targets, test.targets
     for images in (train, test):
         without = len(images) if images.labels is None else int((images.labels < 0).sum())
         if without or not len(images):

@@ -1,5 +1,7 @@
 """Learning from labels: an encoder, the first layers of its projection head, a linear classifier, cross-entropy.
 
+Where an image may show several classes, cross-entropy is that of one two-way classifier for each.
+
 One module for every protocol of the papers that trains on labels: fine-tuning (SimCLR section 4.1 and B.5, SimCLR v2
 section 2), the linear probe (B.6) and training from scratch (B.3). They differ in what is trained.
 
@@ -57,17 +59,17 @@ class Classify(nn.Module):
 
         Args:
             x: (B, C, S, S) in [0, 1].
-            targets: (B,) int64 classes.
+            targets: (B,) int64 classes, or, where an image may show several, (B, K) in {1, 0, -1} as `Images.targets`.
             detail: Take the metrics over all processes, and add the share of images that are classified rightly.
 
         Returns:
             The mean loss (scalar), and detached scalars: `loss` and, with `detail`, `accuracy`.
         """
         logits = self.network(x)  # (B, K)
-        loss = F.cross_entropy(logits, targets)
+        loss = F.cross_entropy(logits, targets) if targets.ndim == 1 else many_classes(logits, targets)
         if not detail:
             return loss, {"loss": loss.detach()}
-        right = (logits.detach().argmax(dim=1) == targets).to(loss.dtype).mean()
+        right = share_right(logits.detach(), targets)
         mean_loss, accuracy = self.world.all_reduce_mean(torch.stack([loss.detach(), right]))
         return loss, {"loss": mean_loss, "accuracy": accuracy}
 
@@ -77,6 +79,27 @@ class Classify(nn.Module):
         for part in self._frozen:
             part.eval()
         return self
+
+
+def many_classes(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy, summed over the classes that are known of an image, averaged over images.
+
+    The papers do not state their loss for VOC 2007; the sum makes it K two-way classifiers side by side.
+
+    Args:
+        logits: (B, K).
+        targets: (B, K), 1 shown, 0 not, -1 not known.
+    """
+    each = F.binary_cross_entropy_with_logits(logits, (targets == 1).to(logits.dtype), reduction="none")  # (B, K)
+    return (each * (targets >= 0)).sum(dim=1).mean()
+
+
+def share_right(logits: Tensor, targets: Tensor) -> Tensor:
+    """Share of images whose class has the highest logit; of known (image, class) pairs on the right side of 0."""
+    if targets.ndim == 1:
+        return (logits.argmax(dim=1) == targets).to(logits.dtype).mean()
+    known = targets >= 0
+    return (((logits > 0) == (targets == 1)) & known).sum().to(logits.dtype) / known.sum().clamp(min=1)
 
 
 def _frozen(network: Classifier, tune_from: TuneFrom) -> list[nn.Module]:
