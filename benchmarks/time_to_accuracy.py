@@ -50,7 +50,9 @@ from common import (
 from simclr.config import PretrainConfig
 from simclr.data.images import Images
 from simclr.data.source import open_data
-from simclr.evaluate import accuracy, knn, random_encoder
+from simclr.evaluate import random_encoder
+from simclr.evaluation.knn import knn
+from simclr.evaluation.metrics import accuracy
 from simclr.features import extract, pixels_of
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder

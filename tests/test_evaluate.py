@@ -9,7 +9,9 @@ from sklearn.preprocessing import StandardScaler
 
 from simclr.data.source import open_data
 from simclr.errors import UserError
-from simclr.evaluate import Split, accuracy, evaluate, knn, linear_probe, random_encoder, split_data
+from simclr.evaluate import Split, evaluate, linear_probe, random_encoder, split_data
+from simclr.evaluation.knn import knn
+from simclr.evaluation.metrics import accuracy
 from simclr.features import extract, pixels_of
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder

@@ -13,14 +13,12 @@ from simclr.augment.policy import Semantics
 from simclr.data.images import Images
 from simclr.data.splits import label_subset, split_indices
 from simclr.errors import UserError
+from simclr.evaluation.knn import knn
+from simclr.evaluation.logistic import OPTIMUM_STRENGTHS, optimum_probe
+from simclr.evaluation.metrics import accuracy
 from simclr.features import extract, pixels_of
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
-
-KNN_K = 20
-KNN_TEMPERATURE = 0.07  # Wu et al. 2018, arXiv:1805.01978, section 3.4
-LINEAR_L2 = (1.0, 1e1, 1e2, 1e3)  # candidates for the l2 strength, 1 / C of scikit-learn
-VALIDATION_ROWS = 10_000  # at most so many training rows take part in choosing the strength
 
 
 @dataclass(frozen=True)
@@ -122,85 +120,13 @@ def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
     return encoder
 
 
-def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Share of labels met, in [0, 1]."""
-    return float((predicted == labels).mean())
-
-
-def knn(
-    train: np.ndarray,
-    labels: np.ndarray,
-    test: np.ndarray,
-    *,
-    k: int = KNN_K,
-    temperature: float = KNN_TEMPERATURE,
-    chunk: int = 1024,
-) -> np.ndarray:
-    """Weighted cosine k-nearest-neighbour classification (Wu et al. 2018), exact.
-
-    Each of the k nearest rows votes for its class with weight exp(cosine / temperature).
-
-    Args:
-        train: (n, F) features of the labelled rows.
-        labels: (n,) integers.
-        test: (m, F) features to classify.
-        chunk: Test rows at a time; memory grows with chunk x n.
-
-    Returns:
-        (m,) predicted labels. Ties go to the smaller label.
-    """
-    classes, targets = np.unique(labels, return_inverse=True)
-    bank = torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(train)), dim=1)  # (n, F)
-    votes_for = torch.from_numpy(targets)
-    predicted = []
-    for begin in range(0, len(test), chunk):
-        queries = torch.from_numpy(np.ascontiguousarray(test[begin : begin + chunk]))
-        cosine = torch.nn.functional.normalize(queries, dim=1) @ bank.T  # (chunk, n)
-        nearest, rows = cosine.topk(min(k, len(bank)), dim=1)  # (chunk, k)
-        votes = torch.zeros(len(queries), len(classes), dtype=torch.float64)
-        votes.scatter_add_(1, votes_for[rows], (nearest.double() / temperature).exp())
-        predicted.append(votes.argmax(1).numpy())
-    return classes[np.concatenate(predicted)] if predicted else np.empty(0, dtype=labels.dtype)
-
-
 def linear_probe(
     train: np.ndarray,
     labels: np.ndarray,
     test: np.ndarray,
     *,
     seed: int,
-    candidates: tuple[float, ...] = LINEAR_L2,
+    candidates: tuple[float, ...] = OPTIMUM_STRENGTHS,
 ) -> np.ndarray:
-    """Multinomial logistic regression on standardised features (scikit-learn, L-BFGS), the exact optimum.
-
-    The l2 strength is chosen among `candidates` on a fifth of the training rows, then all rows are fitted.
-    No test label takes part.
-
-    Returns:
-        (m,) predicted labels.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    def predict(rows: np.ndarray, strength: float, asked: np.ndarray) -> np.ndarray:
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=1 / strength, max_iter=1000, tol=1e-4))
-        return np.asarray(model.fit(train[rows], labels[rows]).predict(asked))
-
-    learn, validate = _validation_rows(labels, seed)
-    strength = candidates[0]
-    if len(candidates) > 1 and len(validate):
-        scores = [accuracy(predict(learn, s, train[validate]), labels[validate]) for s in candidates]
-        strength = candidates[int(np.argmax(scores))]
-    return predict(np.arange(len(train)), strength, test)
-
-
-def _validation_rows(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to fit and rows to judge by when choosing the probe's strength; every class is in the first."""
-    learn, validate = split_indices(labels, fraction=0.2, seed=seed)
-    generator = np.random.default_rng(seed)
-    if len(learn) > VALIDATION_ROWS:
-        learn = np.sort(generator.choice(learn, VALIDATION_ROWS, replace=False))
-    if len(np.unique(labels[learn])) < 2:
-        return learn, validate[:0]
-    return learn, validate
+    """(m,) labels predicted by `optimum_probe`, the exact optimum."""
+    return optimum_probe(train, labels, test, seed=seed, candidates=candidates).predicted

@@ -58,6 +58,16 @@ def pixels_of(images: Images, *, size: int, semantics: Semantics = "google", bat
     return np.concatenate(batches)
 
 
+def require_finite(features: np.ndarray, what: str) -> None:
+    """Refuse features with NaN or infinite values; `what` says whose they are."""
+    finite = int(np.isfinite(features).all(axis=1).sum())
+    if finite < len(features):
+        raise UserError(
+            f"The {what} features contain NaN or infinite numbers, in {len(features) - finite:,} of {len(features):,} "
+            "rows; the encoder or the file that they come from is damaged, or its training diverged."
+        )
+
+
 def require_channels(channels: int, images: Images) -> None:
     """Refuse images that the encoder was not made for."""
     if images.channels != channels:

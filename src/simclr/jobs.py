@@ -21,8 +21,9 @@ from simclr.data.named import NAMES
 from simclr.data.source import open_data
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.evaluate import KNN_K, KNN_TEMPERATURE, split_data
 from simclr.evaluate import evaluate as evaluate_encoder
+from simclr.evaluate import split_data
+from simclr.evaluation.knn import KNN_K, KNN_TEMPERATURE
 from simclr.features import extract
 from simclr.memory import parse_bytes
 from simclr.plan import plan as plan_run

@@ -22,7 +22,8 @@ from simclr.data.images import Images
 from simclr.data.splits import split_indices
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.evaluate import accuracy, knn
+from simclr.evaluation.knn import knn
+from simclr.evaluation.metrics import accuracy
 from simclr.features import extract
 from simclr.malloc import keep_freed_memory
 from simclr.memory import out_of_memory, settle
