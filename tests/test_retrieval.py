@@ -77,7 +77,7 @@ def test_features_that_are_no_numbers_are_refused():
     features = np.eye(2, dtype=np.float32)
     broken = features.copy()
     broken[0, 1] = np.nan
-    with pytest.raises(UserError, match="gallery hold NaN"):
+    with pytest.raises(UserError, match="gallery features contain NaN"):
         retrieval(features, [0, 1], broken, [0, 1])
 
 
