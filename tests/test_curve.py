@@ -7,6 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from simclr.data.images import Images, array_images
 from simclr.data.splits import label_subset
@@ -81,6 +84,16 @@ def test_values_are_those_of_direct_calls_on_the_chosen_images(split):
             assert curve.results["supervised", count, seed] == len(rows) / 100
             assert ([split.train.keys[i] for i in rows], labels[rows].tolist(), 60, seed) in recorder.given
     assert 0.4 < curve.results["pixels", "all", 0] < 1  # neither trivial nor hopeless
+
+
+def test_the_default_classifier_is_the_optimum_of_scikit_learn(split):
+    """Of one label a class none is left to choose a strength with: l2 of 1 on standardised features."""
+    curve = labels_curve({"pixels": flat}, split, counts=[1], seeds=(0, 1, 2))
+    for seed in (0, 1, 2):
+        rows = label_subset(split.train.labels, "1/class", seed=seed)
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=1000, tol=1e-8))
+        model.fit(flat(split.train)[rows], split.train.labels[rows])
+        assert curve.results["pixels", 1, seed] == model.score(flat(split.test), split.test.labels)
 
 
 def test_the_labels_of_a_seed_are_nested_and_those_of_another_differ(split):

@@ -1,10 +1,19 @@
 """Retrieval between two sets, held to loops that sort the gallery for each query."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from simclr.errors import UserError
 from simclr.evaluation.retrieval import retrieval
+from simclr.models.config import EncoderConfig
+from simclr.models.encoder import build_encoder
+from simclr.weights import save_encoder
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def by_sorting(queries, query_keys, gallery, gallery_keys, k):
@@ -68,5 +77,29 @@ def test_features_that_are_no_numbers_are_refused():
     features = np.eye(2, dtype=np.float32)
     broken = features.copy()
     broken[0, 1] = np.nan
-    with pytest.raises(UserError, match="gallery hold NaN"):
+    with pytest.raises(UserError, match="gallery features contain NaN"):
         retrieval(features, [0, 1], broken, [0, 1])
+
+
+def test_the_emoji_example_pairs_files_by_name(tmp_path, monkeypatch, capsys):
+    """Both vendors draw alike here, so that pixels find each partner; skin tones and emoji of one vendor drop out."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import emoji_retrieval
+
+    generator = np.random.default_rng(0)
+    both = ("google", "twitter")
+    drawn_by = {"train/1f600": both, "train/1f601": both, "test/1f1e6-1f1f2": both, "train/1f44b-1f3fb": both}
+    for place, vendors in {**drawn_by, "test/1f602": ("google",)}.items():
+        side, code = place.split("/")
+        picture = generator.integers(0, 256, (16, 16, 3))
+        for vendor in vendors:
+            drawn = np.clip(picture + generator.integers(-20, 20, picture.shape), 0, 255).astype(np.uint8)
+            (tmp_path / "emoji" / side / "all").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(drawn).save(tmp_path / "emoji" / side / "all" / f"{vendor}-{code}.png")
+    encoder = build_encoder(EncoderConfig("small", channels=3, size=8, width=0.5), seed=0)
+    save_encoder(encoder, tmp_path / "run", preprocessing="google", origin={})
+    monkeypatch.setattr(sys, "argv", ["emoji_retrieval.py", str(tmp_path / "run"), str(tmp_path / "emoji")])
+    emoji_retrieval.main()
+    table = capsys.readouterr().out
+    assert table.split("\n")[1].split() == ["pixels", *6 * ["100.0"]]
+    assert "\n3 pairs (all)" in table

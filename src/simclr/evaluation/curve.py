@@ -18,6 +18,7 @@ import numpy as np
 from simclr.data.images import Images
 from simclr.data.splits import label_subset
 from simclr.errors import UserError
+from simclr.evaluation.logistic import optimum_probe
 from simclr.evaluation.table import BASELINES, Row, markdown_table, mean_and_spread, seeds_note, text_table
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def labels_curve(
     *,
     counts: Sequence[Count] | None = None,
     seeds: Sequence[int],
-    classify: Callable[..., np.ndarray],
+    classify: Callable[..., np.ndarray] | None = None,
     supervised: Callable[[Images, Images, int], float] | None = None,
     done: Mapping[Key, float] | None = None,
     on_result: Callable[[Key, float], None] = lambda key, accuracy: None,
@@ -158,7 +159,8 @@ def labels_curve(
         counts: Labels a class, integers and "all"; None: 1, 2, 5, 10, 20, ... as far as the smallest class has
             them, then "all". Larger ones than the smallest class has are left out, with a word.
         seeds: Each draws its own labels by `label_subset`, and is handed to `classify` and `supervised`.
-        classify: (train (n, F), labels (n,), test (m, F), seed=seed) -> (m,) predicted labels.
+        classify: (train (n, F), labels (n,), test (m, F), seed=seed) -> (m,) predicted labels; None: the exact optimum
+            of the linear probe (`optimum_probe`), whose strength is chosen among the few labels too.
         supervised: (training images, test images, seed) -> accuracy of the network trained on those alone.
         done: Results that exist; they are taken over, and a source that has all of them is not asked for features.
         on_result: Told each new result as it comes, for whoever wants to resume.
@@ -192,7 +194,7 @@ def labels_curve(
                 on_result(key, results[key])
 
     for source, features_of in sources.items():
-        measure(source, _on_features(features_of, split, classify))
+        measure(source, _on_features(features_of, split, classify or _optimum))
     if supervised is not None:
         measure(SUPERVISED, lambda rows, seed: supervised(split.train.subset(rows), split.test, seed))
     return Curve(split.train.name, len(sizes), int(sizes.sum()), len(split.test), results, tuple(notes))
@@ -288,6 +290,10 @@ def _on_features(
         return float((predicted == split.test.labels).mean())
 
     return accuracy_of
+
+
+def _optimum(train: np.ndarray, labels: np.ndarray, test: np.ndarray, *, seed: int) -> np.ndarray:
+    return optimum_probe(train, labels, test, seed=seed).predicted
 
 
 def _means(curve: Curve, source: str) -> list[tuple[float, float]]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from simclr.errors import UserError
+from simclr.features import require_finite
 
 
 def retrieval(
@@ -42,9 +43,8 @@ def retrieval(
     Raises:
         UserError: No query has a match, or features are not finite.
     """
-    for name, features in (("queries", queries), ("gallery", gallery)):
-        if not np.isfinite(features).all():
-            raise UserError(f"Features of the {name} hold NaN or infinity; the encoder that made them has diverged.")
+    require_finite(queries, "query")
+    require_finite(gallery, "gallery")
     codes: dict[Hashable, int] = {}
     wanted, offered = (
         torch.tensor([codes.setdefault(match(key) if match else key, len(codes)) for key in keys], dtype=torch.int64)
