@@ -32,7 +32,7 @@ def images_of(sizes: list[int], seed: int, labels: np.ndarray | None = None) -> 
 
 @pytest.fixture(scope="module")
 def split() -> Split:
-    return Split(images_of([12, 9, 15], seed=0), images_of([20, 20, 20], seed=1), "")
+    return Split(images_of([12, 9, 15], seed=0), images_of([20, 20, 20], seed=1), "", 36)
 
 
 def flat(images: Images) -> np.ndarray:
@@ -163,7 +163,7 @@ def test_images_without_a_label_are_never_used(split):
 def test_counts_end_at_the_smallest_class():
     def counts_of(sizes, asked=None):
         said = []
-        data = Split(images_of(sizes, seed=0), images_of([1] * len(sizes), seed=1), "")
+        data = Split(images_of(sizes, seed=0), images_of([1] * len(sizes), seed=1), "", sum(sizes))
         curve = labels_curve({"pixels": flat}, data, counts=asked, seeds=(0,), classify=zeros, progress=said.append)
         return curve, said
 
@@ -185,7 +185,7 @@ def test_counts_end_at_the_smallest_class():
 
 
 def test_one_class_is_refused():
-    data = Split(images_of([5], seed=0), images_of([5], seed=1), "")
+    data = Split(images_of([5], seed=0), images_of([5], seed=1), "", 5)
     with pytest.raises(UserError, match="shades has 1 of the two or more classes"):
         labels_curve({"pixels": flat}, data, seeds=(0,), classify=nearest_mean)
 

@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from simclr.augment.policy import Policy
 from simclr.augment.views import make_views
 from simclr.data.images import Images
+from simclr.evaluation.curve_picture import COLOURS
 from simclr.evaluation.measure import TITLES
 from simclr.evaluation.split import Split
 
 MAP_ROWS = 2000  # points on the map of features
 NEIGHBOUR_ROWS, NEIGHBOURS = 6, 7
-COLOURS = {"encoder": "#2a6f97", "random": "#adb5bd", "pixels": "#e09f3e", "supervised": "#9d4edd", "check": "#588157"}
+CHECK = "#588157"
 
 
 def draw_views(images: Images, policy: Policy, *, rows: int, columns: int, seed: int) -> bytes:
@@ -84,8 +85,8 @@ def _draw_curve(axes: Axes, metrics: list[dict[str, Any]]) -> None:
     checks = [(record["step"], 100 * record["knn"]) for record in metrics if "knn" in record]
     if checks:
         right = axes.twinx()
-        right.plot(*zip(*checks, strict=True), "x-", color=COLOURS["check"], markersize=4)
-        right.set_ylabel("kNN within the training images, %", color=COLOURS["check"])
+        right.plot(*zip(*checks, strict=True), "x-", color=CHECK, markersize=4)
+        right.set_ylabel("kNN within the training images, %", color=CHECK)
         right.set_ylim(0, 100)
 
 
