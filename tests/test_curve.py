@@ -116,27 +116,32 @@ def test_what_is_done_is_not_done_again(split):
         calls.append("classify")
         return nearest_mean(*arrays, seed=seed)
 
-    def run(done, on_result=lambda key, value: None):
+    def run(done):
+        def keep(key, make):
+            recorded[key] = done[key] if key in done else make()
+            return recorded[key]
+
         calls.clear()
+        recorded.clear()
         return labels_curve(
             {"pixels": counted},
             split,
             counts=[1, 5, "all"],
             seeds=(0, 1),
             classify=classify,
-            done=done,
-            on_result=on_result,
+            keep=keep,
         )
 
     recorded = {}
-    whole = run(None, recorded.__setitem__)
+    whole = run({})
     assert (calls.count("features"), calls.count("classify")) == (2, 6)
     assert recorded == whole.results
-    assert run(recorded).results == whole.results and not calls
-    missing = {key: value for key, value in recorded.items() if key != ("pixels", 5, 1)}
+    before = dict(recorded)
+    assert run(before).results == whole.results and not calls
+    missing = {key: value for key, value in before.items() if key != ("pixels", 5, 1)}
     assert run(missing).results == whole.results
     assert (calls.count("features"), calls.count("classify")) == (2, 1)
-    assert run({**recorded, ("pixels", 5, 1): 0.123}).results["pixels", 5, 1] == 0.123
+    assert run({**before, ("pixels", 5, 1): 0.123}).results["pixels", 5, 1] == 0.123
 
 
 def test_poisoned_test_labels_change_only_the_figures(split):
