@@ -1,0 +1,1 @@
+"""Evaluation protocols, one a file: on arrays of features, or on images and an encoder."""
