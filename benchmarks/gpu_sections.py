@@ -30,7 +30,10 @@ from simclr.data.images import Images
 from simclr.data.source import open_data
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.evaluate import accuracy, knn, random_encoder, split_data
+from simclr.evaluation.knn import knn
+from simclr.evaluation.metrics import accuracy
+from simclr.evaluation.split import split_data
+from simclr.evaluation.subjects import random_encoder
 from simclr.features import extract, pixels_of
 from simclr.losses.nt_xent import nt_xent, nt_xent_dense
 from simclr.methods.simclr import SimCLR

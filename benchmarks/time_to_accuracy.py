@@ -50,7 +50,9 @@ from common import (
 from simclr.config import PretrainConfig
 from simclr.data.images import Images
 from simclr.data.source import open_data
-from simclr.evaluate import accuracy, knn, random_encoder
+from simclr.evaluation.knn import knn
+from simclr.evaluation.metrics import accuracy
+from simclr.evaluation.subjects import random_encoder
 from simclr.features import extract, pixels_of
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
@@ -148,7 +150,7 @@ def run_once(data: str, contender: str, seed: int, seconds: float, args: argpars
         train, test = (part.subset(_some(len(part), args.rows)) for part in (train, test))
     config, _ = fit_recipe(RECIPES["cpu"], train)
     config = replace(config, seed=seed, knn_every=0, save_every=10**9, device="cpu")
-    shape = EncoderConfig(name=config.encoder, channels=train.channels, size=config.size)
+    shape = EncoderConfig(name=config.encoder, channels=train.channels, size=config.size, stem=config.stem)
     if contender == "raw pixels":
         features = [pixels_of(part, size=config.size) for part in (train, test)]
         return {"knn": accuracy(knn(features[0], train.labels, features[1]), test.labels), "seconds": 0.0}

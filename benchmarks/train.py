@@ -274,7 +274,9 @@ def lightly_loop(setting: Setting, images: Images, encoder: str) -> Callable[[in
             backbone, num_features = resnet18(), 512
             backbone.fc = torch.nn.Identity()
         else:
-            config = EncoderConfig(name=setting.encoder, channels=images.channels, size=setting.size)
+            config = EncoderConfig(
+                name=setting.encoder, channels=images.channels, size=setting.size, stem=our_config(setting).stem
+            )
             backbone = build_encoder(config, seed=0)
             num_features = backbone.num_features
         if encoder == "channels-last":

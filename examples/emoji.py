@@ -3,10 +3,12 @@
     python examples/emoji.py --out data/emoji
     simclr pretrain data/emoji/train --out runs/emoji
     python benchmarks/time_to_accuracy.py --data data/emoji
+    python examples/emoji_retrieval.py runs/emoji data/emoji
 
 Fetches two npm packages once (136 MB together; they hold other sizes too), checks them against the SHA-512 that npm
 publishes, and writes `train/CATEGORY/VENDOR-CODE.png` and `test/CATEGORY/VENDOR-CODE.png`, RGB on white. `--archives
-FOLDER` takes the packages from a folder (as `npm pack` leaves them) and needs no network.
+FOLDER` takes the packages from a folder (as `npm pack` leaves them) and needs no network. Files of the same CODE show
+the same emoji.
 
 The split is by base emoji, about 80/20 in each category: all skin tones, genders and directions of an emoji, and its
 pictures by both vendors, are on the same side. Skin tones are in the training part alone: in the test part they would

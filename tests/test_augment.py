@@ -24,7 +24,7 @@ from simclr.augment.policy import Policy
 from simclr.augment.random import philox, shuffled, uniforms
 from simclr.augment.reference import grayscale, render, scale_saturation, shift_hue, stretch_contrast
 from simclr.augment.resize import crop_resize
-from simclr.augment.views import eval_images, make_views
+from simclr.augment.views import eval_images, make_view, make_views
 from simclr.errors import UserError
 
 PRESETS = [Policy.google, Policy.torchvision]
@@ -263,6 +263,14 @@ def test_a_view_is_the_same_bits_in_any_batch(preset, size, mixed, monkeypatch):
         assert torch.equal(full[view][5:6], one[view])
         assert torch.equal(full[view], whole[view])
     assert not torch.equal(full[0], full[1])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_one_view_alone_is_that_of_the_pair(backend):
+    images, indices = random_images([(50, 40)] * 6), np.arange(6)
+    draw = {"policy": Policy.google(36), "seed": 1, "epoch": 2, "indices": indices, "backend": backend}
+    for view, expected in enumerate(make_views(images, **draw)):
+        assert torch.equal(make_view(images, view=view, **draw), expected)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -14,7 +14,7 @@ from simclr.augment import reference, resize
 from simclr.augment.device_images import DeviceImages
 from simclr.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, draw
 from simclr.augment.policy import Policy
-from simclr.augment.views import eval_images, make_views
+from simclr.augment.views import eval_images, make_view, make_views
 from simclr.config import PretrainConfig
 from simclr.data.images import array_images
 from simclr.distributed import World
@@ -267,6 +267,12 @@ def test_training_takes_its_views_from_images_that_stay_on_the_device(monkeypatc
         assert said in capsys.readouterr().err
         for ours, theirs in zip(batch(1), expected, strict=True):
             torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=LAST_BITS, check_stride=False)
+
+
+def test_one_view_alone_is_that_of_the_pair():
+    images = DeviceImages.upload(random_images([(12, 9)] * 3), 3, DEVICE)
+    draw = {"policy": Policy.google(8), "seed": 1, "epoch": 2, "indices": np.arange(3)}
+    assert torch.equal(make_view(images, view=1, **draw), make_views(images, **draw)[1])
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):

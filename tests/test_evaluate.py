@@ -2,14 +2,17 @@
 
 import numpy as np
 import pytest
-import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from simclr.data.source import open_data
 from simclr.errors import UserError
-from simclr.evaluate import Split, accuracy, evaluate, knn, linear_probe, random_encoder, split_data
+from simclr.evaluation.knn import knn
+from simclr.evaluation.logistic import optimum_probe
+from simclr.evaluation.metrics import accuracy
+from simclr.evaluation.split import split_data
+from simclr.evaluation.subjects import random_encoder
 from simclr.features import extract, pixels_of
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
@@ -50,26 +53,18 @@ def test_linear_probe_equals_scikit_learn(digits, features):
     labels = digits[0].labels
     scaler = StandardScaler().fit(train)
     other = LogisticRegression(C=0.1, max_iter=1000).fit(scaler.transform(train), labels)
-    ours = linear_probe(train, labels, test, seed=0, candidates=(10.0,))
+    ours = optimum_probe(train, labels, test, seed=0, candidates=(10.0,)).predicted
     assert np.array_equal(ours, other.predict(scaler.transform(test)))
 
 
 def test_no_test_row_touches_another_ones_prediction(digits, features):
     train, test = features
     labels = digits[0].labels
-    for classify in (lambda rows: knn(train, labels, rows), lambda rows: linear_probe(train, labels, rows, seed=0)):
+    for classify in (
+        lambda rows: knn(train, labels, rows),
+        lambda rows: optimum_probe(train, labels, rows, seed=0).predicted,
+    ):
         assert np.array_equal(classify(test)[:7], classify(test[:7]))
-
-
-def test_evaluate_leaves_the_encoder_as_it_was(digits):
-    encoder = build_encoder(EncoderConfig("small", channels=1, size=8, width=0.5), seed=3).train()
-    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    results = evaluate(encoder, Split(*digits, ""), semantics="google", seed=0, progress=lambda _: None)
-    assert encoder.training
-    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
-    assert set(results) == {"encoder", "random", "pixels"}
-    assert all(0 <= row[key] <= 1 for row in results.values() for key in ("knn", "linear"))
-    assert results["pixels"]["knn"] > 0.95  # scikit-learn's digits are easy: pixels alone reach 98 %
 
 
 def test_features_do_not_depend_on_the_batch(digits):

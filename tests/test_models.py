@@ -108,7 +108,7 @@ def test_max_pool_pads_as_tensorflow_does(size: tuple[int, int]) -> None:
     assert torch.equal(SameMaxPool()(x), expected)
 
 
-@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+@pytest.mark.parametrize("stem", ["cifar", "strided", "imagenet"])
 @pytest.mark.parametrize(("name", "width", "features"), [("small", 1, 128), ("resnet10", 0.3, 153)])
 @pytest.mark.parametrize("size", [(8, 8), (9, 15)])
 def test_any_channels_and_sizes(stem: str, name: str, width: float, features: int, size: tuple[int, int]) -> None:
@@ -139,6 +139,13 @@ def test_the_stem_follows_the_size() -> None:
         return encoder.backbone.stem[0].conv.kernel_size[0]
 
     assert [kernel(32), kernel(33), kernel(96, "cifar"), kernel(32, "imagenet")] == [3, 7, 3, 7]
+
+
+def test_the_strided_stem_is_every_second_position_of_the_plain_one() -> None:
+    configs = [EncoderConfig("small", channels=1, size=9, stem=stem) for stem in ("cifar", "strided")]
+    plain, strided = (build_encoder(config).backbone.stem for config in configs)
+    x = torch.randn(2, 1, 9, 9)
+    assert torch.allclose(strided[0].conv(x), plain[0].conv(x)[..., ::2, ::2], atol=1e-6)
 
 
 def test_convolutions_begin_as_truncated_normals_of_variance_one_over_fan_in() -> None:
@@ -276,7 +283,7 @@ def test_a_config_survives_json() -> None:
         ({"name": "small", "width": 0.01}, "at least 0.0625"),
         ({"channels": 0}, "at least 1"),
         ({"size": 32.0}, "whole number"),
-        ({"stem": "none"}, "auto, cifar or imagenet"),
+        ({"stem": "none"}, "auto, cifar, strided, imagenet"),
         ({"name": "timm/test_resnet", "stem": "cifar"}, "stem at auto"),
         ({"name": "timm/test_resnet", "width": 2.0}, "width at 1"),
         ({"mean": (0.5,) * 3}, "give both"),

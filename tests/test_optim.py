@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from simclr import UserError
+from simclr.models.heads import LinearClassifier
 from simclr.optim import Lars, build_optimizer, param_groups, set_lr
 
 
@@ -175,3 +176,25 @@ def test_each_optimizer_learns(name):
     x = torch.randn(64, 3, 3, 3)
     assert model(x).square().mean() < 0.5 * before(x).square().mean()
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "decayed"),
+    [
+        ("lars", {"encoder.weight", "classifier.weight"}),
+        ("sgd", {"encoder.weight", "encoder.bias", "classifier.weight", "classifier.bias"}),
+        ("adamw", {"encoder.weight", "encoder.bias", "classifier.weight", "classifier.bias"}),
+    ],
+)
+def test_training_on_labels_decays_what_the_authors_decay(name, decayed):
+    """Their l2 term leaves out batch norm alone; LARS has its own, and only the classifier's weight beside it."""
+    model = nn.ModuleDict({"encoder": nn.Linear(3, 4), "norm": nn.BatchNorm1d(4), "frozen": nn.Linear(2, 2)})
+    model["classifier"] = LinearClassifier(4, 2)
+    model["frozen"].requires_grad_(False)
+    groups = build_optimizer(name, model, lr=1.0, weight_decay=0.1, supervised=True).param_groups
+    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    names = {path: decay_of.get(id(p)) for path, p in model.named_parameters()}
+    assert {path for path, decay in names.items() if decay == 0.1} == decayed
+    assert {path for path, decay in names.items() if decay is None} == {"frozen.weight", "frozen.bias"}
+    adapted = {id(p) for group in groups if group["adapt"] for p in group["params"]}
+    assert {path for path, p in model.named_parameters() if id(p) in adapted} == {"encoder.weight"}

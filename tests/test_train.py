@@ -22,6 +22,7 @@ from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.run import RunFolder, describe_machine
 from simclr.train import Prefetcher, _over_processes
+from simclr.weights import load
 
 CONFIG = PretrainConfig(
     size=8, encoder="small", width=0.5, strength=0.5, batch_size=32, epochs=5, warmup_epochs=1, optimizer="lars",
@@ -91,6 +92,13 @@ def test_records_and_summary(undisturbed):
     summary = json.loads(undisturbed.summary.read_text())
     assert summary["steps"] == 24 and summary["images"] == 150
     assert len(checkpoints(undisturbed.checkpoints)) == CONFIG.keep
+
+
+def test_the_published_encoder_brings_its_projection_head(undisturbed):
+    _, state = load_newest(undisturbed.checkpoints, pytest.fail)
+    published = load(undisturbed.path).head.state_dict()
+    assert published.keys() == {name.removeprefix("head.") for name in state["method"] if name.startswith("head.")}
+    assert all(torch.equal(tensor, state["method"][f"head.{name}"]) for name, tensor in published.items())
 
 
 class Killed(BaseException):

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import simclr
 from simclr import UserError
+from simclr.models.classifier import Classifier
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
-from simclr.weights import save_encoder
+from simclr.models.heads import ProjectionHead
+from simclr.weights import save_classifier, save_encoder
 
 GRAY = EncoderConfig("small", channels=1, size=12)
 COLOUR = EncoderConfig("small", channels=3, size=40)
@@ -82,6 +85,67 @@ def test_weights_come_back_bit_for_bit_and_say_what_they_expect(tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor)
     described = json.loads((tmp_path / "config.json").read_text())
     assert described["encoder"]["size"] == 40 and described["input"]["range"] == [0.0, 1.0]
+
+
+def head_of(encoder, **arguments):
+    head = ProjectionHead(encoder.num_features, seed=6, **arguments)
+    return head.eval()
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"layers": 3, "dim": 20}, {"kind": "linear", "dim": 9}, {"kind": "none"}], ids=lambda a: str(a)
+)
+def test_the_projection_head_travels_with_its_encoder(arguments, tmp_path):
+    encoder = build_encoder(GRAY, seed=5)
+    head = head_of(encoder, **arguments)
+    save_encoder(encoder, tmp_path, preprocessing="google", origin={}, head=head)
+    loaded = simclr.load(tmp_path).head
+    h = torch.randn(4, encoder.num_features, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded(h), head(h)) and not loaded.training
+
+
+def test_a_folder_from_before_there_were_heads_is_read(tmp_path):
+    """As version 0.1.0's first folders: no head, and no digest in the file's metadata."""
+    encoder = saved(GRAY, tmp_path)
+    save_file(encoder.state_dict(), tmp_path / "model.safetensors")
+    loaded = simclr.load(tmp_path)
+    assert loaded.head is None and loaded.classifier is None and loaded.classes == []
+    assert torch.equal(loaded.encoder.state_dict()["backbone.stem.0.conv.weight"], encoder.backbone.stem[0].conv.weight)
+    with pytest.raises(UserError, match="no classifier"):
+        loaded.classify(np.zeros((1, 12, 12), np.uint8))
+
+
+@pytest.mark.parametrize("head_layer", [0, 1, 2])
+def test_a_network_that_names_classes_comes_back(head_layer, tmp_path):
+    encoder = build_encoder(COLOUR, seed=5)
+    network = Classifier(encoder, head_of(encoder), 3, head_layer=head_layer).eval()
+    torch.nn.init.normal_(network.linear.weight)
+    classes = ["cat", "Hund", "oiseau à plumes"]
+    save_classifier(network, tmp_path, classes=classes, preprocessing="torchvision", origin={"run": "here"})
+    loaded = simclr.load(tmp_path)
+    assert loaded.preprocessing == "torchvision" and loaded.classes == classes
+    pixels = np.random.default_rng(1).integers(0, 256, (5, 50, 44, 3), dtype=np.uint8)
+    h = torch.from_numpy(loaded.embed(pixels))
+    features = network.head.hiddens(h)[head_layer] if head_layer else h
+    logits = (features @ network.linear.weight.T + network.linear.bias).detach().numpy()
+    likely = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(loaded.probabilities(pixels, batch_size=2), likely, rtol=1e-3, atol=1e-5)
+    assert loaded.classify(list(pixels)) == [classes[best] for best in likely.argmax(axis=1)]
+
+
+def test_files_that_were_not_written_together_are_refused(tmp_path):
+    """A save cut off between the two files: the classes are those of one network, the weights of another."""
+    encoder = build_encoder(GRAY)
+    for name, classes in (("a", ["cat", "dog"]), ("b", ["dog", "cat"])):
+        network = Classifier(encoder, None, 2)
+        save_classifier(network, tmp_path / name, classes=classes, preprocessing="google", origin={"run": name})
+    shutil.copy(tmp_path / "a" / "config.json", tmp_path / "b" / "config.json")
+    with pytest.raises(UserError, match=r"not the one that model\.safetensors was written with"):
+        simclr.load(tmp_path / "b")
+    described = json.loads((tmp_path / "a" / "config.json").read_text())
+    described["origin"]["note"] = "what people add here is theirs"
+    (tmp_path / "a" / "config.json").write_text(json.dumps(described))
+    assert simclr.load(tmp_path / "a").classes == ["cat", "dog"]
 
 
 def damage_nothing(folder):

@@ -39,11 +39,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.close(folder)
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int, resuming: str = "") -> Path:
     """Write the state of `step`, then delete all but the newest `keep` checkpoints.
 
     Args:
         state: Plain dicts, lists, tensors, numbers and strings only.
+        resuming: What a person does to go on, for the sentence about a disk that refuses.
 
     Raises:
         UserError: The disk refused; the checkpoints that were there are all still there.
@@ -58,7 +59,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         kept = "The last good checkpoint is kept" if checkpoints(folder) else "There is no earlier checkpoint"
         raise UserError(
             f"The checkpoint of step {step} ({len(content) / 2**20:.1f} MiB) could not be written to {folder}: "
-            f"{error.strerror}. {kept}; make room, then `simclr resume {folder.parent}`."
+            f"{error.strerror}. {kept}; make room, then {resuming or f'`simclr resume {folder.parent}`'}."
         ) from None
     for old in checkpoints(folder)[keep:]:
         old.unlink(missing_ok=True)

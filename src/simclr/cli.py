@@ -5,13 +5,14 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
 
 from simclr import UserError, __version__
 from simclr.config import PretrainConfig
+from simclr.evaluation.finetune_config import FinetuneConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,22 +74,51 @@ class Resume:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure an encoder: kNN and a linear probe on frozen features, beside raw pixels and a random encoder."""
+    """Say how good an encoder is: accuracies by the papers' protocols, beside what it has to beat.
 
-    run: Positional[Annotated[Path, arg(metavar="RUN")]]
-    """Folder of a run or of an encoder."""
+    RUN is a run's folder, an encoder's folder, timm/NAME or torchvision/NAME (with their pretrained weights), random or
+    pixels. PROTOCOL is one or more, with commas between, of: knn (nearest neighbours); linear (a linear classifier on
+    frozen features); logistic (the transfer protocol: 45 l2 strengths); finetune (the whole network); supervised (the
+    same network from scratch on the same labels). What was measured before is not measured again.
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """What to evaluate."""
 
     data: Positional[Annotated[str, arg(metavar="DATA")]]
     """Labelled images: folder, .npz file or name."""
 
+    protocol: str = "knn,linear"
+    """How to measure."""
+
     labels: str | None = None
-    """How many labels the classifiers may use: a share such as 1%, or a number such as 10/class; unset: all."""
+    """Labels that may be used: a share such as 1%, a number such as 10/class, or a file with the names of images, one a
+    line; unset: all."""
 
     seed: int = 0
-    """Of the 80/20 split, the choice of labels and the random encoder."""
+    """First seed: of the 80/20 split, the choice of labels, the random encoder and what is trained."""
+
+    seeds: int = 1
+    """How many seeds; the table then has mean and spread."""
+
+    compare: tuple[str, ...] = ("random", "pixels")
+    """What stands beside RUN: anything that RUN may be."""
+
+    linear: Literal["auto", "sgd", "optimum"] = "auto"
+    """The linear protocol by SGD on crops, as in the papers, or as the exact optimum on features of the central crop;
+    auto: the latter up to 100,000 images."""
+
+    finetune_recipe: str | None = None
+    """How to fine-tune: v1-1%, v1-10%, v1-100%, v2-1%, ..., small; unset: by the number of labels and the head."""
+
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """Over the recipe that is named, such as --finetune.lr 0.01."""
+
+    out: Path | None = None
+    """Folder where results are kept, so that the same command goes on after a stop; unset: RUN/evaluation."""
 
     json: Path | None = None
-    """Also write the accuracies to this file."""
+    """Also write all figures to this file."""
 
     picture: Path | None = None
     """Also draw accuracies, neighbours and a map of the features to this file (.png)."""
@@ -101,6 +131,9 @@ class Evaluate:
 
     pack_side: int | None = None
     """Shrink larger images, as in `simclr pretrain`; unset: as the run did."""
+
+    cache: str = "auto"
+    """Where features are kept for the next time: a folder, off, or auto: the user's cache folder."""
 
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one."""
@@ -231,12 +264,21 @@ def _run(name: str, arguments: list[str]) -> None:
         """These settings, with the flags that were given on top."""
         return tyro.cli(command, prog=prog, args=arguments, default=replace(parsed, config=config)).config
 
-    from simclr import jobs  # imports torch: only now that the arguments are known to be good
+    def finetune_over(config: FinetuneConfig) -> FinetuneConfig:
+        """Likewise."""
+        return tyro.cli(command, prog=prog, args=arguments, default=replace(parsed, finetune=config)).finetune
+
+    if name == "evaluate":
+        from simclr.evaluate import evaluate  # imports torch: only now that the arguments are known to be good
+
+        evaluate(parsed, finetune_over)
+        return
+    from simclr import jobs
 
     if name == "recipes":
         jobs.recipes(parsed)
-    elif name in ("evaluate", "embed"):
-        getattr(jobs, name)(parsed)
+    elif name == "embed":
+        jobs.embed(parsed)
     else:
         getattr(jobs, name)(parsed, flags_over)
 

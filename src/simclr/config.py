@@ -56,13 +56,14 @@ class PretrainConfig:
 
     # ---- encoder and projection head
     encoder: str = "resnet18"
-    """resnet18/34/50/101/152/200, resnet10, small (for CPUs), or timm/NAME."""
+    """resnet18/34/50/101/152/200, resnet10, small (for CPUs), timm/NAME or torchvision/NAME."""
 
     width: float = 1.0
     """Multiplier on every channel count of a ResNet."""
 
-    stem: Literal["auto", "cifar", "imagenet"] = "auto"
-    """First layers: 3x3 without pooling (cifar) or 7x7/2 with max-pool (imagenet); auto: cifar up to 32 pixels."""
+    stem: Literal["auto", "cifar", "strided", "imagenet"] = "auto"
+    """First layers: 3x3 (cifar), 3x3/2 (strided: a quarter of the work), or 7x7/2 with max-pool (imagenet); auto:
+    cifar up to 32 pixels, else imagenet."""
 
     head: Literal["none", "linear", "nonlinear"] = "nonlinear"
     """Projection head between the encoder and the loss (section 4.2)."""

@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend."""
+"""What is the user's to mend."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the sentence and exits with code 2; from Python it is an ordinary ValueError.
     """
+
+
+class Diverged(UserError):
+    """The loss or the weights are no longer finite; a search over learning rates goes on with the next."""

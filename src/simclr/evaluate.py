@@ -1,206 +1,247 @@
-"""How good is an encoder? kNN and a linear probe on frozen features, beside raw pixels and a random encoder.
+"""`simclr evaluate RUN DATA`: how good is it? Protocols x what is compared x seeds -> a table, JSON, pictures."""
 
-Every protocol takes arrays of features, so that pixels, random and trained encoders pass through the same code.
-"""
-
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
 
-import numpy as np
-import torch
-
+from simclr import distributed
 from simclr.augment.policy import Semantics
 from simclr.data.images import Images
-from simclr.data.splits import label_subset, split_indices
+from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.features import extract, pixels_of
-from simclr.models.config import EncoderConfig
-from simclr.models.encoder import Encoder, build_encoder
+from simclr.evaluation.cache import FeatureCache, cache_of
+from simclr.evaluation.finetune import Stopped
+from simclr.evaluation.finetune_config import FinetuneConfig, find_finetune_recipe
+from simclr.evaluation.measure import SUPERVISED, TITLES, Measurement, Protocol, Settings, measure
+from simclr.evaluation.records import Records
+from simclr.evaluation.split import Split, split_data
+from simclr.evaluation.subjects import FOREIGN_SIZE, PIXELS, RANDOM, Subject, open_subject
+from simclr.evaluation.table import Row, mean_and_spread, seeds_note, text_table
+from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
+from simclr.opening import open_parts, require_writable, side_of, write
+from simclr.progress import counting, say
+from simclr.recipes import choose_recipe, fit_recipe
+from simclr.run import RunFolder, open_run
+from simclr.weights import load
 
-KNN_K = 20
-KNN_TEMPERATURE = 0.07  # Wu et al. 2018, arXiv:1805.01978, section 3.4
-LINEAR_L2 = (1.0, 1e1, 1e2, 1e3)  # candidates for the l2 strength, 1 / C of scikit-learn
-VALIDATION_ROWS = 10_000  # at most so many training rows take part in choosing the strength
+if TYPE_CHECKING:
+    from simclr import cli
+
+ENCODER = "encoder"
+"""Name of the row of RUN itself."""
+BASELINES = (RANDOM, PIXELS, SUPERVISED)
+ACCURACIES: tuple[Protocol, ...] = get_args(Protocol)
 
 
-@dataclass(frozen=True)
-class Split:
-    """Labelled images to learn a classifier from, and others to test it on."""
+def evaluate(args: "cli.Evaluate", finetune_over: Callable[[FinetuneConfig], FinetuneConfig]) -> None:
+    """The command: what can be checked is checked first, and each result is kept as soon as it is there.
 
+    Args:
+        finetune_over: Puts the flags that were given on top of a recipe for fine-tuning.
+    """
+    protocols = _protocols(args.protocol)
+    if args.seed < 0 or args.seeds < 1:
+        raise UserError(f"--seed was {args.seed} and --seeds {args.seeds}; the first is at least 0, the second 1.")
+    for path in (args.json, args.picture):
+        if path is not None:
+            require_writable(path)
+    if args.finetune_recipe is not None:
+        find_finetune_recipe(args.finetune_recipe)
+    settings = Settings(linear=args.linear, recipe=args.finetune_recipe, over=finetune_over)
+    world = distributed.start(args.device)
+    try:
+        session = Session.open(args, world)
+        accuracies = [cast(Protocol, name) for name in protocols if name in ACCURACIES]
+        measured = session.measure(accuracies, settings)
+        if world.is_main:
+            _tell(session, measured)
+    except Stopped as stopped:
+        say(f"Stopped, and kept in {_folder(args)}: the same command goes on.", main=world.is_main)
+        if world.size == 1:
+            raise SystemExit(128 + (stopped.signal or 15)) from None
+    finally:
+        distributed.stop()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """The images and what is to be judged on them."""
+
+    args: "cli.Evaluate"
     train: Images
-    test: Images
-    how: str
+    test: Images | None
+    """The data's own test part, if any."""
+    like: EncoderConfig
+    """The encoder that is judged, or its shape."""
+    preprocessing: Semantics
+    cache: FeatureCache
+    records: Records
+    world: World
+
+    @classmethod
+    def open(cls, args: "cli.Evaluate", world: World) -> "Session":
+        """Open everything that can be wrong."""
+        run = Path(args.run)
+        side = side_of(run, args.data) if args.pack_side is None else args.pack_side
+        described = load(run) if _is_folder(args.run) else None
+        train, test = open_parts(args.data, world, labels=args.labels_file, pack=args.pack, side=side)
+        if described is not None:
+            like, preprocessing = described.encoder.config, described.preprocessing
+        else:
+            like, preprocessing = _shape(args.run, train, world)
+        if test is None:
+            _warn_if_seen(run, train, world)
+        folder = _folder(args)
+        records = Records(folder / "results.jsonl" if folder else None, main=world.is_main)
+        return cls(
+            args=args, train=train, test=test, like=like, preprocessing=preprocessing, cache=cache_of(args.cache),
+            records=records, world=world,
+        )  # fmt: skip
+
+    @property
+    def seeds(self) -> range:
+        return range(self.args.seed, self.args.seed + self.args.seeds)
+
+    def split(self, seed: int) -> Split:
+        """The images of a seed."""
+        return split_data(self.train, self.test, seed=seed, labels=self.args.labels)
+
+    def subjects(self, seed: int) -> list[Subject]:
+        """What is judged, and then what stands beside it."""
+        names = [self.args.run, *(name for name in self.args.compare if name != self.args.run)]
+        with counting("Features", main=self.world.is_main) as progress:
+            opened = [
+                open_subject(
+                    name, like=self.like, preprocessing=self.preprocessing, seed=seed, cache=self.cache,
+                    world=self.world, progress=progress,
+                )
+                for name in names
+            ]  # fmt: skip
+        return [replace(opened[0], name=ENCODER), *opened[1:]] if _is_folder(self.args.run) else opened
+
+    def measure(self, protocols: list[Protocol], settings: Settings) -> list[Measurement]:
+        """The accuracies that are asked for, some of which an earlier call may have left."""
+        tell = partial(say, main=self.world.is_main)
+
+        def split_of(seed: int) -> Split:
+            split = self.split(seed)
+            tell(f"Evaluating on {self.train.name}: {split.how}.")
+            return split
+
+        if not protocols:
+            return []
+        measured = list(
+            measure(
+                protocols, self.seeds, subjects_of=self.subjects, split_of=split_of, settings=settings,
+                records=self.records, folder=_folder(self.args), world=self.world, say=tell,
+            )
+        )  # fmt: skip
+        if self.records.reused:
+            tell(f"{self.records.reused} results were in {self.records.path} already; without it, all are measured.")
+        return measured
 
 
-def split_data(train: Images, test: Images | None, *, seed: int, labels: str | None = None) -> Split:
-    """Training and test images: the data's own split where it has one, else 80/20, stratified by class.
+def _tell(session: Session, measured: list[Measurement]) -> None:
+    """The table, and the files that were asked for."""
+    args, split = session.args, session.split(session.args.seed)
+    rows = _rows(measured)
+    print(text_table(rows, corner="features"))
+    _print_legend(measured, rows, len(split.test))
+    if args.json is not None:
+        write(args.json, (json.dumps(_summary(session, measured, split), indent=2) + "\n").encode())
+    if args.picture is not None:
+        from simclr.report import draw_evaluation
 
-    Args:
-        test: The data's own test images, if any.
-        seed: Of the 80/20 split and of the choice of labelled images.
-        labels: How many labels the classifiers may use, such as "1%" or "10/class"; None: all.
-
-    Raises:
-        UserError: There are no labels, or fewer than two classes.
-    """
-    train, test = _labelled(train), None if test is None else _labelled(test)
-    if test is not None:
-        how = f"the data's own split, {len(train):,} to learn from and {len(test):,} to test"
-    else:
-        assert train.labels is not None
-        learn, hold = split_indices(train.labels, fraction=0.2, seed=seed)
-        train, test = train.subset(learn), train.subset(hold)
-        how = f"80/20 by class, seed {seed}: {len(train):,} to learn from and {len(test):,} to test"
-    if not len(test):
-        raise UserError(f"{train.name} leaves no labelled image to test with; give more images of each class.")
-    assert train.labels is not None
-    if labels is not None:
-        chosen = label_subset(train.labels, labels, seed=seed)
-        train = train.subset(chosen)
-        how += f", {len(train):,} labels used ({labels}, seed {seed})"
-    assert train.labels is not None
-    if len(np.unique(train.labels)) < 2:
-        raise UserError(f"{train.name} has a single class among the images to learn from; evaluation needs two.")
-    return Split(train, test, how)
+        run = Path(args.run)
+        metrics = RunFolder(run).read_metrics() if (run / "metrics.jsonl").is_file() else []
+        first = session.subjects(args.seed)[0]
+        write(args.picture, draw_evaluation(first.features(split.test), split, _means(measured), metrics))
+        say(f"The picture is in {args.picture}.")
 
 
-def _labelled(images: Images) -> Images:
-    """The images that have a label."""
-    if images.labels is None or not (images.labels >= 0).any():
-        raise UserError(
-            f"{images.name} has no labels, and evaluation needs them; give a folder with one sub-folder per class "
-            "(or --labels-file with path,label lines), or an .npz file with y."
-        )
-    return images.subset(np.flatnonzero(images.labels >= 0))
+def _rows(measured: list[Measurement]) -> list[Row]:
+    values: dict[str, dict[str, list[float]]] = {}
+    for one in measured:
+        values.setdefault(one.subject, {}).setdefault(TITLES[one.protocol], []).append(one.figures["top1"])
+    return [Row(name, columns, baseline=name in BASELINES) for name, columns in values.items()]
 
 
-def evaluate(
-    encoder: Encoder, split: Split, *, semantics: Semantics, seed: int, progress: Callable[[str], None]
-) -> dict[str, dict[str, float]]:
-    """kNN and linear accuracy of the encoder, of its random twin and of the pixels themselves.
+def _means(measured: list[Measurement]) -> dict[str, dict[str, float]]:
+    """Subject -> protocol -> mean top-1 accuracy, in [0, 1]."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for one in measured:
+        found.setdefault(one.subject, {}).setdefault(one.protocol, []).append(one.figures["top1"])
+    return {name: {p: mean_and_spread(v)[0] for p, v in row.items()} for name, row in found.items()}
 
-    Args:
-        encoder: Trained, on the device where it is to run.
-        semantics: Whose evaluation preprocessing the encoder was trained with.
-        seed: Of the random encoder's weights and of the probe's validation split.
-        progress: Told what is being done.
 
-    Returns:
-        {"encoder" | "random" | "pixels": {"knn": accuracy, "linear": accuracy}}, accuracies in [0, 1].
-    """
-    device = next(encoder.parameters()).device
-    random = random_encoder(encoder.config, seed=seed).to(device)
-    sources = {
-        "encoder": lambda images: extract(encoder, images, semantics=semantics),
-        "random": lambda images: extract(random, images, semantics=semantics),
-        "pixels": lambda images: pixels_of(images, size=encoder.config.size, semantics=semantics),
+def _print_legend(measured: list[Measurement], rows: list[Row], num_test: int) -> None:
+    print(f"Top-1 accuracy in %, {seeds_note(rows)}.")
+    for protocol in dict.fromkeys(one.protocol for one in measured):
+        hows = list(dict.fromkeys(one.how for one in measured if one.protocol == protocol))
+        print(f"{protocol}: {hows[0]}{f' (and {len(hows) - 1} variants)' if len(hows) > 1 else ''}.")
+    print(
+        f"Test images: {num_test:,}, so the standard error of an accuracy is at most {50 / num_test**0.5:.1f} points."
+    )
+
+
+def _summary(session: Session, measured: list[Measurement], split: Split) -> dict[str, Any]:
+    """What the JSON file holds: the mean of each accuracy by name, then every single result."""
+    args = session.args
+    return {
+        **_means(measured),
+        "protocol": {
+            "run": args.run,
+            "data": args.data,
+            "split": split.how,
+            "labels": args.labels,
+            "seeds": list(session.seeds),
+            "test_images": len(split.test),
+        },
+        "results": [
+            {"features": one.subject, "protocol": one.protocol, "seed": one.seed, **one.figures, "how": one.how}
+            for one in measured
+        ],
     }
-    results = {}
-    for name, features_of in sources.items():
-        progress(f"{name}: features")
-        train, test = features_of(split.train), features_of(split.test)
-        assert split.train.labels is not None and split.test.labels is not None
-        progress(f"{name}: kNN and linear probe")
-        results[name] = {
-            "knn": accuracy(knn(train, split.train.labels, test), split.test.labels),
-            "linear": accuracy(linear_probe(train, split.train.labels, test, seed=seed), split.test.labels),
-        }
-    return results
 
 
-def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
-    """The baseline of the same shape: random weights, at their strongest.
-
-    Training begins with every residual branch switched off (its last gamma is 0), so that a ResNet is a chain of
-    strided 1x1 convolutions that see a few pixels: a straw man (17 % kNN on digits, where this one reaches 84 %).
-    Here the branches are on.
-    """
-    encoder = build_encoder(config, seed=seed)
-    for module in encoder.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.weight is not None:
-            torch.nn.init.ones_(module.weight)
-    return encoder
+def _protocols(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in ACCURACIES]
+    if unknown or not names:
+        raise UserError(f"--protocol was {text!r}; give one or more of {', '.join(ACCURACIES)}, with commas between.")
+    return list(dict.fromkeys(names))
 
 
-def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Share of labels met, in [0, 1]."""
-    return float((predicted == labels).mean())
+def _is_folder(run: str) -> bool:
+    return run not in (RANDOM, PIXELS) and not run.startswith((TIMM, TORCHVISION))
 
 
-def knn(
-    train: np.ndarray,
-    labels: np.ndarray,
-    test: np.ndarray,
-    *,
-    k: int = KNN_K,
-    temperature: float = KNN_TEMPERATURE,
-    chunk: int = 1024,
-) -> np.ndarray:
-    """Weighted cosine k-nearest-neighbour classification (Wu et al. 2018), exact.
-
-    Each of the k nearest rows votes for its class with weight exp(cosine / temperature).
-
-    Args:
-        train: (n, F) features of the labelled rows.
-        labels: (n,) integers.
-        test: (m, F) features to classify.
-        chunk: Test rows at a time; memory grows with chunk x n.
-
-    Returns:
-        (m,) predicted labels. Ties go to the smaller label.
-    """
-    classes, targets = np.unique(labels, return_inverse=True)
-    bank = torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(train)), dim=1)  # (n, F)
-    votes_for = torch.from_numpy(targets)
-    predicted = []
-    for begin in range(0, len(test), chunk):
-        queries = torch.from_numpy(np.ascontiguousarray(test[begin : begin + chunk]))
-        cosine = torch.nn.functional.normalize(queries, dim=1) @ bank.T  # (chunk, n)
-        nearest, rows = cosine.topk(min(k, len(bank)), dim=1)  # (chunk, k)
-        votes = torch.zeros(len(queries), len(classes), dtype=torch.float64)
-        votes.scatter_add_(1, votes_for[rows], (nearest.double() / temperature).exp())
-        predicted.append(votes.argmax(1).numpy())
-    return classes[np.concatenate(predicted)] if predicted else np.empty(0, dtype=labels.dtype)
+def _folder(args: "cli.Evaluate") -> Path | None:
+    """Where results are kept for a second call."""
+    if args.out is not None:
+        return args.out
+    return Path(args.run) / "evaluation" if (Path(args.run) / "run.json").is_file() else None
 
 
-def linear_probe(
-    train: np.ndarray,
-    labels: np.ndarray,
-    test: np.ndarray,
-    *,
-    seed: int,
-    candidates: tuple[float, ...] = LINEAR_L2,
-) -> np.ndarray:
-    """Multinomial logistic regression on standardised features (scikit-learn, L-BFGS), the exact optimum.
-
-    The l2 strength is chosen among `candidates` on a fifth of the training rows, then all rows are fitted.
-    No test label takes part.
-
-    Returns:
-        (m,) predicted labels.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    def predict(rows: np.ndarray, strength: float, asked: np.ndarray) -> np.ndarray:
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=1 / strength, max_iter=1000, tol=1e-4))
-        return np.asarray(model.fit(train[rows], labels[rows]).predict(asked))
-
-    learn, validate = _validation_rows(labels, seed)
-    strength = candidates[0]
-    if len(candidates) > 1 and len(validate):
-        scores = [accuracy(predict(learn, s, train[validate]), labels[validate]) for s in candidates]
-        strength = candidates[int(np.argmax(scores))]
-    return predict(np.arange(len(train)), strength, test)
+def _shape(run: str, images: Images, world: World) -> tuple[EncoderConfig, Semantics]:
+    """The shape of the network that a name stands for: the recipe's for `random` and `pixels`."""
+    if run in (RANDOM, PIXELS):
+        recipe, _ = choose_recipe(images, on_gpu=world.device.type == "cuda")
+        config, _ = fit_recipe(recipe, images)
+        shape = EncoderConfig(
+            name=config.encoder, width=config.width, stem=config.stem, channels=images.channels, size=config.size
+        )
+        return shape, config.views
+    return EncoderConfig(name=run, channels=3, size=FOREIGN_SIZE), "torchvision"
 
 
-def _validation_rows(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to fit and rows to judge by when choosing the probe's strength; every class is in the first."""
-    learn, validate = split_indices(labels, fraction=0.2, seed=seed)
-    generator = np.random.default_rng(seed)
-    if len(learn) > VALIDATION_ROWS:
-        learn = np.sort(generator.choice(learn, VALIDATION_ROWS, replace=False))
-    if len(np.unique(labels[learn])) < 2:
-        return learn, validate[:0]
-    return learn, validate
+def _warn_if_seen(run: Path, images: Images, world: World) -> None:
+    """Say so where images that are about to be split took part, unlabelled, in pretraining."""
+    if (run / "run.json").is_file() and open_run(run).origin["data"]["fingerprint"] == images.fingerprint:
+        say(
+            "The encoder saw these test images, without labels, while it was pretrained; new images may do worse.",
+            main=world.is_main,
+        )

@@ -1,6 +1,6 @@
 """Encoder + images -> features: the one source for evaluation, embedding and monitoring."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,8 +10,11 @@ from torch import nn
 from simclr.augment.policy import Semantics
 from simclr.augment.views import eval_images
 from simclr.data.images import Images
+from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.models.encoder import Encoder
+
+ALONE = World()
 
 
 def extract(
@@ -20,6 +23,7 @@ def extract(
     *,
     semantics: Semantics = "google",
     batch_size: int = 256,
+    world: World = ALONE,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Features h of every image, in the order of the data, with the encoder in inference mode.
@@ -27,6 +31,7 @@ def extract(
     Args:
         encoder: On the device where the work is to be done; its mode is restored afterwards.
         semantics: Whose evaluation preprocessing: the one that the encoder was trained with.
+        world: The processes that share the work; all must call.
         progress: Called with (done, total) images.
 
     Returns:
@@ -37,16 +42,53 @@ def extract(
     """
     config = encoder.config
     require_channels(config.channels, images)
-    device = next(encoder.parameters()).device
-    features = np.empty((len(images), encoder.num_features), dtype=np.float32)
-    with inference(encoder):
-        for begin in range(0, len(images), batch_size):
-            rows = np.arange(begin, min(begin + batch_size, len(images)))
-            pixels = eval_images(images.peek(rows), config.size, semantics, device=device)  # (B, C, S, S)
-            features[rows] = encoder(pixels).float().cpu().numpy()
+    return outputs(
+        encoder, images, encoder.num_features,
+        size=config.size, semantics=semantics, batch_size=batch_size, world=world, progress=progress,
+    )  # fmt: skip
+
+
+def outputs(
+    network: nn.Module,
+    images: Images | Sequence[np.ndarray],
+    width: int,
+    *,
+    size: int,
+    semantics: Semantics = "google",
+    batch_size: int = 256,
+    world: World = ALONE,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """What `network` gives for the evaluation view of each image, in inference mode and in the order of the images.
+
+    Several processes take the batches in turn and exchange what they made, so that each ends with every row; the
+    batches are those of one process, and so are the bits.
+
+    Args:
+        network: (B, C, size, size) -> (B, width), on the device where the work is to be done.
+        images: Of the channels that it takes; arrays are (H, W, C) uint8.
+        world: The processes that share the work; all must call.
+        progress: Called with (done, total) images.
+
+    Returns:
+        (n, width) float32.
+    """
+    device = next(network.parameters()).device
+    result = np.empty((len(images), width), dtype=np.float32)
+    with inference(network):
+        for first in range(0, len(images), batch_size * world.size):
+            begin = min(first + world.rank * batch_size, len(images))
+            end = min(begin + batch_size, len(images))
+            mine = torch.zeros(batch_size, width, device=device)
+            if begin < end:
+                some = images.peek(np.arange(begin, end)) if isinstance(images, Images) else images[begin:end]
+                pixels = eval_images(some, size, semantics, device=device)  # (B, C, size, size)
+                mine[: end - begin] = network(pixels)
+            end = min(first + world.size * batch_size, len(images))
+            result[first:end] = world.all_gather_rows(mine)[: end - first].cpu().numpy()
             if progress is not None:
-                progress(int(rows[-1]) + 1, len(images))
-    return features
+                progress(end, len(images))
+    return result
 
 
 def pixels_of(images: Images, *, size: int, semantics: Semantics = "google", batch_size: int = 256) -> np.ndarray:
@@ -56,6 +98,16 @@ def pixels_of(images: Images, *, size: int, semantics: Semantics = "google", bat
         rows = np.arange(begin, min(begin + batch_size, len(images)))
         batches.append(eval_images(images.peek(rows), size, semantics).flatten(1).numpy())  # (B, C*S*S)
     return np.concatenate(batches)
+
+
+def require_finite(features: np.ndarray, what: str) -> None:
+    """Refuse features with NaN or infinite values; `what` says whose they are."""
+    finite = int(np.isfinite(features).all(axis=1).sum())
+    if finite < len(features):
+        raise UserError(
+            f"The {what} features contain NaN or infinite numbers, in {len(features) - finite:,} of {len(features):,} "
+            "rows; the encoder or the file that they come from is damaged, or its training diverged."
+        )
 
 
 def require_channels(channels: int, images: Images) -> None:

@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,23 +12,21 @@ import torch
 
 from simclr import distributed
 from simclr import pretrain as pretraining
-from simclr.checkpoint import write_atomically
 from simclr.config import PretrainConfig, changed_on_resume
-from simclr.data.images import Channels, Images, Split
+from simclr.data.images import Images
 from simclr.data.named import NAMES
-from simclr.data.source import open_data
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.evaluate import KNN_K, KNN_TEMPERATURE, split_data
-from simclr.evaluate import evaluate as evaluate_encoder
+from simclr.evaluation.subjects import fit_channels
 from simclr.features import extract
 from simclr.memory import parse_bytes
+from simclr.opening import lasting, open_aloud, require_writable, side_of, write
 from simclr.plan import plan as plan_run
 from simclr.progress import counting, say
 from simclr.recipes import RECIPES, Recipe, choose_recipe, find_recipe, fit_recipe
 from simclr.run import RunFolder, describe_machine, open_run
 from simclr.train import Outcome
-from simclr.weights import Embedder, load
+from simclr.weights import load
 
 if TYPE_CHECKING:
     from simclr import cli
@@ -51,13 +47,13 @@ def pretrain(args: "cli.Pretrain", flags_over: FlagsOver) -> None:
         "pack": _lasting_pack(args.pack),
         "side": args.pack_side,
     }
-    source = _lasting(args.data)
+    source = lasting(args.data)
     budget = parse_bytes(args.memory_budget) if args.memory_budget else None
     world = distributed.start(args.config.device)
     try:
         asked = flags_over(recipe.config if recipe else PretrainConfig())
         pretraining.check_settings(asked, world)
-        images = _open(source, world, channels=asked.channels, **options)
+        images = open_aloud(source, world, channels=asked.channels, **options)
         config = _settle(recipe, images, flags_over, world)
         origin = pretraining.origin_of(images, source, options, describe_machine())
         outcome = pretraining.pretrain(images, config, RunFolder(out), world, origin=origin, memory_budget=budget)
@@ -85,9 +81,9 @@ def resume(args: "cli.Resume", flags_over: FlagsOver) -> None:
     world = distributed.start(config.device)
     try:
         _same_threads(origin, world)
-        source = _lasting(args.data) if args.data else _known_place(origin, args.run)
+        source = lasting(args.data) if args.data else _known_place(origin, args.run)
         options = origin["data"]["options"] | ({"pack": args.pack} if args.pack else {})
-        images = _open(source, world, channels=config.channels, **options)
+        images = open_aloud(source, world, channels=config.channels, **options)
         pretraining.same_data(images, origin, args.run)
         outcome = pretraining.pretrain(images, config, run, world)
     finally:
@@ -98,14 +94,14 @@ def resume(args: "cli.Resume", flags_over: FlagsOver) -> None:
 def plan(args: "cli.Plan", flags_over: FlagsOver) -> None:
     """`simclr plan DATA`: a table on standard output, and a JSON file on request."""
     if args.json is not None:
-        _require_writable(args.json)
+        require_writable(args.json)
     recipe = find_recipe(args.recipe) if args.recipe else None
     budget = parse_bytes(args.memory_budget) if args.memory_budget else None
     world = distributed.start(args.config.device)
     try:
         asked = flags_over(recipe.config if recipe else PretrainConfig())
         pretraining.check_settings(asked, world)
-        images = _open(args.data, world, channels=asked.channels)
+        images = open_aloud(args.data, world, channels=asked.channels)
         name = (recipe or choose_recipe(images, on_gpu=world.device.type == "cuda")[0]).name
         config = _settle(recipe, images, flags_over, world)
         planned = plan_run(images, config, world, recipe=name, budget=budget)
@@ -113,51 +109,17 @@ def plan(args: "cli.Plan", flags_over: FlagsOver) -> None:
         distributed.stop()
     print(planned.table())
     if args.json is not None:
-        _write(args.json, (json.dumps(planned.to_dict(), indent=2) + "\n").encode())
-
-
-def evaluate(args: "cli.Evaluate") -> None:
-    """`simclr evaluate RUN DATA`: a table on standard output, and a JSON file and a picture on request."""
-    if args.seed < 0:
-        raise UserError(f"--seed was {args.seed}; it must be at least 0.")
-    for path in (args.json, args.picture):
-        if path is not None:
-            _require_writable(path)
-    device = _device(args.device)
-    model = load(args.run, device=device)
-    train, test = _open_for(model, args)
-    split = split_data(train, test, seed=args.seed, labels=args.labels)
-    say(f"Evaluating on {train.name}: {split.how}.")
-    if test is None:
-        _warn_if_seen(args.run, train)
-    results = evaluate_encoder(
-        model.encoder,
-        split,
-        semantics=model.preprocessing,
-        seed=args.seed,
-        progress=lambda text: say(f"  {text}"),
-    )
-    _print_table(results, len(split.test))
-    if args.json is not None:
-        protocol = {
-            "data": args.data, "split": split.how, "seed": args.seed, "labels": args.labels,
-            "knn": {"k": KNN_K, "temperature": KNN_TEMPERATURE, "similarity": "cosine"},
-            "linear": "multinomial logistic regression on standardised frozen features, l2 chosen on training rows",
-        }  # fmt: skip
-        _write(args.json, (json.dumps({**results, "protocol": protocol}, indent=2) + "\n").encode())
-    if args.picture is not None:
-        from simclr.report import draw_evaluation
-
-        metrics = RunFolder(args.run).read_metrics()
-        _write(args.picture, draw_evaluation(model, split, results, metrics))
-        say(f"The picture is in {args.picture}.")
+        write(args.json, (json.dumps(planned.to_dict(), indent=2) + "\n").encode())
 
 
 def embed(args: "cli.Embed") -> None:
     """`simclr embed RUN DATA --out FILE.npz`: features, keys and labels of every image of every split."""
-    _require_writable(args.out)
+    require_writable(args.out)
     model = load(args.run, device=_device(args.device))
-    images, _ = _open_for(model, args, split="all")
+    side = side_of(args.run, args.data) if args.pack_side is None else args.pack_side
+    labels = str(args.labels_file) if args.labels_file else None
+    images = open_aloud(args.data, World(), split="all", labels=labels, pack=args.pack, side=side)
+    images = fit_channels(images, model.encoder.config.channels)
     with counting("Embedding") as progress:
         features = extract(model.encoder, images, semantics=model.preprocessing, progress=progress)
     arrays: dict[str, np.ndarray] = {"features": features, "keys": np.array(list(images.keys))}
@@ -167,7 +129,7 @@ def embed(args: "cli.Embed") -> None:
             arrays["classes"] = np.array(images.classes)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
-    _write(args.out, buffer.getvalue())
+    write(args.out, buffer.getvalue())
     say(f"{len(images):,} features of width {features.shape[1]} are in {args.out}.")
 
 
@@ -178,14 +140,14 @@ def views(args: "cli.Views", flags_over: FlagsOver) -> None:
     for name in ("images", "columns"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} was {getattr(args, name)}; it must be at least 1.")
-    _require_writable(args.out)
+    require_writable(args.out)
     recipe = find_recipe(args.recipe) if args.recipe else None
     world = World()
     channels = flags_over(recipe.config if recipe else PretrainConfig()).channels
-    images = _open(args.data, world, channels=channels, pack=args.pack)
+    images = open_aloud(args.data, world, channels=channels, pack=args.pack)
     config = _settle(recipe, images, flags_over, world)
     policy = pretraining.policy_of(config, images.channels)
-    _write(args.out, draw_views(images, policy, rows=args.images, columns=args.columns, seed=config.seed))
+    write(args.out, draw_views(images, policy, rows=args.images, columns=args.columns, seed=config.seed))
     say(f"The picture is in {args.out}.")
 
 
@@ -230,65 +192,6 @@ def _settle(recipe: Recipe | None, images: Images, flags_over: FlagsOver, world:
     return config
 
 
-def _open(
-    source: str,
-    world: World,
-    *,
-    split: Split = "train",
-    channels: Channels = "auto",
-    strict: bool = False,
-    labels: str | None = None,
-    pack: str = "auto",
-    side: int | None = None,
-    known: Sequence[str] = (),
-) -> Images:
-    """Open data and say aloud what there is to say, but for what is `known`."""
-    with counting("Reading images", main=world.is_main) as progress:
-        images = open_data(
-            source, split=split, channels=channels, strict=strict, labels=Path(labels) if labels else None,
-            workers=os.cpu_count() or 1, progress=progress, pack=pack, side=side,
-            say=partial(say, main=world.is_main),
-        )  # fmt: skip
-    for note in images.notes:
-        if note not in known:
-            say(note, main=world.is_main)
-    return images
-
-
-def _open_for(
-    model: Embedder, args: "cli.Evaluate | cli.Embed", *, split: Split = "train"
-) -> tuple[Images, Images | None]:
-    """Data as the encoder expects it, shrunk as its run shrank it, and its own test part where it has one."""
-    side = args.pack_side
-    if side is None and (args.run / "run.json").is_file() and Path(args.data).expanduser().is_dir():
-        side = open_run(args.run).origin["data"]["options"].get("side")
-    labels = str(args.labels_file) if args.labels_file else None
-    images = _fit_channels(_open(args.data, World(), split=split, labels=labels, pack=args.pack, side=side), model)
-    if split == "all" or not images.has_own_split:
-        return images, None
-    test = _open(args.data, World(), split="test", labels=labels, pack=args.pack, side=side, known=images.notes)
-    return images, _fit_channels(test, model)
-
-
-def _fit_channels(images: Images, model: Embedder) -> Images:
-    """Gray images as colour ones for an encoder of colour; the reverse would lose something and is refused."""
-    wanted = model.encoder.config.channels
-    if images.channels > wanted:
-        raise UserError(
-            f"The encoder expects {wanted}-channel images and {images.name} is in colour; give it gray images, or "
-            "pretrain with --channels 3."
-        )
-    return replace(images, channels=wanted)
-
-
-def _warn_if_seen(run: Path, images: Images) -> None:
-    """Say so where images that are about to be split took part, unlabelled, in pretraining."""
-    if not (run / "run.json").is_file():
-        return
-    if open_run(run).origin["data"]["fingerprint"] == images.fingerprint:
-        say("The encoder saw these test images, without labels, while it was pretrained; new images may do worse.")
-
-
 def _same_threads(origin: dict[str, Any], world: World) -> None:
     """Sums on a CPU depend on the number of threads: take the number that the run began with."""
     began = int(origin["machine"]["cpu_threads"])
@@ -303,14 +206,6 @@ def _device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device was cuda, but torch sees no GPU here; use cpu or auto.")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def _lasting(source: str) -> str:
-    """What the user typed, such that it means the same from every folder."""
-    name, colon, place = source.partition(":")
-    if name in NAMES:
-        return f"{name}:{Path(place).expanduser().resolve()}" if colon else source
-    return str(Path(source).expanduser().resolve())
 
 
 def _lasting_pack(pack: str) -> str:
@@ -329,30 +224,3 @@ def _leave(outcome: Outcome, world: World) -> None:
     """After a signal, tell the shell, so that `&&` stops too; torchrun makes its own report of its processes."""
     if outcome.signal is not None and world.size == 1:
         raise SystemExit(128 + outcome.signal)
-
-
-def _print_table(results: dict[str, dict[str, float]], num_test: int) -> None:
-    print(f"{'features':<10}{'kNN':>8}{'linear':>9}")
-    for name, row in results.items():
-        print(f"{name:<10}{row['knn']:>8.2%}{row['linear']:>9.2%}")
-    print(f"kNN: k {KNN_K}, temperature {KNN_TEMPERATURE}, cosine. Linear: logistic regression on frozen features.")
-    print(
-        f"Test images: {num_test:,}, so the standard error of an accuracy is at most {50 / num_test**0.5:.1f} points."
-    )
-
-
-def _require_writable(path: Path) -> None:
-    """Fail before the work and not after it."""
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{path} cannot be written; give another path.")
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; give another path.") from None

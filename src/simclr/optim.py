@@ -21,7 +21,13 @@ Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 def build_optimizer(
-    name: OptimizerName, module: nn.Module, *, lr: float, weight_decay: float, momentum: float = 0.9
+    name: OptimizerName,
+    module: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    momentum: float = 0.9,
+    supervised: bool = False,
 ) -> torch.optim.Optimizer:
     """Optimiser over the trainable parameters of `module`, which must already be on its device.
 
@@ -31,11 +37,12 @@ def build_optimizer(
         lr: Learning rate of the first step; `set_lr` changes it.
         weight_decay: Of the parameters that `param_groups` does not exempt. Decoupled for "adamw".
         momentum: Of LARS and SGD; the first beta of AdamW, whose second is 0.999.
+        supervised: Decay what the authors decay where labels are learned (`supervised_groups`).
 
     Raises:
         UserError: Unknown name, or a module with nothing to train.
     """
-    groups = param_groups(module, weight_decay)
+    groups = supervised_groups(name, module, weight_decay) if supervised else param_groups(module, weight_decay)
     # The fused kernels of SGD and AdamW make one pass over memory; elsewhere torch chooses foreach or a loop.
     fused = True if {p.device.type for g in groups for p in g["params"]} <= {"cpu", "cuda"} else None
     if name == "lars":
@@ -78,6 +85,32 @@ def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
+def supervised_groups(name: OptimizerName, module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """As `param_groups`, with the weight decay of the authors' supervised training and fine-tuning.
+
+    Their loss carries an l2 term (model_util.py, add_weight_decay): under LARS over the classifier's weight alone,
+    which LARS itself exempts; under the other optimisers over every trainable parameter but those of batch norm,
+    biases and the classifier included. AdamW decays the latter too, decoupled.
+
+    Raises:
+        UserError: Nothing to train.
+    """
+    groups = param_groups(module, weight_decay)
+    chosen = _classifier_weights(module) if name == "lars" else _all_but_normalisation(module)
+    decaying = {id(p) for p in chosen}
+    exempt = [p for group in groups if not group["adapt"] for p in group["params"]]
+    split = [
+        *(group for group in groups if group["adapt"]),
+        {
+            "params": [p for p in exempt if id(p) in decaying],
+            "weight_decay": weight_decay,
+            "adapt": False,
+        },
+        {"params": [p for p in exempt if id(p) not in decaying], "weight_decay": 0.0, "adapt": False},
+    ]
+    return [group for group in split if group["params"]]
+
+
 _NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -88,6 +121,19 @@ def _exempt_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     yield from (p for p in module.parameters(recurse=False) if p.ndim <= 1)
     for child in module.children():
         yield from _exempt_parameters(child)
+
+
+def _classifier_weights(module: nn.Module) -> Iterator[nn.Parameter]:
+    for layer in module.modules():
+        if getattr(layer, "is_supervised_head", False):
+            yield from (p for p in layer.parameters() if p.ndim > 1)
+
+
+def _all_but_normalisation(module: nn.Module) -> Iterator[nn.Parameter]:
+    if not isinstance(module, _NORMALISATION):
+        yield from module.parameters(recurse=False)
+        for child in module.children():
+            yield from _all_but_normalisation(child)
 
 
 class Lars(torch.optim.Optimizer):

@@ -16,11 +16,12 @@ import torch
 
 from simclr.config import PretrainConfig
 from simclr.data.images import Images
+from simclr.device import choose_kernels, precision_of
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.losses import nt_xent
 from simclr.memory import Footprint, Rung, available, ladder, measure, readable
-from simclr.pretrain import build_method, build_task, check_images, choose_kernels, precision_of
+from simclr.pretrain import build_method, build_task, check_images
 from simclr.progress import duration
 from simclr.run import RunFolder
 from simclr.schedule import total_steps
@@ -125,10 +126,10 @@ def plan(images: Images, config: PretrainConfig, world: World, *, recipe: str, b
             "simclr plan was started as several processes; leave torchrun out, and give --batch-size of one process."
         )
     check_images(images, config, world)
-    choose_kernels(config, world)
+    choose_kernels(world, deterministic=config.deterministic)
     method = build_method(config, images.channels, world)
     budget = available(world) if budget is None else budget
-    footprint = measure(method, config, images, precision_of(config, world))
+    footprint = measure(method, config, images, precision_of(config.precision, world))
     steps = total_steps(len(images), config.epochs, config.batch_size)
     rungs = []
     for rung in ladder(footprint, config.batch_size, budget):

@@ -1,7 +1,6 @@
 """Pretraining, put together: images and settings become a task, the loop trains it, the run folder keeps it."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,19 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from simclr.augment.device_images import DeviceImages, decoded_bytes
 from simclr.augment.policy import Policy
-from simclr.augment.random import shuffled
 from simclr.augment.views import has_kernels, make_views
-from simclr.checkpoint import checkpoints, load_newest, set_aside_newer, write_atomically
+from simclr.checkpoint import write_atomically
 from simclr.config import PretrainConfig
 from simclr.data.images import Images
+from simclr.data.order import EndlessOrder
 from simclr.data.splits import split_indices
+from simclr.device import choose_kernels, keep_on_gpu, precision_of
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.evaluate import accuracy, knn
+from simclr.evaluation.knn import knn
+from simclr.evaluation.metrics import accuracy
 from simclr.features import extract
-from simclr.malloc import keep_freed_memory
 from simclr.memory import out_of_memory, settle
 from simclr.methods.simclr import SimCLR, collapse_signs
 from simclr.models.batchnorm import set_global_batch_norm, track_once
@@ -36,11 +35,10 @@ from simclr.optim import build_optimizer
 from simclr.progress import Progress, say
 from simclr.run import RunFolder, create_run
 from simclr.schedule import learning_rate, peak_lr, total_steps, warmup_steps
-from simclr.train import Inputs, Outcome, Task, train
+from simclr.train import Inputs, Outcome, Task, restore, train
 from simclr.weights import save_encoder
 
 MONITOR_ROWS = 10_000  # labelled training images that the kNN check during training looks at
-RESIDENT_SHARE = 0.25  # of a GPU's free memory that the decoded images may take for good
 
 
 def policy_of(config: PretrainConfig, channels: int) -> Policy:
@@ -63,7 +61,7 @@ def check_settings(config: PretrainConfig, world: World) -> None:
     """Fail before any image is read where a setting alone is wrong."""
     EncoderConfig(name=config.encoder, width=config.width, stem=config.stem, channels=3, size=config.size)
     policy_of(config, channels=3)
-    precision_of(config, world)
+    precision_of(config.precision, world)
     world.local_slice(config.batch_size)
     share = config.batch_size // world.size
     if config.chunk and share % config.chunk:
@@ -107,13 +105,13 @@ def pretrain(
         UserError: Images and settings do not go together, or memory, disk or the loss gave out.
     """
     check_images(images, config, world)
-    choose_kernels(config, world)
+    choose_kernels(world, deterministic=config.deterministic)
     if origin is None:  # a chunk is part of the result: a run keeps the rung that it began on
         saved = run.config
         config = replace(config, memory="plain" if saved.memory == "auto" else saved.memory, chunk=saved.chunk)
     else:
         build = partial(build_method, config, images.channels, World(device=world.device))
-        precision = precision_of(config, world)
+        precision = precision_of(config.precision, world)
         config, sentence = settle(config, images, build, world, precision=precision, budget=memory_budget)
         say(sentence, main=world.is_main and bool(sentence))
     task, steps_per_epoch = build_task(images, config, run, world)
@@ -121,7 +119,7 @@ def pretrain(
         create_run(run.path, config, origin)
         say(f"Training {config.encoder} at {config.size} pixels for {config.epochs} epochs; the run is in {run.path}.")
     world.barrier()
-    start = _restore(task, run, world)
+    start = restore(task, run, world)
     if start:
         say(f"Going on from step {start} of {task.total_steps}.", main=world.is_main)
     begun = time.perf_counter()
@@ -165,7 +163,7 @@ def build_task(images: Images, config: PretrainConfig, run: RunFolder, world: Wo
         total_steps=total,
         images_per_step=batch_size,
         seed=config.seed,
-        precision=precision_of(config, world),
+        precision=precision_of(config.precision, world),
         evaluate=_knn_monitor(images, method, config) if world.is_main else None,
         evaluate_every=max(1, round(config.knn_every * n / batch_size)) if config.knn_every else 0,
         warnings=collapse_signs,
@@ -174,6 +172,7 @@ def build_task(images: Images, config: PretrainConfig, run: RunFolder, world: Wo
             run.encoder,
             preprocessing=config.views,
             origin={"method": "simclr", "run": str(run.path)},
+            head=method.head,
         ),
     )
     return task, n / batch_size
@@ -196,34 +195,18 @@ def build_method(config: PretrainConfig, channels: int, world: World) -> SimCLR:
 
 
 def _batches(images: Images, policy: Policy, config: PretrainConfig, world: World) -> Callable[[int], Inputs]:
-    """step -> this process's two views, or, to cache gradients, what makes those of each chunk.
-
-    Shuffled epochs follow each other without a seam, as in the authors' input pipeline (tf2/data.py: shuffle, repeat,
-    batch): position p of the endless sequence is image `order(epoch)[p % n]` of epoch p // n, so a batch may straddle
-    two epochs and none is left over.
-    """
-    n = len(images)
-    orders: dict[int, np.ndarray] = {}
-    resident = _keep_on_gpu(images, world)
-    dtype = precision_of(config, world)  # autocast would round the views to it anyway
-
-    def order(epoch: int) -> np.ndarray:
-        found = orders.get(epoch)
-        if found is None:
-            found = shuffled(n, seed=config.seed, epoch=epoch)
-            for old in [e for e in orders if e < epoch - 1]:
-                orders.pop(old, None)
-            orders[epoch] = found
-        return found
+    """step -> this process's two views, or, to cache gradients, what makes those of each chunk."""
+    order = EndlessOrder(len(images), config.seed)
+    resident = None
+    if has_kernels(world.device):
+        resident, sentence = keep_on_gpu(images, world)
+        say(sentence, main=world.is_main)
+    dtype = precision_of(config.precision, world)  # autocast would round the views to it anyway
 
     def batch(step: int) -> Inputs:
         mine = world.local_slice(config.batch_size)
         positions = np.arange(step * config.batch_size + mine.start, step * config.batch_size + mine.stop)
-        epochs = positions // n  # (B,)
-        indices = np.empty(len(positions), dtype=np.int64)
-        for epoch in np.unique(epochs):
-            rows = epochs == epoch
-            indices[rows] = order(int(epoch))[positions[rows] % n]
+        epochs, indices = order.at(positions)  # (B,), (B,)
         pixels = images.peek(indices) if resident is None else resident[indices]
         views = partial(make_views, policy=policy, seed=config.seed, device=world.device, dtype=dtype)
         if config.memory != "cache":
@@ -232,42 +215,6 @@ def _batches(images: Images, policy: Policy, config: PretrainConfig, world: Worl
         return tuple(partial(views, pixels[rows], epoch=epochs[rows], indices=indices[rows]) for rows in chunks)
 
     return batch
-
-
-def _keep_on_gpu(images: Images, world: World) -> DeviceImages | None:
-    """All images decoded on the GPU, so that none crosses the bus again; None on a CPU or where they do not fit."""
-    if not has_kernels(world.device):
-        return None
-    free, _ = torch.cuda.mem_get_info(world.device)
-    taken = f"The images take {decoded_bytes(images) / 1e9:.2f} GB decoded, of {free / 1e9:.1f} GB free on the GPU"
-    if decoded_bytes(images) > RESIDENT_SHARE * free:
-        say(f"{taken}: more than {RESIDENT_SHARE:.0%}, so each batch is sent there.", main=world.is_main)
-        return None
-    say(f"{taken}: they stay there.", main=world.is_main)
-    return DeviceImages.of(images, world.device)
-
-
-def choose_kernels(config: PretrainConfig, world: World) -> None:
-    """On a GPU: the fastest kernels, or, if asked for, only those that give the same bits each time."""
-    if world.device.type == "cpu":
-        keep_freed_memory()
-    if world.device.type == "cuda":
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(config.deterministic)
-        torch.backends.cudnn.benchmark = not config.deterministic
-
-
-def precision_of(config: PretrainConfig, world: World) -> torch.dtype:
-    """Of the forward pass, as torch.autocast takes it."""
-    on_gpu = world.device.type == "cuda"
-    if config.precision == "bf16" and not on_gpu:
-        raise UserError(
-            "--precision was bf16 on a CPU, where it is up to hundreds of times slower than fp32; leave it at auto."
-        )
-    if config.precision == "fp32" or not on_gpu:
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
 
 
 def _knn_monitor(images: Images, method: SimCLR, config: PretrainConfig) -> Callable[[], dict[str, float]] | None:
@@ -289,29 +236,6 @@ def _knn_monitor(images: Images, method: SimCLR, config: PretrainConfig) -> Call
         return {"knn": accuracy(knn(features[0], bank_labels, features[1]), query_labels)}
 
     return monitor
-
-
-def _restore(task: Task, run: RunFolder, world: World) -> int:
-    """Load the newest good checkpoint into the task, on every process; the step that it was written after."""
-    loaded = load_newest(run.checkpoints, say if world.is_main else lambda _: None)
-    world.barrier()  # nobody reads any more: the main process may tidy up
-    start = 0
-    if loaded is not None:
-        start, state = loaded
-        task.method.load_state_dict(state["method"])
-        task.optimizer.load_state_dict(state["optimizer"])
-        if state["processes"] != world.size:
-            say(
-                f"The run was trained by {state['processes']} processes and goes on with {world.size}: the same up "
-                "to rounding, not bit for bit.",
-                main=world.is_main,
-            )
-    elif checkpoints(run.checkpoints):
-        say("No checkpoint is whole: starting again from step 0.", main=world.is_main)
-    if world.is_main:
-        set_aside_newer(run.checkpoints, start)
-        run.rewind(start)
-    return start
 
 
 def _report_end(

@@ -12,13 +12,12 @@ from matplotlib.figure import Figure
 from simclr.augment.policy import Policy
 from simclr.augment.views import make_views
 from simclr.data.images import Images
-from simclr.evaluate import Split
-from simclr.features import extract
-from simclr.weights import Embedder
+from simclr.evaluation.measure import TITLES
+from simclr.evaluation.split import Split
 
 MAP_ROWS = 2000  # points on the map of features
 NEIGHBOUR_ROWS, NEIGHBOURS = 6, 7
-COLOURS = {"encoder": "#2a6f97", "random": "#adb5bd", "pixels": "#e09f3e", "check": "#588157"}
+COLOURS = {"encoder": "#2a6f97", "random": "#adb5bd", "pixels": "#e09f3e", "supervised": "#9d4edd", "check": "#588157"}
 
 
 def draw_views(images: Images, policy: Policy, *, rows: int, columns: int, seed: int) -> bytes:
@@ -40,10 +39,15 @@ def draw_views(images: Images, policy: Policy, *, rows: int, columns: int, seed:
 
 
 def draw_evaluation(
-    model: Embedder, split: Split, results: dict[str, dict[str, float]], metrics: list[dict[str, Any]]
+    features: np.ndarray, split: Split, results: dict[str, dict[str, float]], metrics: list[dict[str, Any]]
 ) -> bytes:
-    """Accuracies beside their baselines, the loss, nearest neighbours of test images, and a map of the features."""
-    features = extract(model.encoder, split.test, semantics=model.preprocessing)  # (m, F)
+    """Accuracies beside their baselines, the loss, nearest neighbours of test images, and a map of the features.
+
+    Args:
+        features: (m, F) of the test images.
+        results: Name -> protocol -> accuracy in [0, 1].
+        metrics: Records of the run, if there is one.
+    """
     figure = Figure(figsize=(12, 8), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.3))
     _draw_accuracies(figure.add_subplot(grid[0, 0]), results)
@@ -55,16 +59,15 @@ def draw_evaluation(
 
 
 def _draw_accuracies(axes: Axes, results: dict[str, dict[str, float]]) -> None:
+    protocols = list(dict.fromkeys(TITLES[protocol] for row in results.values() for protocol in row))
+    width = 0.8 / max(len(results), 1)
     for shift, (name, row) in enumerate(results.items()):
+        places = [protocols.index(TITLES[p]) + (shift - (len(results) - 1) / 2) * width for p in row]
         bars = axes.bar(
-            np.arange(2) + (shift - 1) * 0.27,
-            [100 * row["knn"], 100 * row["linear"]],
-            0.25,
-            label=name,
-            color=COLOURS[name],
+            places, [100 * value for value in row.values()], 0.93 * width, label=name, color=COLOURS.get(name)
         )
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
-    axes.set_xticks([0, 1], ["kNN", "linear probe"])
+    axes.set_xticks(range(len(protocols)), protocols)
     axes.set_ylabel("accuracy on test images, %")
     axes.set_ylim(0, 112)
     axes.legend(ncols=3, fontsize=8, loc="upper center")

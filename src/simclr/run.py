@@ -28,6 +28,13 @@ class RunFolder:
     """A run's folder on disk."""
 
     path: Path
+    how_to_resume: str = ""
+    """For sentences; by default the command `simclr resume`."""
+
+    @property
+    def resuming(self) -> str:
+        """What a person does to go on."""
+        return self.how_to_resume or f"`simclr resume {self.path}`"
 
     @property
     def checkpoints(self) -> Path:
@@ -82,7 +89,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(
                 f"{file} could not be written: {error.strerror}. The last good checkpoint is kept; make room, "
-                f"then `simclr resume {self.path}`."
+                f"then {self.resuming}."
             ) from None
 
     def sync(self) -> None:

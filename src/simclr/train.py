@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr.checkpoint import checkpoints, save_checkpoint
+from simclr.checkpoint import checkpoints, load_newest, save_checkpoint, set_aside_newer
 from simclr.distributed import World
-from simclr.errors import UserError
+from simclr.errors import Diverged
 from simclr.optim import set_lr
-from simclr.progress import Progress
+from simclr.progress import say
 from simclr.run import RunFolder
 
 Inputs = tuple[Any, ...]
@@ -47,6 +47,7 @@ class Task:
         evaluate_every: Steps between two of them; 0: never.
         publish: Writes the encoder's file; called after each checkpoint.
         warnings: Sentences on what a record shows to be wrong.
+        remedy: What to try where the loss or the weights are no longer finite.
     """
 
     method: nn.Module
@@ -62,6 +63,14 @@ class Task:
     evaluate_every: int = 0
     publish: Callable[[], None] | None = None
     warnings: Callable[[dict[str, float]], list[str]] = lambda _record: []
+    remedy: str = "Try a lower --lr, a longer --warmup-epochs, or a higher --temperature in a new run."
+
+
+class Watcher(Protocol):
+    """Who is told how training goes; `progress.Progress` shows it to a person."""
+
+    def step(self, done: int) -> None: ...
+    def record(self, record: dict[str, float], outcome: "Outcome") -> None: ...
 
 
 @dataclass
@@ -89,7 +98,7 @@ def train(
     log_every: int,
     save_every: int,
     keep: int,
-    progress: Progress,
+    progress: Watcher,
 ) -> Outcome:
     """Train from `start_step` to the end, or until a signal asks to stop.
 
@@ -117,7 +126,7 @@ def train(
             save = done % save_every == 0 or last or interrupted
 
             if log or save:
-                _stop_if_broken(finite, task.method, run, done)
+                _stop_if_broken(finite, task, run, done)
             if log:  # the only synchronisation with the device
                 record = {"step": done, "lr": task.learning_rate(step)}
                 record |= {name: float(value) for name, value in metrics.items()}
@@ -141,7 +150,7 @@ def train(
                     "optimizer": task.optimizer.state_dict(),
                     "processes": world.size,
                 }
-                save_checkpoint(run.checkpoints, done, state, keep=keep)
+                save_checkpoint(run.checkpoints, done, state, keep=keep, resuming=run.resuming)
                 if task.publish is not None:
                     task.publish()
             if interrupted:
@@ -152,6 +161,29 @@ def train(
     outcome.seconds = time.perf_counter() - clock
     outcome.wait_seconds = batches.wait_seconds
     return outcome
+
+
+def restore(task: Task, run: RunFolder, world: World) -> int:
+    """Load the run's newest good checkpoint into the task, on every process; the step that it was written after."""
+    loaded = load_newest(run.checkpoints, say if world.is_main else lambda _: None)
+    world.barrier()  # nobody reads any more: the main process may tidy up
+    start = 0
+    if loaded is not None:
+        start, state = loaded
+        task.method.load_state_dict(state["method"])
+        task.optimizer.load_state_dict(state["optimizer"])
+        if state["processes"] != world.size:
+            say(
+                f"The run was trained by {state['processes']} processes and goes on with {world.size}: the same up "
+                "to rounding, not bit for bit.",
+                main=world.is_main,
+            )
+    elif checkpoints(run.checkpoints):
+        say("No checkpoint is whole: starting again from step 0.", main=world.is_main)
+    if world.is_main:
+        set_aside_newer(run.checkpoints, start)
+        run.rewind(start)
+    return start
 
 
 def take_step(
@@ -226,13 +258,13 @@ def _step_seed(seed: int, step: int, world: World) -> int:
     return ((seed << 40) + step * world.size + world.rank) % 2**63
 
 
-def _stop_if_broken(finite: Tensor, method: nn.Module, run: RunFolder, step: int) -> None:
-    weights = torch.stack(torch._foreach_norm([p.detach() for p in method.parameters()]))
+def _stop_if_broken(finite: Tensor, task: Task, run: RunFolder, step: int) -> None:
+    weights = torch.stack(torch._foreach_norm([p.detach() for p in task.method.parameters()]))
     if not bool(finite & torch.isfinite(weights).all()):
         kept = "the last good checkpoint is kept" if checkpoints(run.checkpoints) else "there is no earlier checkpoint"
-        raise UserError(
-            f"The loss or the weights were no longer finite at step {step}; nothing of that was saved, {kept}. Try a "
-            "lower --lr, a longer --warmup-epochs, or a higher --temperature in a new run."
+        raise Diverged(
+            f"The loss or the weights were no longer finite at step {step}; nothing of that was saved, {kept}. "
+            + task.remedy
         )
 
 

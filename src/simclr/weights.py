@@ -2,57 +2,83 @@
 
 The folder holds `model.safetensors` and a `config.json` that states what the encoder expects: size, channels,
 range, preprocessing, and where the features are taken. So a saved encoder cannot be fed wrongly without an error.
+
+The projection head travels with its encoder, because fine-tuning may begin inside it (SimCLR v2). A fine-tuned network
+is the same folder with a classifier in it: `simclr.load(PATH).classify(images)`. All tensors lie in the one file, under
+`backbone.`, `head.` and `classifier.`, with a digest of what config.json says of them: two files that were not written
+together are refused.
 """
 
 import json
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from simclr.augment.policy import Semantics
-from simclr.augment.views import eval_images
 from simclr.checkpoint import write_atomically
 from simclr.data.decode import decode_image
 from simclr.data.images import Images
 from simclr.errors import UserError
-from simclr.features import extract, inference
+from simclr.features import extract, outputs, require_channels
+from simclr.models.classifier import Classifier
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
+from simclr.models.heads import ProjectionHead
 
 FORMAT = "simclr-encoder-1"
+_HEAD, _CLASSIFIER = "head.", "classifier."  # names in model.safetensors; the encoder's begin with "backbone."
 
 ImagesLike = Images | np.ndarray | Tensor | Image.Image | str | Path | Sequence[Any]
 
 
-def save_encoder(encoder: Encoder, folder: Path, *, preprocessing: Semantics, origin: dict[str, Any]) -> None:
+def save_encoder(
+    encoder: Encoder,
+    folder: Path,
+    *,
+    preprocessing: Semantics,
+    origin: dict[str, Any],
+    head: ProjectionHead | None = None,
+) -> None:
     """Write the encoder's folder; each file appears whole or not at all.
 
     Args:
         preprocessing: Whose evaluation preprocessing belongs to it: "google" or "torchvision".
         origin: Free facts about where the weights come from, kept in config.json.
+        head: The projection head that it was trained under, if there is one.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    described = {
-        "format": FORMAT,
-        "encoder": encoder.config.to_dict(),
-        "input": {"range": [0.0, 1.0], "layout": "NCHW", "preprocessing": preprocessing},
-        "num_features": encoder.num_features,
-        "origin": origin,
-    }
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    write_atomically(folder / "config.json", (json.dumps(described, indent=2) + "\n").encode())
-    write_atomically(folder / "model.safetensors", save_tensors(weights))
+    _save(folder, encoder, head, None, _describe(encoder, head, preprocessing) | {"origin": origin})
+
+
+def save_classifier(
+    network: Classifier,
+    folder: Path,
+    *,
+    classes: Sequence[str],
+    preprocessing: Semantics,
+    origin: dict[str, Any],
+) -> None:
+    """Write a network that names classes: its encoder's folder, with the classifier.
+
+    Args:
+        classes: Names of the classes, in the order of the logits.
+        preprocessing, origin: As in `save_encoder`.
+    """
+    assert len(classes) == network.linear.out_features, (len(classes), network.linear)
+    described = _describe(network.encoder, network.head, preprocessing)
+    described |= {"classifier": {"classes": list(classes), "head_layer": network.head_layer}, "origin": origin}
+    _save(folder, network.encoder, network.head, network.linear, described)
 
 
 def load(path: str | Path, *, device: str = "cpu") -> "Embedder":
-    """Load an encoder from a run's folder or an encoder's folder.
+    """Load an encoder from a run's folder or an encoder's folder, with the head and the classifier that it has.
 
     Example:
         >>> import simclr
@@ -68,38 +94,52 @@ def load(path: str | Path, *, device: str = "cpu") -> "Embedder":
         described = json.loads((folder / "config.json").read_bytes())
         if described.get("format") != FORMAT:
             raise FileNotFoundError  # the config.json of a run that has saved no checkpoint yet, for instance
-        config = EncoderConfig.from_dict(described["encoder"])
-        encoder = build_encoder(config)
-        encoder.load_state_dict(load_tensors((folder / "model.safetensors").read_bytes()))
-        preprocessing = described["input"]["preprocessing"]
+        model = _restore(described, folder / "model.safetensors")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path} holds no encoder (config.json and model.safetensors); give the folder of a run that has "
             "saved a checkpoint, or of an exported encoder."
         ) from None
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         what = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch lists every tensor
         raise UserError(f"The encoder in {folder} cannot be loaded, its files do not fit together: {what}") from None
-    return Embedder(encoder.to(device).eval(), preprocessing)
+    return model.to(device)
 
 
 class Embedder:
-    """A loaded encoder with its preprocessing.
+    """A loaded encoder with its preprocessing, and with the head and the classifier that were saved with it.
 
     Attributes:
         encoder: The module; (n, C, S, S) in [0, 1] -> (n, F).
         preprocessing: "google" or "torchvision".
+        head: The projection head, (n, F) -> (n, D); None where none was saved.
+        classifier: Encoder, head and linear classifier as one network, (n, C, S, S) -> (n, K) logits; None for an
+            encoder that was not fine-tuned.
+        classes: Names of the K classes; empty without a classifier.
     """
 
-    def __init__(self, encoder: Encoder, preprocessing: Semantics) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        preprocessing: Semantics,
+        *,
+        head: ProjectionHead | None = None,
+        classifier: Classifier | None = None,
+        classes: Sequence[str] = (),
+    ) -> None:
         self.encoder = encoder
         self.preprocessing = preprocessing
+        self.head = head
+        self.classifier = classifier
+        self.classes = list(classes)
 
     def to(self, device: str) -> "Embedder":
-        """Move the encoder."""
-        self.encoder.to(device)
+        """Move all parts."""
+        for part in (self.encoder, self.head, self.classifier):
+            if part is not None:
+                part.to(device)
         return self
 
     def embed(self, images: ImagesLike, *, batch_size: int = 256) -> np.ndarray:
@@ -118,16 +158,43 @@ class Embedder:
         """
         if isinstance(images, Images):
             return extract(self.encoder, images, semantics=self.preprocessing, batch_size=batch_size)
-        config = self.encoder.config
         arrays = [self._fit_channels(array) for array in _arrays(images)]
-        device = next(self.encoder.parameters()).device
-        features = np.empty((len(arrays), self.encoder.num_features), dtype=np.float32)
-        with inference(self.encoder):
-            for begin in range(0, len(arrays), batch_size):
-                chunk = arrays[begin : begin + batch_size]
-                pixels = eval_images(chunk, config.size, self.preprocessing, device=device)  # (B, C, S, S)
-                features[begin : begin + len(chunk)] = self.encoder(pixels).float().cpu().numpy()
-        return features
+        return self._outputs(self.encoder, arrays, self.encoder.num_features, batch_size)
+
+    def classify(self, images: ImagesLike, *, batch_size: int = 256) -> list[str]:
+        """The likeliest class of each image, by name.
+
+        Arguments and errors are those of `probabilities`.
+        """
+        return [self.classes[best] for best in self.probabilities(images, batch_size=batch_size).argmax(axis=1)]
+
+    def probabilities(self, images: ImagesLike, *, batch_size: int = 256) -> np.ndarray:
+        """How likely each class is for each image.
+
+        Args:
+            images: As `embed` takes them.
+            batch_size: Images at a time.
+
+        Returns:
+            (n, K) float32, rows that sum to 1; the columns are `classes`.
+
+        Raises:
+            UserError: As `embed`, or the encoder has no classifier.
+        """
+        if self.classifier is None:
+            raise UserError("This encoder has no classifier; fine-tune it on labelled images, then load the result.")
+        if isinstance(images, Images):
+            require_channels(self.encoder.config.channels, images)
+        else:
+            images = [self._fit_channels(array) for array in _arrays(images)]
+        logits = self._outputs(self.classifier, images, len(self.classes), batch_size)
+        return torch.from_numpy(logits).softmax(dim=1).numpy()
+
+    def _outputs(
+        self, network: nn.Module, images: Images | Sequence[np.ndarray], width: int, batch_size: int
+    ) -> np.ndarray:
+        size = self.encoder.config.size
+        return outputs(network, images, width, size=size, semantics=self.preprocessing, batch_size=batch_size)
 
     def _fit_channels(self, image: np.ndarray) -> np.ndarray:
         wanted, given = self.encoder.config.channels, image.shape[2]
@@ -141,6 +208,65 @@ class Embedder:
             f"The encoder was trained on {wanted}-channel images and was given one with {given} channels; "
             "convert it first (gray: PIL's convert('L'))."
         )
+
+
+def _describe(encoder: Encoder, head: ProjectionHead | None, preprocessing: Semantics) -> dict[str, Any]:
+    described = {
+        "format": FORMAT,
+        "encoder": encoder.config.to_dict(),
+        "input": {"range": [0.0, 1.0], "layout": "NCHW", "preprocessing": preprocessing},
+        "num_features": encoder.num_features,
+    }
+    return described if head is None else described | {"head": head.to_dict()}
+
+
+def _save(
+    folder: Path, encoder: Encoder, head: nn.Module | None, linear: nn.Module | None, described: dict[str, Any]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = dict(encoder.state_dict())
+    for prefix, part in ((_HEAD, head), (_CLASSIFIER, linear)):
+        if part is not None:
+            weights |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    content = save_tensors(weights, metadata={"described": _digest(described)})
+    write_atomically(folder / "config.json", (json.dumps(described, indent=2) + "\n").encode())
+    write_atomically(folder / "model.safetensors", content)
+
+
+def _restore(described: dict[str, Any], file: Path) -> "Embedder":
+    """The parts that config.json describes, with their weights from `file`."""
+    with safe_open(file, framework="pt") as stored:
+        digest = (stored.metadata() or {}).get("described")
+        weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, it is no dict
+    if digest is not None and digest != _digest(described):  # folders of old have none
+        raise ValueError("config.json is not the one that model.safetensors was written with")
+    encoder = build_encoder(EncoderConfig.from_dict(described["encoder"]))
+    head = ProjectionHead(encoder.num_features, **described["head"]) if "head" in described else None
+    classes = described["classifier"]["classes"] if "classifier" in described else []
+    classifier = None
+    if classes:
+        classifier = Classifier(encoder, head, len(classes), head_layer=described["classifier"]["head_layer"])
+        classifier.linear.load_state_dict(_taken(weights, _CLASSIFIER))
+        classifier.eval()
+    if head is not None:
+        head.load_state_dict(_taken(weights, _HEAD))
+        head.eval()
+    encoder.load_state_dict(weights)  # which refuses what is left over
+    return Embedder(
+        encoder.eval(), described["input"]["preprocessing"], head=head, classifier=classifier, classes=classes
+    )
+
+
+def _taken(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors under `prefix`, moved out of `weights`."""
+    return {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+
+
+def _digest(described: dict[str, Any]) -> str:
+    """Of what gives the tensors their meaning; where they come from is free to be edited."""
+    meaning = {key: value for key, value in described.items() if key != "origin"}
+    return sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
 
 def _arrays(images: Any) -> list[np.ndarray]:

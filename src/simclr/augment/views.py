@@ -1,4 +1,5 @@
-"""From uint8 images to batches for the encoder: two random views to train on, one fixed view to evaluate.
+"""From uint8 images to batches for the encoder: two random views to train on, or one where there are labels,
+and one fixed view to evaluate.
 
 >>> import numpy as np
 >>> from simclr.augment.policy import Policy
@@ -65,28 +66,31 @@ def make_views(
     Raises:
         UserError: images that are not uint8 or not of the policy's channels, or indices that do not fit them.
     """
-    if isinstance(images, DeviceImages):
-        backend = _for_resident(images, policy.channels, backend)
-        device, sizes = images.pixels.device, images.sizes
-    else:
-        check_images(images, policy.channels)
-        sizes = image_sizes(images)
-    params = [draw(policy, sizes, seed=seed, epoch=epoch, indices=indices, view=view) for view in (0, 1)]
-    if _resolve(backend, device) == "cuda":
-        from simclr.augment import cuda  # Triton takes half a second to import
+    first, second = _make(images, policy, seed, epoch, indices, (0, 1), device, backend, dtype)
+    return first, second
 
-        if not isinstance(images, DeviceImages):
-            images = DeviceImages.upload(images, policy.channels, device)
-        first, second = cuda.render(images, params, policy, dtype)
-        return first, second
-    assert not isinstance(images, DeviceImages)
-    if _resolve(backend, device) == "cpu":
-        from simclr.augment import cpu  # Numba takes a quarter of a second to import
 
-        first, second = cpu.render(images, params, policy)
-    else:
-        first, second = (render(images, of_view, policy, device) for of_view in params)
-    return first.to(device, dtype), second.to(device, dtype)
+def make_view(
+    images: Images | DeviceImages,
+    policy: Policy,
+    *,
+    seed: int,
+    epoch: int | np.ndarray,
+    indices: np.ndarray,
+    view: int = 0,
+    device: torch.device | str = "cpu",
+    backend: Backend = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """One view of each image of a batch, for training with labels; bit for bit that view of `make_views`.
+
+    Args:
+        view: which of an image's views.
+
+    The other arguments, the errors and the tensor (B, C, S, S) are those of `make_views`.
+    """
+    (only,) = _make(images, policy, seed, epoch, indices, (view,), device, backend, dtype)
+    return only
 
 
 def eval_images(
@@ -147,6 +151,41 @@ def eval_images(
 def has_kernels(device: torch.device | str) -> bool:
     """Whether views are made on `device` from images that lie there (`DeviceImages`)."""
     return _resolve("auto", device) == "cuda"
+
+
+def _make(
+    images: Images | DeviceImages,
+    policy: Policy,
+    seed: int,
+    epoch: int | np.ndarray,
+    indices: np.ndarray,
+    views: tuple[int, ...],
+    device: torch.device | str,
+    backend: Backend,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """These views of each image."""
+    if isinstance(images, DeviceImages):
+        backend = _for_resident(images, policy.channels, backend)
+        device, sizes = images.pixels.device, images.sizes
+    else:
+        check_images(images, policy.channels)
+        sizes = image_sizes(images)
+    params = [draw(policy, sizes, seed=seed, epoch=epoch, indices=indices, view=view) for view in views]
+    if _resolve(backend, device) == "cuda":
+        from simclr.augment import cuda  # Triton takes half a second to import
+
+        if not isinstance(images, DeviceImages):
+            images = DeviceImages.upload(images, policy.channels, device)
+        return cuda.render(images, params, policy, dtype)
+    assert not isinstance(images, DeviceImages)
+    if _resolve(backend, device) == "cpu":
+        from simclr.augment import cpu  # Numba takes a quarter of a second to import
+
+        made = cpu.render(images, params, policy)
+    else:
+        made = [render(images, of_view, policy, device) for of_view in params]
+    return [batch.to(device, dtype) for batch in made]
 
 
 def _resolve(backend: Backend, device: torch.device | str) -> Backend:

@@ -45,13 +45,16 @@ class Images:
     labels: np.ndarray | None
     """(n,) int64, -1 for an image without a label; None where no image has one."""
     classes: list[str] | None
-    """Names that the labels index; None where there are none (labels of an .npz file with gaps)."""
+    """Names that the labels, or the columns of `targets`, index; None where there are none (.npz labels with gaps)."""
     fingerprint: str
     """SHA-256 of the contents, the same on every machine: does a run resume on the data it began with?"""
     read: Callable[[np.ndarray], np.ndarray | Sequence[np.ndarray]] = field(repr=False)
     """Rows of the store -> its own (H, W, 1 or 3) uint8 arrays, or one fresh (B, H, W, 1 or 3) array."""
     rows: np.ndarray = field(repr=False)
     """(n,) row in the store of each image."""
+    targets: np.ndarray | None = None
+    """(n, K) int8 where an image may show several of K classes, and `labels` is None: 1 it does, 0 it does not, -1 too
+    hard to tell, which counts neither way."""
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Sentences to say aloud once: what was left out, what was converted."""
@@ -103,8 +106,22 @@ class Images:
             keys=[self.keys[i] for i in chosen],
             sizes=self.sizes[chosen],
             labels=None if self.labels is None else self.labels[chosen],
+            targets=None if self.targets is None else self.targets[chosen],
             rows=self.rows[chosen],
             fingerprint=sha256(self.fingerprint.encode() + chosen.astype("<i8").tobytes()).hexdigest(),
+        )
+
+    def joined(self, other: "Images") -> "Images":
+        """These images, then those of `other`: another part of the same data."""
+        assert self.read is other.read and self.channels == other.channels, "parts of the same opened data"
+        return replace(
+            self,
+            keys=[*self.keys, *other.keys],
+            sizes=np.concatenate([self.sizes, other.sizes]),
+            labels=_joined(self.labels, other.labels),
+            targets=_joined(self.targets, other.targets),
+            rows=np.concatenate([self.rows, other.rows]),
+            fingerprint=sha256(f"{self.fingerprint} {other.fingerprint}".encode()).hexdigest(),
         )
 
     @cached_property
@@ -183,6 +200,10 @@ def part_of(split: Split, has_own_split: bool, name: str) -> Split:
             "and test/, or an .npz file with x_train and x_test."
         )
     return "all"
+
+
+def _joined(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    return None if first is None or second is None else np.concatenate([first, second])
 
 
 def _take(pixels: np.ndarray, rows: np.ndarray) -> np.ndarray:

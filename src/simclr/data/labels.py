@@ -1,14 +1,17 @@
 """Labels of any kind as indices into a list of classes, and the label file of a folder.
 
-A label file is CSV: one `path,label` a line, paths below the data's folder, an empty label for "not known".
+A label file is CSV: one `path,label` a line, paths below the data's folder, an empty label for "not known". A label
+list is one file name a line: the images that keep their label.
 """
 
 import csv
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from simclr.data.images import Images
 from simclr.data.scan import some
 from simclr.errors import UserError
 
@@ -71,6 +74,57 @@ def read_label_file(file: Path, folder: Path, wanted: Sequence[str], known: Sequ
             f"{some(missing)}; an image without a label is written with an empty one ('path,')."
         )
     return [given[key] for key in wanted]
+
+
+def read_label_list(file: Path, images: Images) -> np.ndarray:
+    """Which images a list names, for the semi-supervised protocol: those that keep their label.
+
+    The lists that the authors published (google-research/simclr, imagenet_subsets/) work as they are.
+
+    Args:
+        file: One file name a line, such as n01440764_10026.JPEG, or the end of a path, such as cats/001.png.
+        images: Each name is to be the end of one image's key.
+
+    Returns:
+        (m,) int64 indices into `images`, sorted.
+
+    Raises:
+        UserError: no such file, none or several images of a name, a name that is there twice, an image without
+            a label.
+    """
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The list of labelled images {file} cannot be read: {error}.") from None
+    names = [name.replace("\\", "/").removeprefix("./") for name in names if name]
+    if not names:
+        raise UserError(f"The list {file} is empty: give the file name of one labelled image a line.")
+    with_name: dict[str, list[int]] = defaultdict(list)
+    for i, key in enumerate(images.keys):
+        with_name[key.rpartition("/")[2]].append(i)
+    missing, ambiguous, chosen = [], [], []
+    for name in names:
+        found = [i for i in with_name[name.rpartition("/")[2]] if f"/{images.keys[i]}".endswith(f"/{name}")]
+        if len(found) == 1:
+            chosen.append(found[0])
+        else:
+            (ambiguous if found else missing).append(name)
+    wrong = [
+        f"{len(group):,} {what} ({some(group, most=3)})"
+        for what, group in (
+            ("are no image's name", missing),
+            ("fit several images", ambiguous),
+            ("are there more than once", [images.keys[i] for i, count in Counter(chosen).items() if count > 1]),
+            ("have no label", [images.keys[i] for i in chosen if images.labels is None or images.labels[i] < 0]),
+        )
+        if group
+    ]
+    if wrong:
+        raise UserError(
+            f"{file} does not fit the {len(images):,} images of {images.name}: of its {len(names):,} names "
+            f"{'; '.join(wrong)}. A name is the end of one image's path, and each is to be there once."
+        )
+    return np.sort(np.array(chosen, dtype=np.int64))
 
 
 def _rows(file: Path) -> list[tuple[int, str, str | None]]:

@@ -1,4 +1,4 @@
-"""Data sets by name: digits, fashion-mnist, and torchvision's CIFAR-10, CIFAR-100, STL-10 and SVHN."""
+"""Data sets by name that come as arrays: digits, fashion-mnist, torchvision's CIFAR-10, CIFAR-100, STL-10 and SVHN."""
 
 import warnings
 from collections.abc import Callable
@@ -9,10 +9,13 @@ import numpy as np
 
 from simclr.data.idx import find_idx, read_idx
 from simclr.data.images import Channels, Images, Split, array_images
+from simclr.data.layouts import LAYOUTS
 from simclr.data.splits import split_indices
 from simclr.errors import UserError
 
-NAMES = ("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "svhn")
+ARRAYS = ("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "svhn")
+"""Sets whose images come in one array of equal sizes."""
+NAMES = (*ARRAYS, *LAYOUTS)
 CACHE = Path("~/.cache/simclr")
 """Where torchvision puts what it downloads, unless a folder is named, as in cifar10:FOLDER."""
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -25,10 +28,10 @@ FASHION_CLASSES = [
 
 
 def open_named(name: str, folder: Path | None, *, split: Split = "train", channels: Channels = "auto") -> Images:
-    """Open a data set by its name.
+    """Open a data set that comes in one array by its name.
 
     Args:
-        name: One of NAMES.
+        name: One of ARRAYS.
         folder: Where its files are, or where torchvision is to put them; None: the usual places.
 
     Raises:

@@ -41,8 +41,7 @@ def pack_place(setting: str, root: Path, files: Sequence[Found], side: int | Non
         seconds = len(files) * SECONDS_PER_FILE + sum(file.num_bytes for file in files) * SECONDS_PER_BYTE
         if seconds < SLOW_SECONDS:
             return None
-        cache = os.environ.get("XDG_CACHE_HOME", "")
-        packs = (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "simclr" / "packs"
+        packs = user_cache() / "packs"
     else:
         packs = Path(setting).expanduser().resolve()
         if packs == root or root in packs.parents:
@@ -50,6 +49,12 @@ def pack_place(setting: str, root: Path, files: Sequence[Found], side: int | Non
     name = "".join(c if c.isascii() and c.isalnum() else "-" for c in root.name) or "images"
     identity = sha256(os.fsencode(root) + f"\0{side}".encode()).hexdigest()
     return packs / f"{name[:40]}-{identity[:12]}"
+
+
+def user_cache() -> Path:
+    """Where what can be made again is kept for this user: ~/.cache/simclr."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "simclr"
 
 
 def room_for(place: Path, files: Sequence[Found], side: int | None) -> tuple[int, str | None]:

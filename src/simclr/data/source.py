@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+from simclr.data.files import Reading
 from simclr.data.folder import open_folder
 from simclr.data.images import Channels, Images, Split
-from simclr.data.named import NAMES, open_named
+from simclr.data.layouts import open_layout
+from simclr.data.named import ARRAYS, NAMES, open_named
 from simclr.data.npz import open_npz
 from simclr.errors import UserError
 
@@ -59,13 +61,19 @@ def open_data(
     path = Path(source).expanduser()
     if labels is not None and (named or not path.is_dir()):
         raise UserError(f"A label file goes with a folder of images, and {source} is none; an .npz file carries y.")
-    if side is not None and (named or not path.is_dir()):
+    if side is not None and (name in ARRAYS if named else not path.is_dir()):
         raise UserError(f"--pack-side goes with a folder of images, and {source} is none.")
     if named:
         folder = Path(place).expanduser() if place else None
         if folder is not None and not folder.is_dir():
-            raise UserError(f"There is no folder {folder} for {name}: create it, or write '{name}' alone.")
-        return open_named(name, folder, split=split, channels=channels)
+            way_out = f"create it, or write '{name}' alone" if name in ARRAYS else "check the path"
+            raise UserError(f"There is no folder {folder} for {name}: {way_out}.")
+        if name in ARRAYS:
+            return open_named(name, folder, split=split, channels=channels)
+        how = Reading(
+            strict=strict, channels=channels, workers=workers, progress=progress, pack=pack, side=side, say=say
+        )
+        return open_layout(name, folder, split=split, how=how)
     if path.is_dir():
         return open_folder(
             path,

@@ -1,17 +1,19 @@
 """Which encoder, and what it expects of its input. Imports no torch, so that the command line stays quick.
 
-The ResNets are those of google-research/simclr, resnet.py; `resnet10` and `small` are ours.
+The ResNets are those of google-research/simclr, resnet.py; `resnet10`, `small` and the strided stem are ours.
 """
 
 import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from simclr.errors import UserError
 
-TIMM = "timm/"
+TIMM, TORCHVISION = "timm/", "torchvision/"
+Stem = Literal["auto", "cifar", "strided", "imagenet"]
+STEMS: tuple[Stem, ...] = get_args(Stem)
 CIFAR_STEM_UP_TO = 32  # pixels; the authors' run.py takes the small stem at and below this size
 
 
@@ -44,7 +46,7 @@ class EncoderConfig:
     """
 
     name: str
-    """One of `RESNETS`, or timm/NAME for a model of timm."""
+    """One of `RESNETS`, or timm/NAME or torchvision/NAME for a model of theirs."""
 
     _: KW_ONLY
 
@@ -57,8 +59,9 @@ class EncoderConfig:
     width: float = 1.0
     """Multiplier on every channel count of a ResNet, whole or fractional (SimCLR section 4.1: 1, 2, 4)."""
 
-    stem: Literal["auto", "cifar", "imagenet"] = "auto"
-    """First layers of a ResNet: 3x3 (cifar), or 7x7/2 and max-pool (imagenet); auto: cifar up to size 32."""
+    stem: Stem = "auto"
+    """First layers of a ResNet: 3x3 (cifar), 3x3/2 (strided; ours, for CPUs), or 7x7/2 and max-pool (imagenet); auto:
+    cifar up to size 32, else imagenet."""
 
     mean: tuple[float, ...] | None = None
     """Per channel, subtracted from pixels in [0, 1]; None: pixels go in as they are, as the authors do."""
@@ -76,24 +79,24 @@ class EncoderConfig:
             if type(value) is not int or value < 1:
                 raise UserError(f"The encoder's {name} was {value!r}; it must be a whole number of at least 1.")
         self._check_width()
-        if self.stem not in ("auto", "cifar", "imagenet"):
-            raise UserError(f"The stem was {self.stem!r}; it must be auto, cifar or imagenet.")
-        if self.is_timm and (self.width != 1.0 or self.stem != "auto"):
+        if self.stem not in STEMS:
+            raise UserError(f"The stem was {self.stem!r}; it must be one of {', '.join(STEMS)}.")
+        if self.is_foreign and (self.width != 1.0 or self.stem != "auto"):
             raise UserError(
-                f"{self.name} was given the width {self.width} and the stem {self.stem!r}; timm models have "
-                "their own, so leave the width at 1 and the stem at auto, or take a ResNet."
+                f"{self.name} was given the width {self.width} and the stem {self.stem!r}; timm and torchvision models "
+                "have their own, so leave the width at 1 and the stem at auto, or take a ResNet."
             )
         if self.feature != "h":
             raise UserError(f"The feature layer was {self.feature!r}; it must be h, the encoder's output.")
         self._check_normalisation()
 
     @property
-    def is_timm(self) -> bool:
-        """Whether the encoder is a model of timm."""
-        return self.name.startswith(TIMM)
+    def is_foreign(self) -> bool:
+        """Whether the encoder is a model of timm or torchvision."""
+        return self.name.startswith((TIMM, TORCHVISION))
 
     @property
-    def resolved_stem(self) -> Literal["cifar", "imagenet"]:
+    def resolved_stem(self) -> Stem:
         """The stem of a ResNet, with auto decided by the size."""
         if self.stem == "auto":
             return "cifar" if self.size <= CIFAR_STEM_UP_TO else "imagenet"
@@ -122,7 +125,7 @@ class EncoderConfig:
         width = self.width
         if isinstance(width, bool) or not isinstance(width, int | float) or not (0 < width < math.inf):
             raise UserError(f"The width multiplier was {width!r}; it must be a number greater than 0.")
-        least = 1 if self.is_timm else 64 * RESNETS[self.name].width * width
+        least = 1 if self.is_foreign else 64 * RESNETS[self.name].width * width
         if int(least) < 1:
             raise UserError(
                 f"A width multiplier of {width} leaves {self.name} no channel; take at least "
@@ -140,8 +143,10 @@ class EncoderConfig:
 
 
 def _check_name(name: str) -> None:
-    if name in RESNETS or (name.startswith(TIMM) and name != TIMM):
+    if name in RESNETS or (name.startswith((TIMM, TORCHVISION)) and name not in (TIMM, TORCHVISION)):
         return
     close = difflib.get_close_matches(name.lower(), RESNETS, n=2, cutoff=0.5)
     hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-    raise UserError(f"There is no encoder {name!r}{hint}; known: {', '.join(RESNETS)}, {TIMM}NAME for those of timm.")
+    raise UserError(
+        f"There is no encoder {name!r}{hint}; known: {', '.join(RESNETS)}, {TIMM}NAME and {TORCHVISION}NAME."
+    )

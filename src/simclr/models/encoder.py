@@ -1,14 +1,18 @@
 """An encoder that knows what it expects: images in [0, 1] in, features h out (SimCLR section 2.1, f)."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from simclr.errors import UserError
-from simclr.models.config import RESNETS, TIMM, EncoderConfig
+from simclr.models.config import RESNETS, TIMM, TORCHVISION, EncoderConfig
 from simclr.models.init import seeded
 from simclr.models.resnet import ResNet
+
+if TYPE_CHECKING:
+    from simclr.models.timm_bridge import Normalisation
 
 
 class Encoder(nn.Module):
@@ -71,21 +75,15 @@ def build_encoder(config: EncoderConfig, *, seed: int = 0, pretrained: bool = Fa
     """The encoder of `config`, on the CPU, initialised from `seed` without touching torch's global generator.
 
     Args:
-        pretrained: Begin a timm model from timm's weights; the encoder's config then has their mean and std.
+        pretrained: Begin a model of timm or torchvision from its weights; the encoder's config then has their mean and
+            std.
 
     Raises:
-        UserError: timm cannot build the model, or there are no pretrained weights.
+        UserError: The library cannot build the model, or there are no pretrained weights.
     """
-    if config.is_timm:
-        from simclr.models.timm_bridge import build_timm  # timm takes a second to import
-
+    if config.is_foreign:
         with seeded(seed, "encoder"):
-            backbone, num_features, normalisation = build_timm(
-                config.name.removeprefix(TIMM),
-                channels=config.channels,
-                size=config.size,
-                pretrained=pretrained,
-            )
+            backbone, num_features, normalisation = _build_foreign(config, pretrained)
         if normalisation is not None:
             config = replace(config, mean=normalisation[0], std=normalisation[1])
         return Encoder(config, backbone, num_features)
@@ -94,3 +92,13 @@ def build_encoder(config: EncoderConfig, *, seed: int = 0, pretrained: bool = Fa
     with seeded(seed, "encoder"):
         backbone = ResNet(RESNETS[config.name], width=config.width, stem=config.resolved_stem, channels=config.channels)
     return Encoder(config, backbone, backbone.num_features)
+
+
+def _build_foreign(config: EncoderConfig, pretrained: bool) -> "tuple[nn.Module, int, Normalisation | None]":
+    """The model, its number of features, and the (mean, std) of pretrained weights."""
+    if config.name.startswith(TIMM):
+        from simclr.models.timm_bridge import build_timm as build  # timm takes a second to import
+    else:
+        from simclr.models.torchvision_bridge import build_torchvision as build
+    name = config.name.removeprefix(TIMM).removeprefix(TORCHVISION)
+    return build(name, channels=config.channels, size=config.size, pretrained=pretrained)

@@ -3,7 +3,7 @@
 Shapes: B rows, F features of the encoder, D width of the projection.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -53,18 +53,29 @@ class ProjectionHead(nn.Module):
             hidden = [_Layer(num_features, num_features, last=False) for _ in range(num_layers - 1)]
             last = [_Layer(num_features, dim, last=True)] if num_layers else []
         self.layers = nn.ModuleList(hidden + last)
+        self.kind = kind
         self.dim = dim if num_layers else num_features
 
     def forward(self, h: Tensor) -> Tensor:
         """(B, F) -> (B, D)."""
-        return self.hiddens(h)[-1]
+        return self.first_layers(h, len(self.layers))
+
+    def first_layers(self, h: Tensor, count: int) -> Tensor:
+        """h after the first `count` layers: h itself for 0; SimCLR v2 fine-tunes from 1 (`ft_proj_selector`)."""
+        for layer in self.layers[:count]:
+            h = layer(h)
+        return h
 
     def hiddens(self, h: Tensor) -> list[Tensor]:
-        """[h, output of layer 0, ..., z]; SimCLR v2 fine-tunes from one of them (`ft_proj_selector`)."""
+        """[h, output of layer 0, ..., z]."""
         outputs = [h]
         for layer in self.layers:
             outputs.append(layer(outputs[-1]))
         return outputs
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments of which `ProjectionHead(num_features, **arguments)` makes a head of this shape."""
+        return {"kind": self.kind, "layers": len(self.layers), "dim": self.dim}
 
 
 class LinearClassifier(nn.Linear):

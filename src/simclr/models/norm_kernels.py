@@ -18,7 +18,6 @@ so that the inner loops are long; a vector per channel is repeated K times for t
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 
 import numba
 import numpy as np
@@ -28,7 +27,7 @@ from torch import Tensor
 LEAST_COLUMNS = 512
 """K C is at least this where n allows it: the inner loops then cost more than what surrounds them."""
 _BLOCK = 32  # rows whose sums are fp32
-_LEAST_SHARE = 1 << 16  # values worth a thread of their own
+_LEAST_SHARE = 1 << 18  # values worth a thread of their own
 _ZERO = np.float32(0)
 
 
@@ -37,13 +36,13 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, folds = _rows(x), _folds(x)
     columns = folds * x.shape[1]
     # Sums are of differences to a first guess of the mean, lest a large mean drown the variance.
-    guess = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])[:_BLOCK].mean(0)
+    guess = rows.reshape(-1, x.shape[1])[:_BLOCK].mean(0)  # (C,)
     pilot = _repeated(guess, folds)
     shares = _shares(len(rows) // columns, columns)
     found = np.zeros((len(shares), 2, columns))
     _in_threads([(_moments, rows, columns, *share, pilot, out) for share, out in zip(shares, found, strict=True)])
     first, second = found.sum(0).reshape(2, folds, -1).sum(1) / (len(rows) // x.shape[1])  # (C,) each, fp64
-    mean, variance = first + guess.double().numpy(), np.maximum(second - first * first, 0)
+    mean, variance = first + guess, np.maximum(second - first * first, 0)
     return torch.from_numpy(mean).float(), torch.from_numpy(variance).float()
 
 
@@ -53,7 +52,7 @@ def normalize(x: Tensor, scale: Tensor, shift: Tensor, other: Tensor | None, rel
     rows, target = _rows(x), _rows(out)
     beside = target if other is None else _rows(other)
     columns = folds * x.shape[1]
-    a, b = _repeated(scale, folds), _repeated(shift, folds)
+    a, b = (_repeated(v.detach().numpy(), folds) for v in (scale, shift))
     _in_threads(
         [
             (_normalize, rows, columns, *share, a, b, beside, other is not None, relu, target)
@@ -68,7 +67,7 @@ def sums(dy: Tensor, out: Tensor | None, x: Tensor, mean: Tensor, inverse_std: T
     folds = _folds(x)
     rows, gradient = _rows(x), _rows(dy)
     columns = folds * x.shape[1]
-    centre = _repeated(mean, folds)
+    centre = _repeated(mean.numpy(), folds)
     shares = _shares(len(rows) // columns, columns)
     found = np.zeros((len(shares), 2, columns))
     mask = gradient if out is None else _rows(out)
@@ -92,7 +91,7 @@ def input_grad(
     dother = torch.empty_like(x) if masked else None
     mask = gradient if out is None else _rows(out)
     columns = folds * x.shape[1]
-    vectors = [_repeated(v, folds) for v in (a, b, c)]
+    vectors = [_repeated(v.numpy(), folds) for v in (a, b, c)]
     target = _rows(dx)
     beside = target if dother is None else _rows(dother)
     _in_threads(
@@ -118,15 +117,17 @@ def _rows(x: Tensor) -> np.ndarray:
     return x.detach().permute(0, 2, 3, 1).view(-1).numpy()
 
 
-def _repeated(vector: Tensor, folds: int) -> np.ndarray:
-    return vector.detach().float().repeat(folds).numpy()
+def _repeated(vector: np.ndarray, folds: int) -> np.ndarray:
+    """(C,) -> (K C,). With dozens of layers a step, what surrounds the kernels counts: this takes a microsecond."""
+    repeated = np.empty((folds, len(vector)), np.float32)
+    repeated[:] = vector
+    return repeated.ravel()
 
 
 def _shares(num_rows: int, columns: int) -> list[tuple[int, int]]:
     """First and last row of each thread's part."""
     threads = max(1, min(torch.get_num_threads(), num_rows * columns // _LEAST_SHARE))
-    ends = np.linspace(0, num_rows, threads + 1).astype(int).tolist()
-    return list(pairwise(ends))
+    return [(num_rows * i // threads, num_rows * (i + 1) // threads) for i in range(threads)]
 
 
 def _in_threads(calls: list[tuple]) -> None:

@@ -9,14 +9,12 @@ checkpoints.
 Shapes: B images, C channels, H x W pixels.
 """
 
-from typing import Literal
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simclr.models.batchnorm import BatchNorm2d
-from simclr.models.config import ResNetShape
+from simclr.models.config import ResNetShape, Stem
 from simclr.models.init import lecun_normal_
 
 
@@ -29,7 +27,8 @@ class ResNet(nn.Module):
     Args:
         shape: Kind and number of blocks; its own width multiplier comes on top of `width`.
         width: Multiplier on every channel count.
-        stem: 3x3 convolution (cifar), or 7x7/2 convolution and 3x3/2 max-pool (imagenet).
+        stem: 3x3 convolution (cifar), the same with stride 2 (strided), or 7x7/2 convolution and 3x3/2 max-pool
+            (imagenet).
         channels: Of the input.
     """
 
@@ -40,7 +39,7 @@ class ResNet(nn.Module):
         shape: ResNetShape,
         *,
         width: float = 1.0,
-        stem: Literal["cifar", "imagenet"] = "imagenet",
+        stem: Stem = "imagenet",
         channels: int = 3,
     ) -> None:
         super().__init__()
@@ -66,7 +65,7 @@ class ResNet(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False)
         else:
             x = self.groups(self.stem(x))
-        return x.mean((2, 3))  # from (B, num_features, H/32, W/32) with the imagenet stem, H/8 with cifar's
+        return x.mean((2, 3))  # from (B, num_features, H/32, W/32) with the imagenet stem; H/16 strided, H/8 cifar
 
 
 class Conv2d(nn.Conv2d):
@@ -139,10 +138,10 @@ class SameMaxPool(nn.Module):
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=(height % 2, width % 2), ceil_mode=True)
 
 
-def _stem(kind: Literal["cifar", "imagenet"], in_channels: int, out_channels: int) -> nn.Sequential:
-    if kind == "cifar":
-        return nn.Sequential(ConvNorm(in_channels, out_channels, 3))
-    return nn.Sequential(ConvNorm(in_channels, out_channels, 7, stride=2), SameMaxPool())
+def _stem(kind: Stem, in_channels: int, out_channels: int) -> nn.Sequential:
+    if kind == "imagenet":
+        return nn.Sequential(ConvNorm(in_channels, out_channels, 7, stride=2), SameMaxPool())
+    return nn.Sequential(ConvNorm(in_channels, out_channels, 3, stride=2 if kind == "strided" else 1))
 
 
 def _block(bottleneck: bool, in_channels: int, inner: float, *, stride: int, project: bool) -> Block:

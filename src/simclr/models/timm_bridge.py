@@ -38,16 +38,16 @@ def build_timm(name: str, *, channels: int, size: int, pretrained: bool) -> tupl
     except Exception as error:  # whatever timm, the download or the model's own checks raise
         what = "its pretrained weights could not be fetched or fitted" if pretrained else "timm could not build it"
         raise UserError(
-            f"The encoder timm/{name} with {channels} channels, {size} pixels: {what} ({_line(error)}); "
+            f"The encoder timm/{name} with {channels} channels, {size} pixels: {what} ({first_line(error)}); "
             f"try {'random weights, ' if pretrained else ''}another size, or another model."
         ) from error
-    num_features = _num_features(model, name, channels, size)
+    width = num_features(model, f"timm/{name}", channels, size)
     if not pretrained or described is None:
-        return model, num_features, None
+        return model, width, None
     mean, std = described.mean, described.std
     if channels != len(mean):  # timm sums or repeats the first layer over channels; the colours' average fits it
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
-    return model, num_features, (tuple(mean), tuple(std))
+    return model, width, (tuple(mean), tuple(std))
 
 
 def _check_name(name: str) -> None:
@@ -59,23 +59,23 @@ def _check_name(name: str) -> None:
 
 
 @torch.no_grad()
-def _num_features(model: nn.Module, name: str, channels: int, size: int) -> int:
-    """Width of the output, by a trial: timm's `num_features` may differ, and some models refuse the size."""
+def num_features(model: nn.Module, name: str, channels: int, size: int) -> int:
+    """Width of the output, by a trial: what a model says of itself may differ, and some refuse the size."""
     training = model.training
     reference = next(model.parameters())
     try:
         features = model.eval()(torch.zeros(1, channels, size, size, device=reference.device))
     except Exception as error:  # each model checks its input in its own way
         raise UserError(
-            f"The encoder timm/{name} cannot take images of {size} pixels ({_line(error)}); try another size."
+            f"The encoder {name} cannot take images of {size} pixels ({first_line(error)}); try another size."
         ) from error
     finally:
         model.train(training)
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
-        raise UserError(f"The encoder timm/{name} does not give one row of features per image; take another model.")
+        raise UserError(f"The encoder {name} does not give one row of features per image; take another model.")
     return features.shape[1]
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The error's first line."""
     return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

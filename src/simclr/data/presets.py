@@ -1,0 +1,169 @@
+"""Data sets to transfer to: the paper's twelve with splits and metrics (SimCLR, appendix B.8), or any other source.
+
+Splits and metrics are those of Kornblith et al. 2019 (arXiv:1805.08974), which the paper follows. Where a set has no
+official validation images, `HELD_OUT` of each class of its training images are held out; the papers state no number.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from simclr.data.files import Reading
+from simclr.data.images import Images
+from simclr.data.layouts import LAYOUTS, open_parts
+from simclr.data.scan import some
+from simclr.data.source import open_data
+from simclr.data.splits import split_indices
+from simclr.errors import UserError
+
+Metric = Literal["top-1", "mean per class", "11-point mAP"]
+
+HELD_OUT = 0.2
+"""Share of the training images that choices are made on, and of the images tested on where there is no test part."""
+
+
+class Preset(NamedTuple):
+    """What is known of one of the paper's sets before its files are opened."""
+
+    num_classes: int
+    metric: Metric = "top-1"
+
+
+PRESETS = {
+    "food101": Preset(101),
+    "cifar10": Preset(10),
+    "cifar100": Preset(100),
+    "birdsnap": Preset(500),
+    "sun397": Preset(397),
+    "cars": Preset(196),
+    "aircraft": Preset(100, "mean per class"),
+    "voc2007": Preset(20, "11-point mAP"),
+    "dtd": Preset(47),
+    "pets": Preset(37, "mean per class"),
+    "caltech101": Preset(102, "mean per class"),
+    "flowers102": Preset(102, "mean per class"),
+}
+"""In the order of the paper's tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferSet:
+    """Labelled images in parts: to learn from, to choose by, and to report on."""
+
+    name: str
+    train: Images
+    validation: Images | None
+    """None where no class has an image to spare: nothing can then be chosen."""
+    test: Images
+    metric: Metric
+    how: str
+    """Where the parts come from, and their sizes."""
+
+    @property
+    def learn(self) -> Images:
+        """Training and validation images: what the chosen settings are trained on in the end."""
+        return self.train if self.validation is None else self.train.joined(self.validation)
+
+
+def open_transfer_set(
+    source: str | Path, *, seed: int = 0, labels: Path | None = None, how: Reading | None = None
+) -> TransferSet:
+    """Open data to transfer to.
+
+    Args:
+        source: Anything that `open_data` opens: one of PRESETS with a folder of its files (flowers102:FOLDER), another
+            name, a folder of images, an .npz file.
+        seed: Of the parts that are held out.
+        labels: CSV file of `path,label` lines for a folder.
+        how: How files are read.
+
+    Returns:
+        The data's own parts where it has them; else HELD_OUT of its images to test on. What is to be said aloud is in
+        the `notes` of the images.
+
+    Raises:
+        UserError: as `open_data`; no labels, one class, a class that only the test images have.
+    """
+    how = how or Reading()
+    name, _, place = str(source).partition(":")
+    preset = PRESETS.get(name) if isinstance(source, str) else None
+    if preset is not None and name in LAYOUTS:
+        images, parts = open_parts(name, Path(place).expanduser() if place else None, how=how)
+        learn = replace(images.subset(parts != "test"), split="train")
+        test = replace(images.subset(parts == "test"), split="test")
+        return _divide(learn, test, parts[parts != "test"] == "validation", preset, seed)
+    options = {
+        "labels": labels, "strict": how.strict, "channels": how.channels, "workers": how.workers,
+        "progress": how.progress, "pack": how.pack, "side": how.side, "say": how.say,
+    }  # fmt: skip
+    learn = _labelled(open_data(source, split="train", **options))
+    if learn.has_own_split:
+        test = _labelled(open_data(source, split="test", **options))
+    else:
+        keep, hold = split_indices(_labels(learn), HELD_OUT, seed)
+        learn, test = replace(learn.subset(keep), split="train"), replace(learn.subset(hold), split="test")
+    return _divide(learn, test, np.zeros(len(learn), dtype=bool), preset, seed)
+
+
+def _divide(learn: Images, test: Images, official: np.ndarray, preset: Preset | None, seed: int) -> TransferSet:
+    """Take the validation images from those to learn from: the `official` ones (a mask), or some of each class."""
+    if not len(learn) or not len(test):
+        raise UserError(f"{learn.name} leaves no labelled image to test with; give more images of each class.")
+    if learn.targets is None:
+        _require_classes(learn, test)
+    how = "the official validation images"
+    if not official.any():
+        _, hold = split_indices(len(learn) if learn.targets is not None else _labels(learn), HELD_OUT, seed)
+        official = np.isin(np.arange(len(learn)), hold)
+        how = f"{HELD_OUT:.0%} of the training images held out, seed {seed}"
+    train, validation = learn.subset(~official), learn.subset(official)
+    tested = "its own test images" if test.has_own_split else f"{HELD_OUT:.0%} of all images to test on, seed {seed}"
+    return TransferSet(
+        name=learn.name,
+        train=replace(train, notes=[*train.notes, *_lacking(learn, preset)]),
+        validation=validation if len(validation) else None,
+        test=test,
+        metric="top-1" if preset is None else preset.metric,
+        how=f"{tested}, {how}: {len(train):,} to learn from, {len(validation):,} to choose by, {len(test):,} to test",
+    )
+
+
+def _lacking(learn: Images, preset: Preset | None) -> list[str]:
+    """What to say of a preset that is not whole."""
+    if preset is None:
+        return []
+    shown = _labels(learn) if learn.targets is None else np.nonzero(learn.targets == 1)[1]
+    found = len(np.unique(shown))
+    if found == preset.num_classes:
+        return []
+    return [f"{learn.name} has {preset.num_classes} classes, and {found} of them are among the training images here."]
+
+
+def _require_classes(learn: Images, test: Images) -> None:
+    known = np.unique(_labels(learn))
+    if len(known) < 2:
+        raise UserError(f"{learn.name} has a single class among the images to learn from; evaluation needs two.")
+    unknown = np.setdiff1d(_labels(test), known)
+    if len(unknown):
+        names = [str(label) if test.classes is None else test.classes[label] for label in unknown]
+        raise UserError(
+            f"{len(unknown)} classes of the test images of {test.name} are not among the {len(known)} classes to learn "
+            f"from ({some(names)}); give at least one training image of each."
+        )
+
+
+def _labelled(images: Images) -> Images:
+    """The images that have a label."""
+    if images.labels is None or not (images.labels >= 0).any():
+        raise UserError(
+            f"{images.name} has no labels, and transfer needs them; give a folder with one sub-folder per class (or a "
+            "file with path,label lines), or an .npz file with y."
+        )
+    return images.subset(np.flatnonzero(images.labels >= 0))
+
+
+def _labels(images: Images) -> np.ndarray:
+    assert images.labels is not None
+    return images.labels

@@ -1,0 +1,340 @@
+"""The labels-needed curve: accuracy over the number of labels a class. It decides whether pretraining pays.
+
+Every source of features (an encoder, a random one, raw pixels) gets the same linear classifier on the same few labels,
+and beside them stands the network that is trained on those labels alone. Each seed draws its own labels, nested: those
+of 1 a class lie among those of 2. So the spread over seeds is that of the choice of labels, which with few
+labels is most of the uncertainty.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from simclr.data.images import Images
+from simclr.data.splits import label_subset
+from simclr.errors import UserError
+from simclr.evaluation.logistic import optimum_probe
+from simclr.evaluation.table import BASELINES, Row, markdown_table, mean_and_spread, seeds_note, text_table
+
+if TYPE_CHECKING:
+    from simclr.evaluation.split import Split
+
+Count = int | Literal["all"]
+"""Labels a class; "all": every label that there is, whatever the classes' sizes."""
+
+Key = tuple[str, Count, int]
+"""Which result: source, labels a class, seed."""
+
+SUPERVISED = "supervised"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracies of a labels-needed curve, with what is needed to print and to draw them."""
+
+    data: str
+    num_classes: int
+    num_labels: int
+    """Of all training images: what "all" stands for."""
+    num_test: int
+    results: Mapping[Key, float]
+    """(source, labels a class, seed) -> accuracy on the test images, in [0, 1]."""
+    notes: tuple[str, ...] = ()
+    """Sentences about what was left out."""
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """In the order of the first result of each."""
+        return list(dict.fromkeys(source for source, _, _ in self.results))
+
+    @cached_property
+    def counts(self) -> list[Count]:
+        """From few labels to "all"."""
+        return sorted({count for _, count, _ in self.results}, key=_order)
+
+    def values(self, source: str, count: Count) -> dict[int, float]:
+        """Seed -> accuracy; empty where nothing was measured."""
+        found = {seed: value for (s, c, seed), value in self.results.items() if (s, c) == (source, count)}
+        return dict(sorted(found.items()))
+
+    def labels_a_class(self, count: Count) -> float:
+        """A place on the axis; for "all" the mean over classes."""
+        return self.num_labels / self.num_classes if count == "all" else count
+
+    def table(self, *, markdown: bool = False) -> str:
+        """A row for each source, a column for each number of labels a class; percent, over seeds."""
+        rows = [
+            Row(
+                source,
+                {_name(count): list(self.values(source, count).values()) for count in self.counts},
+                baseline=source in BASELINES,
+            )
+            for source in self.sources
+        ]
+        caption = (
+            f"Accuracy on {self.num_test:,} test images in %, {seeds_note(rows)}; labels a class, "
+            f"{self.num_classes} classes, all = {self.num_labels:,} labels."
+        )
+        as_text = markdown_table if markdown else text_table
+        return "\n".join([as_text(rows, corner="labels a class"), "", " ".join([caption, *self.notes])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return {
+            "data": self.data,
+            "num_classes": self.num_classes,
+            "num_labels": self.num_labels,
+            "num_test": self.num_test,
+            "notes": list(self.notes),
+            "results": [
+                {"source": source, "labels_a_class": count, "seed": seed, "accuracy": value}
+                for (source, count, seed), value in self.results.items()
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Curve":
+        """The curve that `to_dict` wrote."""
+        results = {(r["source"], r["labels_a_class"], r["seed"]): r["accuracy"] for r in plain["results"]}
+        return cls(
+            plain["data"], plain["num_classes"], plain["num_labels"], plain["num_test"], results, tuple(plain["notes"])
+        )
+
+    def draw(self) -> bytes:
+        """The picture as PNG: mean and a band of one standard deviation over labels a class, on a log axis."""
+        from simclr.evaluation.curve_picture import draw_curve
+
+        return draw_curve(self)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """How many labels a baseline needs to reach what a source reaches with `count` labels a class."""
+
+    baseline: str
+    count: Count
+    accuracy: float
+    """What the source reaches: the mean over seeds."""
+    needed: float | None
+    """Labels a class that the baseline needs, interpolated; None: more than were tried."""
+    fewest: float
+    """The fewest labels a class that the baseline was tried with; where it is there already, `needed` is that."""
+    most: Count
+    """The most labels a class that it was tried with."""
+
+    @property
+    def text(self) -> str:
+        """`needed` in words."""
+        if self.needed is None:
+            return "more than there are" if self.most == "all" else f"more than {_name(self.most)}"
+        if self.needed == self.fewest:
+            return f"{self.needed:,.0f} or fewer"
+        return f"{self.needed:,.{0 if self.needed >= 10 else 1}f}"
+
+
+def labels_curve(
+    sources: Mapping[str, Callable[[Images], np.ndarray]],
+    split: "Split",
+    *,
+    counts: Sequence[Count] | None = None,
+    seeds: Sequence[int],
+    classify: Callable[..., np.ndarray] | None = None,
+    supervised: Callable[[Images, Images, int], float] | None = None,
+    done: Mapping[Key, float] | None = None,
+    on_result: Callable[[Key, float], None] = lambda key, accuracy: None,
+    progress: Callable[[str], None] = lambda sentence: None,
+) -> Curve:
+    """Accuracy over labels a class, for several sources of features and for training from scratch.
+
+    Features of a source are computed once, for all training and test images; the few labels only index them.
+
+    Args:
+        sources: Name -> function from n images to their (n, F) features.
+        split: Images to learn from (-1: no label, never used) and labelled images to test on.
+        counts: Labels a class, integers and "all"; None: 1, 2, 5, 10, 20, ... as far as the smallest class has
+            them, then "all". Larger ones than the smallest class has are left out, with a word.
+        seeds: Each draws its own labels by `label_subset`, and is handed to `classify` and `supervised`.
+        classify: (train (n, F), labels (n,), test (m, F), seed=seed) -> (m,) predicted labels; None: the exact optimum
+            of the linear probe (`optimum_probe`), whose strength is chosen among the few labels too.
+        supervised: (training images, test images, seed) -> accuracy of the network trained on those alone.
+        done: Results that exist; they are taken over, and a source that has all of them is not asked for features.
+        on_result: Told each new result as it comes, for whoever wants to resume.
+        progress: Told what is being done.
+
+    Raises:
+        UserError: Fewer than two classes, or no count that the smallest class has.
+    """
+    assert split.train.labels is not None and split.test.labels is not None and SUPERVISED not in sources
+    labels, done = split.train.labels, done or {}
+    sizes = np.unique(labels[labels >= 0], return_counts=True)[1]  # (K,)
+    if len(sizes) < 2:
+        raise UserError(
+            f"{split.train.name} has {len(sizes)} of the two or more classes that a curve over labels needs; give "
+            "images of more classes to learn from."
+        )
+    counts, notes = _possible(counts, sizes)
+    for note in notes:
+        progress(note)
+    results: dict[Key, float] = {}
+
+    def measure(source: str, accuracy_of: Callable[[np.ndarray, int], float]) -> None:
+        for seed in seeds:
+            for count in counts:
+                key = (source, count, seed)
+                if key in done:
+                    results[key] = done[key]
+                    continue
+                progress(f"{source}, {_name(count)} labels a class, seed {seed}")
+                results[key] = accuracy_of(_chosen(labels, count, seed), seed)
+                on_result(key, results[key])
+
+    for source, features_of in sources.items():
+        measure(source, _on_features(features_of, split, classify or _optimum))
+    if supervised is not None:
+        measure(SUPERVISED, lambda rows, seed: supervised(split.train.subset(rows), split.test, seed))
+    return Curve(split.train.name, len(sizes), int(sizes.sum()), len(split.test), results, tuple(notes))
+
+
+def labels_saved(curve: Curve, *, source: str = "encoder", baselines: Sequence[str] | None = None) -> list[Saved]:
+    """How many labels a class each baseline needs to reach what the source reaches with n.
+
+    Between two measured counts the mean accuracy is taken as a straight line over the logarithm of the labels; where
+    a curve goes up and down, its first crossing counts.
+
+    Args:
+        source: Whose accuracy is to be reached.
+        baselines: None: pixels and supervised, as far as the curve has them.
+    """
+    if baselines is None:
+        baselines = [name for name in ("pixels", SUPERVISED) if name in curve.sources]
+    saved = []
+    for baseline in baselines:
+        points = _means(curve, baseline)
+        most = max((count for count in curve.counts if curve.values(baseline, count)), key=_order)
+        for count in curve.counts:
+            values = curve.values(source, count)
+            if values:
+                target = mean_and_spread(list(values.values()))[0]
+                needed = _first_crossing(points, target)
+                saved.append(Saved(baseline, count, target, needed, fewest=points[0][0], most=most))
+    return saved
+
+
+def when_it_pays(curve: Curve, *, source: str = "encoder", count: Count = 10) -> str:
+    """Two sentences: where the source is ahead of each baseline in every seed, and the labels that it saves.
+
+    Args:
+        count: Labels a class of the example; where the curve has no such point, its middle one.
+    """
+    saved = labels_saved(curve, source=source)
+    counts = list(dict.fromkeys(s.count for s in saved))
+    if not saved:
+        return f"The curve has no baseline beside {source}, so it cannot say when {source} pays."
+    baselines = list(dict.fromkeys(s.baseline for s in saved))
+    ahead = [f"of {baseline} {_ahead(curve, source, baseline)}" for baseline in baselines]
+    example = count if count in counts else counts[len(counts) // 2]
+    reached = next(s.accuracy for s in saved if s.count == example)
+    needs = ", ".join(f"{s.baseline} {s.text}" for s in saved if s.count == example)
+    return (
+        f"{source} is ahead {', and '.join(ahead)}. With {_name(example)} labels a class it reaches {reached:.1%}; "
+        f"for that the others need, in labels a class: {needs}."
+    )
+
+
+def _possible(counts: Sequence[Count] | None, sizes: np.ndarray) -> tuple[list[Count], list[str]]:
+    """Counts that the smallest class has, in order and without doubles, and what to say about the others."""
+    smallest = int(sizes.min())
+    if counts is None:
+        powers = range(len(str(smallest)))
+        steps = [step * 10**power for power in powers for step in (1, 2, 5) if step * 10**power <= smallest]
+        everything = smallest == sizes.max() and smallest in steps  # then "all" is the same labels
+        return [*(steps[:-1] if everything else steps), "all"], []
+    if any(count != "all" and count < 1 for count in counts):
+        raise UserError(f"{list(counts)} are no numbers of labels a class: give 1 and above, or 'all'.")
+    asked: list[Count] = list(dict.fromkeys(sorted(counts, key=_order)))
+    kept: list[Count] = [count for count in asked if _order(count) <= smallest or count == "all"]
+    left_out = [count for count in asked if count not in kept]
+    if not kept:
+        raise UserError(
+            f"The smallest class has {smallest:,} labelled images, fewer than {_name(left_out[0])}; ask for fewer "
+            "labels a class, or for 'all'."
+        )
+    if left_out:
+        listed = ", ".join(map(_name, left_out))
+        return kept, [f"Left out: {listed} labels a class; the smallest class has {smallest:,} images."]
+    return kept, []
+
+
+def _chosen(labels: np.ndarray, count: Count, seed: int) -> np.ndarray:
+    """Rows that keep their label, sorted."""
+    return np.flatnonzero(labels >= 0) if count == "all" else label_subset(labels, f"{count}/class", seed=seed)
+
+
+def _on_features(
+    features_of: Callable[[Images], np.ndarray], split: "Split", classify: Callable[..., np.ndarray]
+) -> Callable[[np.ndarray, int], float]:
+    """(rows, seed) -> test accuracy of the classifier on these rows; features wait for the first call."""
+    features: list[np.ndarray] = []
+
+    def accuracy_of(rows: np.ndarray, seed: int) -> float:
+        if not features:
+            features.extend((features_of(split.train), features_of(split.test)))  # (n, F), (m, F)
+        train, test = features
+        assert split.train.labels is not None and split.test.labels is not None
+        predicted = classify(train[rows], split.train.labels[rows], test, seed=seed)
+        return float((predicted == split.test.labels).mean())
+
+    return accuracy_of
+
+
+def _optimum(train: np.ndarray, labels: np.ndarray, test: np.ndarray, *, seed: int) -> np.ndarray:
+    return optimum_probe(train, labels, test, seed=seed).predicted
+
+
+def _means(curve: Curve, source: str) -> list[tuple[float, float]]:
+    """(labels a class, mean accuracy) of each measured count, from few labels to many."""
+    measured = [(curve.labels_a_class(c), list(curve.values(source, c).values())) for c in curve.counts]
+    return [(place, mean_and_spread(values)[0]) for place, values in measured if values]
+
+
+def _first_crossing(points: list[tuple[float, float]], target: float) -> float | None:
+    """Where a line through the points, straight over log x, first reaches the target."""
+    if points[0][1] >= target:
+        return points[0][0]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if y1 >= target:
+            return math.exp(math.log(x0) + (target - y0) / (y1 - y0) * (math.log(x1) - math.log(x0)))
+    return None
+
+
+def _ahead(curve: Curve, source: str, baseline: str) -> str:
+    """At which of the counts that both have the source beats the baseline in every common seed, in words."""
+    both, ahead = [], []
+    for count in curve.counts:
+        ours, theirs = curve.values(source, count), curve.values(baseline, count)
+        common = ours.keys() & theirs.keys()
+        if common:
+            both.append(count)
+            if all(ours[seed] > theirs[seed] for seed in common):
+                ahead.append(count)
+    if not ahead:
+        return "with no number of labels in every seed"
+    first = both.index(ahead[0])
+    if len(ahead) > 2 and both[first : first + len(ahead)] == ahead:
+        return f"in every seed with {_name(ahead[0])} to {_name(ahead[-1])} labels a class"
+    *before, last = map(_name, ahead)
+    listed = f"{', '.join(before)} and {last}" if before else last
+    return f"in every seed with {listed} {'label' if ahead == [1] else 'labels'} a class"
+
+
+def _name(count: Count) -> str:
+    return count if count == "all" else f"{count:,}"
+
+
+def _order(count: Count) -> float:
+    return math.inf if count == "all" else count

@@ -1,0 +1,217 @@
+"""Fine-tuning transfer: a grid of learning rates and weight decays, judged on validation images (SimCLR, appendix B.8).
+
+Each cell is one training, noted when it is done; an interrupted one goes on from its last checkpoint.
+"""
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from simclr.data.images import Images
+from simclr.data.presets import TransferSet
+from simclr.distributed import World
+from simclr.errors import Diverged, UserError
+from simclr.evaluation.finetune import finetune, supervised
+from simclr.evaluation.finetune_config import FinetuneConfig
+from simclr.evaluation.ledger import Ledger, name_of
+from simclr.evaluation.transfer import Subject, Transferred, data_identity, identity, judge, shown
+
+
+class Cell(NamedTuple):
+    """One setting of the grid."""
+
+    rate: float
+    """Peak learning rate."""
+    decay: float
+    """Weight decay times learning rate: the papers divide the listed values by the rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Which trainings are tried; the defaults are the paper's for fine-tuning."""
+
+    steps: int = 20_000
+    """Updates of each training."""
+    rates: tuple[float, ...] = tuple(np.logspace(-4, -1, 7).tolist())
+    """Peak learning rates, for whatever batch size."""
+    decays: tuple[float, ...] = (0.0, *np.logspace(-6, -3, 7).tolist())
+    """Weight decays, each to be divided by the learning rate."""
+    batch_size: int = 256
+    from_scratch: bool = False
+    """Random weights of the subject's shape instead of its own: the baseline of the paper's table."""
+
+    def __post_init__(self) -> None:
+        if not self.rates or not self.decays or min(self.rates) <= 0 or min(self.decays) < 0 or self.steps < 1:
+            raise UserError(
+                f"A grid of {self.steps} steps with learning rates {_list(self.rates)} and weight decays "
+                f"{_list(self.decays)} cannot be run: give at least one step, a rate above 0, a decay of 0 or more."
+            )
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [Cell(rate, decay) for rate in self.rates for decay in self.decays]
+
+
+PAPER_GRID = Grid()
+PAPER_GRID_FROM_SCRATCH = Grid(
+    steps=40_000,
+    rates=tuple(np.logspace(-3, 0, 7).tolist()),
+    decays=tuple(np.logspace(-5, -1.5, 8).tolist()),
+    from_scratch=True,
+)
+
+Trainer = Callable[[Cell, Images, Images], tuple[np.ndarray, np.ndarray]]
+"""Cell, images to learn from, m images to judge -> (m, K) logits of these, and the (K,) labels of the columns."""
+
+
+def finetune_transfer(
+    subject: Subject,
+    data: TransferSet,
+    *,
+    grid: Grid = PAPER_GRID,
+    seed: int,
+    folder: Path | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    steps: Callable[[int, int], None] | None = None,
+) -> Transferred:
+    """Fine-tune with every cell of the grid; train the best on validation once more, on those images too, and test it.
+
+    Args:
+        seed: Of the order of images and of the views, and of the weights where training is from scratch.
+        folder: Where finished cells are noted (`cells.jsonl`) and the one in progress keeps its checkpoints. None:
+            nothing is kept.
+        progress: Told which cell is being trained, but for those that are done.
+        steps: Called with (done, total) steps of the cell.
+
+    Raises:
+        UserError: Raw pixels, a set without validation images, or images that do not fit the encoder; no cell that
+            trains without diverging.
+        Stopped: A signal asked to stop; called again with the same folder, the search goes on.
+    """
+    if subject.encoder is None:
+        raise UserError(f"{subject.name} have no network to fine-tune; leave them out, or take the linear protocol.")
+    key = {
+        "protocol": "from scratch" if grid.from_scratch else "fine-tuning",
+        "subject": _begins(subject, grid),
+        "seed": seed,
+        "steps": grid.steps,
+        "batch_size": grid.batch_size,
+    }
+    ledger = Ledger(None if folder is None else folder / "cells.jsonl", subject.world)
+    train = partial(_train, subject, grid, seed, None if folder is None else folder / "unfinished", steps)
+    found = choose_and_test(data, grid, train, ledger=ledger, key=key, progress=progress)
+    return Transferred(subject=subject.name, data=data.name, metric=data.metric, seed=seed, **found)
+
+
+def choose_and_test(
+    data: TransferSet,
+    grid: Grid,
+    train: Trainer,
+    *,
+    ledger: Ledger,
+    key: dict[str, Any],
+    progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """The search itself, whatever trains.
+
+    Args:
+        key: All that a training depends on, besides the cell and the images.
+
+    Returns:
+        score, validation, chosen and credits, as in `Transferred`.
+    """
+    if data.validation is None:
+        raise UserError(f"{data.name} has no image to spare for choosing settings; give more images of each class.")
+    validation = data.validation
+    key = {**key, "data": data_identity(data)}
+
+    def judge_cell(number: int, cell: Cell) -> dict[str, Any]:
+        progress(f"{data.name}: cell {number} of {len(grid.cells)}, rate {cell.rate:.3g}, decay {cell.decay:.3g}")
+        try:
+            scores, labels = train(cell, data.train, validation)
+        except Diverged:
+            return {"score": None}
+        return {"score": judge(scores, labels, shown(validation), data.metric)[0]}
+
+    best, best_score = None, -math.inf
+    for number, cell in enumerate(grid.cells, start=1):
+        score = ledger.get({**key, **cell._asdict()}, partial(judge_cell, number, cell))["score"]
+        if score is not None and score > best_score:  # of equal ones the first
+            best, best_score = cell, score
+    if best is None:
+        raise UserError(f"Every training of the grid on {data.name} diverged; give lower learning rates.")
+
+    def test() -> dict[str, Any]:
+        progress(f"{data.name}: training on all, rate {best.rate:.3g}, decay {best.decay:.3g}")
+        score, credits = judge(*train(best, data.learn, data.test), shown(data.test), data.metric)
+        return {"score": score, "credits": credits}
+
+    tested = ledger.get({**key, **best._asdict(), "test": data.test.fingerprint}, test)
+    return {**tested, "validation": best_score, "chosen": best._asdict()}
+
+
+def settings(cell: Cell, grid: Grid, num_images: int) -> FinetuneConfig:
+    """How a cell is trained: SGD with Nesterov momentum 0.9 and a cosine, batch norm as in the paper."""
+    steps_per_epoch = num_images / grid.batch_size
+    return FinetuneConfig(
+        optimizer="sgd",
+        lr=cell.rate,
+        lr_scaling="none",
+        weight_decay=cell.decay / cell.rate,
+        epochs=0,
+        least_steps=grid.steps,
+        batch_size=grid.batch_size,
+        batch_norm_decay=max(1 - 10 / steps_per_epoch, 0.9),
+    )
+
+
+def _begins(subject: Subject, grid: Grid) -> str:
+    """Where training begins: from scratch, all subjects of one shape begin alike."""
+    assert subject.encoder is not None
+    return f"{subject.encoder.config} {subject.preprocessing}" if grid.from_scratch else identity(subject)
+
+
+def _train(
+    subject: Subject,
+    grid: Grid,
+    seed: int,
+    unfinished: Path | None,
+    steps: Callable[[int, int], None] | None,
+    cell: Cell,
+    learn: Images,
+    judged: Images,
+) -> tuple[np.ndarray, np.ndarray]:
+    encoder = subject.encoder
+    assert encoder is not None
+    fit = partial(replace, channels=max(learn.channels, judged.channels, encoder.config.channels))
+    learn, judged = fit(learn), fit(judged)  # gray images for an encoder of colour; the reverse is refused
+    config = settings(cell, grid, len(learn))
+    key = {"subject": _begins(subject, grid), "images": learn.fingerprint, "seed": seed, "config": repr(config)}
+    run = None if unfinished is None else unfinished / name_of(key)
+    options = {"seed": seed, "semantics": subject.preprocessing, "world": subject.world, "run": run, "progress": steps}
+    try:
+        if grid.from_scratch:
+            trained = supervised(encoder.config, learn, judged, config, **options)
+        else:
+            trained = finetune(encoder, subject.head, learn, judged, config, **options)
+    except Diverged:
+        _remove(run, subject.world)
+        raise
+    _remove(run, subject.world)
+    return trained.scores, trained.labels
+
+
+def _remove(run: Path | None, world: World) -> None:
+    """Checkpoints of a training that has ended."""
+    if run is not None and world.is_main:
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def _list(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:g}" for value in values) or "(none)"

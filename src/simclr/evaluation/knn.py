@@ -1,0 +1,118 @@
+"""Weighted cosine k-nearest-neighbour classification (Wu et al. 2018, arXiv:1805.01978, section 3.4), exact.
+
+Each of the k nearest rows votes for its class with weight exp(cosine / temperature).
+
+Shapes: n labelled rows, m rows to classify, F features, K classes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from simclr.errors import UserError
+from simclr.features import require_finite
+
+KNN_K = 20
+KNN_TEMPERATURE = 0.07  # Wu et al. 2018, section 3.4
+CHUNK = 256  # rows classified at a time; memory grows with CHUNK x n
+
+
+@dataclass(frozen=True)
+class Votes:
+    """How the neighbours voted."""
+
+    classes: np.ndarray
+    """(K,) the labels that occur, ascending."""
+    scores: np.ndarray
+    """(m, K) float64 share of the weight that went to each class."""
+    k: int
+    """Neighbours that voted: what was asked for, or all there are."""
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """(m,) the label with the highest score; ties go to the smaller label."""
+        return self.classes[self.scores.argmax(1)]
+
+
+def knn(
+    train: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    *,
+    k: int = KNN_K,
+    temperature: float = KNN_TEMPERATURE,
+    leave_one_out: bool = False,
+    device: torch.device | str = "cpu",
+    chunk: int = CHUNK,
+) -> np.ndarray:
+    """(m,) labels predicted by the neighbours' votes; arguments and errors as for `knn_votes`."""
+    return knn_votes(
+        train, labels, test, k=k, temperature=temperature, leave_one_out=leave_one_out, device=device, chunk=chunk
+    ).predicted
+
+
+def knn_votes(
+    train: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    *,
+    k: int = KNN_K,
+    temperature: float = KNN_TEMPERATURE,
+    leave_one_out: bool = False,
+    device: torch.device | str = "cpu",
+    chunk: int = CHUNK,
+) -> Votes:
+    """Votes of each test row's k nearest training rows.
+
+    Args:
+        train: (n, F) features of the labelled rows.
+        labels: (n,) integers, of any values.
+        test: (m, F) features to classify.
+        k: Fewer vote where there are fewer rows; `Votes.k` says how many.
+        leave_one_out: `test` is `train`, row by row, and no row votes for itself. Its duplicates do.
+        device: Where the similarities are computed, in float32, or in float64 if the features are.
+        chunk: Test rows at a time.
+
+    Raises:
+        UserError: NaN or infinite features, no row left to vote, or k or temperature not positive.
+    """
+    require_finite(train, "training")
+    if not leave_one_out:
+        require_finite(test, "test")
+    assert not leave_one_out or len(train) == len(test)
+    k = _possible_k(k, temperature, len(train) - leave_one_out)
+    classes, targets = np.unique(labels, return_inverse=True)
+    precision = torch.float64 if np.result_type(train, test) == np.float64 else torch.float32
+
+    def unit_rows(features: np.ndarray) -> Tensor:
+        return normalize(torch.tensor(np.ascontiguousarray(features), dtype=precision, device=device), dim=1)
+
+    bank = unit_rows(train)  # (n, F)
+    votes_for = torch.from_numpy(targets).to(device)
+    scores = np.empty((len(test), len(classes)))
+    for begin in range(0, len(test), chunk):
+        cosine = unit_rows(test[begin : begin + chunk]) @ bank.T  # (chunk, n)
+        if leave_one_out:
+            cosine.diagonal(begin).fill_(-torch.inf)
+        nearest, rows = cosine.topk(k, dim=1)  # (chunk, k)
+        scores[begin : begin + chunk] = _shares(nearest, votes_for[rows], temperature, len(classes)).cpu().numpy()
+    return Votes(classes, scores, k)
+
+
+def _shares(cosine: Tensor, votes_for: Tensor, temperature: float, num_classes: int) -> Tensor:
+    """(chunk, K) share of each class in the neighbours' weight."""
+    cosine = cosine.double()
+    weights = ((cosine - cosine[:, :1]) / temperature).exp()  # (chunk, k) relative to the nearest: cannot overflow
+    votes = weights.new_zeros(len(cosine), num_classes).scatter_add_(1, votes_for, weights)
+    return votes / weights.sum(1, keepdim=True)
+
+
+def _possible_k(k: int, temperature: float, rows: int) -> int:
+    if k < 1 or temperature <= 0:
+        raise UserError(f"kNN with k {k} and temperature {temperature} is not defined; both must be positive.")
+    if rows < 1:
+        raise UserError("kNN has no labelled row that could vote; give more labelled images.")
+    return min(k, rows)

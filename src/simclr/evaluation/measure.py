@@ -1,0 +1,232 @@
+"""Subjects x protocols x seeds -> accuracies: the table of an evaluation.
+
+    knn         weighted cosine neighbours on frozen features
+    linear      linear classifier on frozen features: the exact optimum or, where images are many, the papers' SGD
+    logistic    the transfer protocol: 45 l2 strengths, chosen on a validation split
+    finetune    the network (or what comes after a block) trained on the labels
+    supervised  the same network from scratch on the same labels
+
+Each result is kept as soon as it is there (records.py), under everything that it depends on.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from simclr import __version__
+from simclr.config import FREE_ON_RESUME
+from simclr.distributed import World
+from simclr.evaluation.finetune import finetune, supervised
+from simclr.evaluation.finetune_config import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
+from simclr.evaluation.knn import KNN_TEMPERATURE, knn_votes
+from simclr.evaluation.linear import how_to_probe, linear
+from simclr.evaluation.logistic import logistic_probe, optimum_probe
+from simclr.evaluation.metrics import mean_per_class, top_k
+from simclr.evaluation.records import Records
+from simclr.evaluation.split import Split
+from simclr.evaluation.subjects import RANDOM, Subject
+
+Protocol = Literal["knn", "linear", "logistic", "finetune", "supervised"]
+SUPERVISED = "supervised"
+"""Also the name of the row whose network has seen nothing but the labels."""
+TITLES: dict[str, str] = {
+    "knn": "kNN",
+    "linear": "linear",
+    "logistic": "logistic",
+    "finetune": "fine-tuned",
+    SUPERVISED: "fine-tuned",
+}
+SMALL = 20_000
+"""Labelled images up to which the recipes for small data are taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the protocols are to do where there is a choice."""
+
+    linear: Literal["auto", "sgd", "optimum"] = "auto"
+    recipe: str | None = None
+    """How to fine-tune; None: by the number of labels and the encoder's head."""
+    over: Callable[[FinetuneConfig], FinetuneConfig] = lambda config: config
+    """Puts what a user asks for on top of that recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One protocol on one subject with one seed."""
+
+    subject: str
+    protocol: str
+    seed: int
+    figures: dict[str, float]
+    """top1, mean_per_class and, from six classes on, top5; in [0, 1]."""
+    how: str
+    """What was done, in a few words."""
+
+
+def measure(
+    protocols: Sequence[Protocol],
+    seeds: Sequence[int],
+    *,
+    subjects_of: Callable[[int], list[Subject]],
+    split_of: Callable[[int], Split],
+    settings: Settings,
+    records: Records,
+    folder: Path | None,
+    world: World,
+    say: Callable[[str], None],
+) -> Iterator[Measurement]:
+    """Every protocol on every subject that it makes sense for, seed by seed; what `records` holds is not done again.
+
+    Args:
+        subjects_of: The subjects of a seed, the one to be judged first: its network's shape is the supervised one's.
+        split_of: The images of a seed.
+        folder: Where networks that are trained keep their checkpoints, so that they can be resumed; None: nowhere.
+        say: Told what begins.
+
+    Raises:
+        UserError: Images, subjects and protocols do not go together.
+        Stopped: A signal asked to stop in the middle of a training.
+    """
+    for seed in seeds:
+        split, subjects = split_of(seed), subjects_of(seed)
+        for subject in subjects:
+            for protocol in protocols:
+                if not _makes_sense(protocol, subject, subjects[0]):
+                    continue
+                name = SUPERVISED if protocol == SUPERVISED else subject.name
+                config = _training(protocol, subject, split, settings)
+                key = _key(protocol, subject, split, seed, settings, config)
+                found: dict[str, Any] | None = records.get(key)
+                if found is None:
+                    say(f"  {name}: {protocol}, seed {seed}")
+                    place = _place(folder, key)
+                    figures, how = _run(protocol, subject, split, seed, settings, config, place, world)
+                    found = {"figures": figures, "how": how}
+                    records.add(key, found)
+                yield Measurement(
+                    subject=name, protocol=protocol, seed=seed, figures=found["figures"], how=found["how"]
+                )
+
+
+def _makes_sense(protocol: Protocol, subject: Subject, first: Subject) -> bool:
+    """Pixels have no network; a random one is trained once, as the supervised baseline."""
+    if protocol == SUPERVISED:
+        return subject is first and subject.encoder is not None
+    return protocol != "finetune" or (subject.encoder is not None and subject.name != RANDOM)
+
+
+def _run(
+    protocol: Protocol,
+    subject: Subject,
+    split: Split,
+    seed: int,
+    settings: Settings,
+    config: FinetuneConfig | None,
+    place: Path | None,
+    world: World,
+) -> tuple[dict[str, float], str]:
+    assert split.train.labels is not None and split.test.labels is not None
+    labels, asked = split.train.labels, split.test.labels
+    if protocol in ("finetune", SUPERVISED) or _by_sgd(protocol, subject, split, settings):
+        return _train(protocol, subject, split, seed, config, place, world)
+    train, test = subject.features(split.train), subject.features(split.test)
+    if protocol == "knn":
+        votes = knn_votes(train, labels, test, device=world.device)
+        return _figures(votes.scores, votes.classes, asked), f"k {votes.k}, temperature {KNN_TEMPERATURE}, cosine"
+    classes, targets = np.unique(labels, return_inverse=True)  # (K,), (n,)
+    if protocol == "linear":
+        fitted, how = optimum_probe(train, targets, test, seed=seed, device=world.device), "exact optimum, n x l2"
+    else:
+        fitted, how = logistic_probe(train, targets, test, seed=seed, device=world.device), "best of 45 l2"
+    how += f" {fitted.strength:.3g}{'' if fitted.converged else ', not converged'}"
+    return _figures(fitted.scores, classes, asked), f"logistic regression on frozen features, {how}"
+
+
+def _train(
+    protocol: Protocol,
+    subject: Subject,
+    split: Split,
+    seed: int,
+    config: FinetuneConfig | None,
+    place: Path | None,
+    world: World,
+) -> tuple[dict[str, float], str]:
+    """A network trained on the labels, from the subject's weights or from new ones."""
+    assert subject.encoder is not None and config is not None
+    train, test = (subject.fitted(images) for images in (split.train, split.test))
+    shared: dict[str, Any] = {"seed": seed, "semantics": subject.preprocessing, "world": world, "run": place}
+    if protocol == SUPERVISED:
+        network = supervised(subject.encoder.config, train, test, config, **shared)
+    elif protocol == "linear":
+        network = linear(subject.encoder, train, test, config, **shared)
+    else:
+        network = finetune(subject.encoder, subject.head, train, test, config, **shared)
+    how = f"{config.optimizer}, {network.steps} steps of {config.batch_size} crops"
+    return _figures(network.scores, network.labels, split.test.labels), how
+
+
+def _figures(scores: np.ndarray, classes: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
+    """Figures of scores (m, K) whose columns stand for `classes` (K,), against labels (m,)."""
+    assert labels is not None
+    targets = np.searchsorted(classes, labels)  # (m,) columns
+    figures = {
+        "top1": top_k(scores, targets, 1),
+        "mean_per_class": mean_per_class(scores.argmax(1), targets),
+    }
+    return figures | ({"top5": top_k(scores, targets, 5)} if len(classes) > 5 else {})
+
+
+def _by_sgd(protocol: Protocol, subject: Subject, split: Split, settings: Settings) -> bool:
+    how = how_to_probe(len(split.train)) if settings.linear == "auto" else settings.linear
+    return protocol == "linear" and how == "sgd" and subject.encoder is not None
+
+
+def _training(protocol: Protocol, subject: Subject, split: Split, settings: Settings) -> FinetuneConfig | None:
+    """The settings by which a protocol trains a network; None where it trains none."""
+    small = len(split.train) <= SMALL
+    if _by_sgd(protocol, subject, split, settings):
+        return FINETUNE_RECIPES["small-linear" if small else "linear"]
+    if protocol == SUPERVISED:
+        return FINETUNE_RECIPES["small-supervised" if small else "supervised"]
+    if protocol != "finetune":
+        return None
+    recipe = settings.recipe or ("small" if small else _papers_recipe(subject, split))
+    return settings.over(find_finetune_recipe(recipe))
+
+
+def _papers_recipe(subject: Subject, split: Split) -> str:
+    """By the number of layers of the head (3 in SimCLR v2) and the share of the labels that is used."""
+    version = "v2" if subject.head is not None and len(subject.head.layers) > 2 else "v1"
+    share = len(split.train) / split.num_labelled
+    return f"{version}-{'1%' if share <= 0.03 else '10%' if share <= 0.3 else '100%'}"
+
+
+def _key(
+    protocol: Protocol, subject: Subject, split: Split, seed: int, settings: Settings, config: FinetuneConfig | None
+) -> dict[str, Any]:
+    """Everything that a result depends on, and what a person reads in the file."""
+    plain = None if config is None else {k: v for k, v in asdict(config).items() if k not in FREE_ON_RESUME}
+    return {
+        "protocol": protocol,
+        "subject": subject.name,
+        "identity": subject.identity,
+        "seed": seed,
+        "train": split.train.fingerprint,
+        "test": split.test.fingerprint,
+        "split": split.how,
+        "linear": settings.linear if protocol == "linear" else None,
+        "training": plain,
+        "version": __version__,
+    }
+
+
+def _place(folder: Path | None, key: dict[str, Any]) -> Path | None:
+    if folder is None:
+        return None
+    digest = sha256(repr(sorted(key.items())).encode()).hexdigest()[:12]
+    return folder / f"{key['protocol']}-seed{key['seed']}-{digest}"

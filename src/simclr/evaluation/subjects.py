@@ -1,0 +1,158 @@
+"""What is evaluated: a run, an encoder's folder, a pretrained model of timm or torchvision, random weights, pixels.
+
+Each is a `Subject`: a name, perhaps an encoder with its projection head, and the features of any images, made once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from simclr import __version__
+from simclr.augment.policy import Semantics
+from simclr.data.images import Images
+from simclr.distributed import World
+from simclr.errors import UserError
+from simclr.evaluation.cache import FeatureCache
+from simclr.features import extract, pixels_of, require_finite
+from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
+from simclr.models.encoder import Encoder, build_encoder
+from simclr.models.heads import ProjectionHead
+from simclr.weights import load
+
+RANDOM, PIXELS = "random", "pixels"
+MOST_PIXELS = 64  # a side, for `pixels`: larger ones cost memory and tell hardly more
+FOREIGN_SIZE = 224  # pixels that nearly every pretrained model expects
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """Something that gives features."""
+
+    name: str
+    """As the user wrote it."""
+    encoder: Encoder | None
+    """None: the pixels themselves."""
+    head: ProjectionHead | None = None
+    preprocessing: Semantics = "google"
+    size: int
+    """Of the images that it sees, in pixels."""
+    channels: int
+    cache: FeatureCache = field(default_factory=lambda: FeatureCache(None))
+    world: World = field(default_factory=World)
+    progress: Callable[[int, int], None] | None = None
+
+    def features(self, images: Images) -> np.ndarray:
+        """(n, F) float32 in the order of the images, from the cache where they were made before.
+
+        Raises:
+            UserError: Colour images for an encoder of gray ones, or features that are not finite.
+        """
+        images = self.fitted(images)
+        if self.encoder is None:
+            return pixels_of(images, size=self.size, semantics=self.preprocessing)
+        encoder = self.encoder
+        key = "\n".join([__version__, self.identity, images.fingerprint])
+
+        def make() -> np.ndarray:
+            return extract(
+                encoder, images, semantics=self.preprocessing, world=self.world, progress=self.progress
+            )  # (n, F)
+
+        found = self.cache.get(key, make, self.world)
+        require_finite(found, self.name)
+        return found
+
+    def fitted(self, images: Images) -> Images:
+        """The images with this subject's channels."""
+        return fit_channels(images, self.channels)
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 (hexadecimal) of all that decides its features: weights, preprocessing, kind of device."""
+        digest = sha256(f"{self.preprocessing} {self.size} {self.channels} {self.world.device.type}".encode())
+        if self.encoder is not None:
+            digest.update(repr(self.encoder.config).encode())
+            for name, tensor in self.encoder.state_dict().items():
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def open_subject(
+    name: str, *, like: EncoderConfig, preprocessing: Semantics, seed: int, cache: FeatureCache, world: World,
+    progress: Callable[[int, int], None] | None = None,
+) -> Subject:  # fmt: skip
+    """The subject that a user names.
+
+    Args:
+        name: random, pixels, timm/NAME, torchvision/NAME, or the folder of a run or an encoder.
+        like: The encoder whose shape `random` takes, and whose image size `pixels` does.
+        preprocessing: Whose evaluation preprocessing those two see.
+        seed: Of the random weights.
+
+    Raises:
+        UserError: There is no such thing, or its weights cannot be had.
+    """
+    shared = {"cache": cache, "world": world, "progress": progress}
+    if name == PIXELS:
+        return Subject(
+            name=name,
+            encoder=None,
+            preprocessing=preprocessing,
+            size=min(like.size, MOST_PIXELS),
+            channels=like.channels,
+            **shared,
+        )
+    if name == RANDOM:
+        return _subject(name, random_encoder(like, seed=seed), None, preprocessing, **shared)
+    if name.startswith((TIMM, TORCHVISION)):
+        config = EncoderConfig(name=name, channels=3, size=FOREIGN_SIZE)
+        return _subject(name, build_encoder(config, pretrained=True), None, "torchvision", **shared)
+    model = load(Path(name), device="cpu")
+    return _subject(name, model.encoder, model.head, model.preprocessing, **shared)
+
+
+def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
+    """The baseline of the same shape: random weights, at their strongest.
+
+    Training begins with every residual branch switched off (its last gamma is 0), so that a ResNet is a chain of
+    strided 1x1 convolutions that see a few pixels: a straw man (17 % kNN on digits, where this one reaches 84 %).
+    Here the branches are on.
+    """
+    encoder = build_encoder(config, seed=seed)
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.weight is not None:
+            torch.nn.init.ones_(module.weight)
+    return encoder
+
+
+def fit_channels(images: Images, channels: int) -> Images:
+    """Gray images as colour ones for an encoder of colour; the reverse would lose something and is refused."""
+    if images.channels > channels:
+        raise UserError(
+            f"The encoder expects {channels}-channel images and {images.name} is in colour; give it gray images, or "
+            "pretrain with --channels 3."
+        )
+    return replace(images, channels=channels)
+
+
+def _subject(
+    name: str, encoder: Encoder, head: ProjectionHead | None, preprocessing: Semantics, *, cache: FeatureCache,
+    world: World, progress: Callable[[int, int], None] | None,
+) -> Subject:  # fmt: skip
+    return Subject(
+        name=name,
+        encoder=encoder.to(world.device).eval(),
+        head=head if head is None else head.to(world.device).eval(),
+        preprocessing=preprocessing,
+        size=encoder.config.size,
+        channels=encoder.config.channels,
+        cache=cache,
+        world=world,
+        progress=progress,
+    )

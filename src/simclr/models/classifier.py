@@ -1,0 +1,64 @@
+"""A network that names classes: encoder, the first layers of the projection head, a linear classifier.
+
+SimCLR fine-tunes from h, head layer 0; SimCLR v2 from the output of head layer 1 where labels are few (section 2 and
+figure 5 of arXiv:2006.10029; `ft_proj_selector` in google-research/simclr).
+
+Shapes: B images, C channels, S x S pixels, K classes.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from simclr.errors import UserError
+from simclr.models.encoder import Encoder
+from simclr.models.heads import LinearClassifier, ProjectionHead
+
+
+class Classifier(nn.Module):
+    """(B, C, S, S) in [0, 1] -> (B, K) logits in the precision of the weights, whatever the autocast.
+
+    Attributes:
+        encoder: The encoder.
+        head: The projection head if any of its layers is used, else None; layers beyond `head_layer` are idle.
+        head_layer: How many layers of the head come before the classifier.
+        linear: The classifier proper; it begins at zero, so that all classes are equally likely.
+
+    Raises:
+        UserError: The head does not have so many layers, or there is none.
+    """
+
+    def __init__(self, encoder: Encoder, head: ProjectionHead | None, num_classes: int, *, head_layer: int = 0) -> None:
+        super().__init__()
+        require_head_layer(head, head_layer)
+        self.encoder = encoder
+        self.head = head if head_layer else None
+        self.head_layer = head_layer
+        at_the_end = self.head is not None and head_layer == len(self.head.layers)
+        width = self.head.dim if self.head is not None and at_the_end else encoder.num_features
+        self.linear = LinearClassifier(width, num_classes, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of a batch of images."""
+        features = self.features(x)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.linear(features.to(self.linear.weight.dtype))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the linear classifier reads."""
+        h = self.encoder(x)  # (B, F)
+        return h if self.head is None else self.head.first_layers(h, self.head_layer)
+
+
+def require_head_layer(head: ProjectionHead | None, layer: int) -> None:
+    """Refuse a layer that the projection head does not have."""
+    if layer < 0:
+        raise UserError(f"--head-layer was {layer}; it must be at least 0, where 0 is the encoder's own output.")
+    if layer > 0 and head is None:
+        raise UserError(
+            f"--head-layer was {layer}, and this encoder came without a projection head; take 0, or a run of "
+            "`simclr pretrain`."
+        )
+    if head is not None and layer > len(head.layers):
+        raise UserError(
+            f"--head-layer was {layer}, and the projection head has {len(head.layers)} layers; give at most that many."
+        )

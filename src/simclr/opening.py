@@ -1,0 +1,90 @@
+"""Open images and write files as the commands do: with a progress bar, and saying aloud what there is to say."""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from simclr.checkpoint import write_atomically
+from simclr.data.images import Channels, Images, Split
+from simclr.data.named import NAMES
+from simclr.data.source import open_data
+from simclr.distributed import World
+from simclr.errors import UserError
+from simclr.progress import counting, say
+from simclr.run import open_run
+
+
+def open_aloud(
+    source: str,
+    world: World,
+    *,
+    split: Split = "train",
+    channels: Channels = "auto",
+    strict: bool = False,
+    labels: str | None = None,
+    pack: str = "auto",
+    side: int | None = None,
+    known: Sequence[str] = (),
+) -> Images:
+    """Open data and say aloud what there is to say, but for what is `known`."""
+    with counting("Reading images", main=world.is_main) as progress:
+        images = open_data(
+            source, split=split, channels=channels, strict=strict, labels=Path(labels) if labels else None,
+            workers=os.cpu_count() or 1, progress=progress, pack=pack, side=side,
+            say=partial(say, main=world.is_main),
+        )  # fmt: skip
+    for note in images.notes:
+        if note not in known:
+            say(note, main=world.is_main)
+    return images
+
+
+def open_parts(
+    source: str, world: World, *, labels: Path | None, pack: str, side: int | None
+) -> tuple[Images, Images | None]:
+    """The images to learn from, and the data's own test part where it has one."""
+    csv = str(labels) if labels else None
+    train = open_aloud(source, world, labels=csv, pack=pack, side=side)
+    if not train.has_own_split:
+        return train, None
+    return train, open_aloud(source, world, split="test", labels=csv, pack=pack, side=side, known=train.notes)
+
+
+def side_of(run: Path, source: str) -> int | None:
+    """How far the run shrank its images, for a folder that is to be shrunk alike; None: not at all."""
+    if not (run / "run.json").is_file() or not Path(source).expanduser().is_dir():
+        return None
+    return open_run(run).origin["data"]["options"].get("side")
+
+
+def lasting(source: str) -> str:
+    """What the user typed, such that it means the same from every folder."""
+    name, colon, place = source.partition(":")
+    if name in NAMES:
+        return f"{name}:{Path(place).expanduser().resolve()}" if colon else source
+    return str(Path(source).expanduser().resolve())
+
+
+def require_writable(path: Path) -> None:
+    """Fail before the work and not after it."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        with TemporaryFile(dir=folder):  # permissions alone do not tell: root may write to /proc, which takes nothing
+            writable = not path.is_dir()
+    except OSError:
+        writable = False
+    if not writable:
+        raise UserError(f"{path} cannot be written; give another path.")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Make the file, and the folders that it needs."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}; give another path.") from None

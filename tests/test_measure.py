@@ -1,0 +1,180 @@
+"""The table of an evaluation: what makes sense for whom, what is remembered, and that no test label leaks."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.multiprocessing.spawn import spawn
+
+from simclr.data.source import open_data
+from simclr.distributed import World, start, stop
+from simclr.errors import UserError
+from simclr.evaluation.cache import FeatureCache
+from simclr.evaluation.finetune_config import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
+from simclr.evaluation.measure import Settings, measure
+from simclr.evaluation.records import Records
+from simclr.evaluation.split import Split, split_data
+from simclr.evaluation.subjects import Subject, open_subject
+from simclr.features import extract
+from simclr.models.config import EncoderConfig
+from simclr.models.encoder import build_encoder
+from simclr.models.heads import ProjectionHead
+from simclr.weights import save_encoder
+
+SHAPE = EncoderConfig("small", channels=1, size=8, width=0.5)
+QUICK = Settings(recipe="small", over=lambda config: replace(config, least_steps=3, epochs=0, batch_size=16))
+
+
+@pytest.fixture(autouse=True)
+def quick_baseline(monkeypatch):
+    monkeypatch.setitem(FINETUNE_RECIPES, "small-supervised", QUICK.over(FINETUNE_RECIPES["small-supervised"]))
+
+
+PROTOCOLS = ("knn", "linear", "logistic", "finetune", "supervised")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Split:
+    return split_data(open_data("digits"), open_data("digits", split="test"), seed=0, labels="5/class")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An encoder's folder, with its head."""
+    place = tmp_path_factory.mktemp("encoder")
+    encoder = build_encoder(SHAPE, seed=5)
+    save_encoder(encoder, place, head=ProjectionHead(encoder.num_features), preprocessing="google", origin={})
+    return place
+
+
+def subjects(*names: str, cache: FeatureCache | None = None) -> list[Subject]:
+    keep = cache or FeatureCache(None)
+    return [
+        open_subject(str(name), like=SHAPE, preprocessing="google", seed=0, cache=keep, world=World()) for name in names
+    ]
+
+
+def run(split: Split, opened: list[Subject], protocols=PROTOCOLS, *, records=None, folder=None, settings=QUICK):
+    return list(
+        measure(
+            protocols, [0], subjects_of=lambda _: opened, split_of=lambda _: split, settings=settings,
+            records=records or Records(None), folder=folder, world=World(), say=lambda _: None,
+        )
+    )  # fmt: skip
+
+
+def test_who_is_measured_how(digits, folder):
+    found = run(digits, subjects(folder, "random", "pixels"))
+    measured = [(one.subject, one.protocol) for one in found]
+    assert measured == [
+        *[(str(folder), protocol) for protocol in ("knn", "linear", "logistic", "finetune")],
+        ("supervised", "supervised"),
+        *[("random", protocol) for protocol in ("knn", "linear", "logistic")],
+        *[("pixels", protocol) for protocol in ("knn", "linear", "logistic")],
+    ]
+    for one in found:
+        assert 0 <= one.figures["top1"] <= one.figures["top5"] <= 1 and 0 <= one.figures["mean_per_class"] <= 1
+    pixels = {one.protocol: one.figures["top1"] for one in found if one.subject == "pixels"}
+    assert min(pixels.values()) > 0.8  # scikit-learn's digits are easy
+
+
+def test_nothing_is_measured_twice(digits, folder, tmp_path):
+    place = tmp_path / "results.jsonl"
+    first = run(digits, subjects(folder, "pixels"), records=Records(place), folder=tmp_path)
+    assert len(place.read_text().splitlines()) == len(first)
+    with open(place, "a") as file:
+        file.write('{"key": {"protocol": "kn')  # a kill in the middle of a line
+    again = Records(place)
+    assert run(digits, subjects(folder, "pixels"), records=again, folder=tmp_path) == first
+    assert again.reused == len(first)
+    other_labels = replace(digits, train=digits.train.subset(np.arange(0, len(digits.train), 2)))
+    run(other_labels, subjects("pixels"), ("knn",), records=again)
+    assert again.reused == len(first)
+    assert [json.loads(line)["key"]["protocol"] for line in place.read_text().splitlines()[-1:]] == ["knn"]
+
+
+def test_no_test_label_touches_a_choice(digits, folder, tmp_path):
+    """Other test labels: every prediction stays, so a figure is what the old predictions score on the new labels."""
+    shift = (digits.test.labels + 1) % 10
+    poisoned = replace(digits, test=replace(digits.test, labels=shift))
+    kept: dict[str, list[np.ndarray]] = {}
+    for name, split in (("true", digits), ("poisoned", poisoned)):
+        for one in run(split, subjects(folder), PROTOCOLS):
+            kept.setdefault(one.protocol, []).append(one.figures)
+            assert one.how, name
+    for protocol, (true, false) in kept.items():
+        assert true["top1"] + false["top1"] <= 1, protocol  # no image can be right by both labels
+        assert true["top1"] > false["top1"] or protocol in ("finetune", "supervised"), protocol
+
+
+def test_features_are_made_once(digits, folder, tmp_path, monkeypatch):
+    cache = FeatureCache(tmp_path / "features")
+    first = subjects(folder, cache=cache)[0].features(digits.test)
+    kept = list(cache.folder.iterdir())
+    assert len(kept) == 1
+
+    def never(*_args, **_kwargs):
+        raise AssertionError("extracted again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("simclr.evaluation.subjects.extract", never)
+        assert np.array_equal(subjects(folder, cache=cache)[0].features(digits.test), first)
+        with pytest.raises(AssertionError):  # other images
+            subjects(folder, cache=cache)[0].features(digits.train)
+        with pytest.raises(AssertionError):  # other weights
+            subjects("random", cache=cache)[0].features(digits.test)
+    kept[0].write_bytes(kept[0].read_bytes()[:50])  # damaged: made again
+    assert np.array_equal(subjects(folder, cache=cache)[0].features(digits.test), first)
+    assert np.array_equal(np.load(kept[0]), first)
+
+
+def test_features_that_are_not_numbers_are_refused(digits):
+    random = subjects("random")[0]
+    with torch.no_grad():
+        next(random.encoder.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="random features contain NaN"):
+        random.features(digits.test)
+
+
+def test_several_processes_give_the_rows_of_one(digits, tmp_path):
+    images = digits.test.subset(np.arange(45))  # batches of 7 and a rest, three rounds of two processes
+    alone = extract(build_encoder(SHAPE, seed=5), images, batch_size=7)
+    np.save(tmp_path / "alone.npy", alone)
+    spawn(extract_in_process, args=(str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        assert np.array_equal(np.load(tmp_path / f"{rank}.npy"), alone)
+
+
+def extract_in_process(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    world = start("cpu", init_method=f"file://{folder}/store")
+    images = open_data("digits", split="test").subset(np.arange(45))
+    np.save(f"{folder}/{rank}.npy", extract(build_encoder(SHAPE, seed=5), images, batch_size=7, world=world))
+    stop()
+
+
+def test_a_class_that_nothing_teaches_is_named():
+    train, test = open_data("digits"), open_data("digits", split="test")
+    with pytest.raises(UserError, match="test images of 1 classes of which none is there to learn from"):
+        split_data(train.subset(np.flatnonzero(train.labels != 3)), test, seed=0)
+
+
+def test_labels_from_a_list(tmp_path):
+    train, test = open_data("digits"), open_data("digits", split="test")
+    keys = [train.keys[i] for i in (5, 3, 100, 200, 300)]
+    (tmp_path / "list.txt").write_text("\n".join(keys))
+    with pytest.raises(UserError, match="of which none is there to learn from"):
+        split_data(train, test, seed=0, labels=str(tmp_path / "list.txt"))
+    every = [train.keys[i] for i in range(0, len(train), 3)]
+    (tmp_path / "list.txt").write_text("\n".join(every))
+    assert list(split_data(train, test, seed=0, labels=str(tmp_path / "list.txt")).train.keys) == every
+
+
+def test_an_unknown_recipe_is_named():
+    assert isinstance(find_finetune_recipe("v1-1%"), FinetuneConfig)
+    with pytest.raises(UserError, match="v1-1%, v1-10%"):
+        find_finetune_recipe("v3")
