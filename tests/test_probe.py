@@ -1,4 +1,4 @@
-"""Probes: transformations against numpy and scipy, layers against a forward pass by hand, and what an MLP can and cannot read."""
+"""Probes: transformations against numpy and scipy, layers against a forward pass by hand, what an MLP can read."""
 
 from dataclasses import replace
 
@@ -133,6 +133,13 @@ def test_layers_of_a_timm_model():
     features, _ = probing._features(encoder, None, colourful(4, 6), "sobel", names, 0, "google")
     assert len(names) > 2 and names[0] == "stage0" and names[-1] == "h"
     assert all(features[name].shape == (4, 64) for name in names)
+
+
+def test_layers_of_a_torchvision_model():
+    encoder = build_encoder(EncoderConfig("torchvision/resnet18", channels=3, size=32))
+    assert layers_of(encoder, None) == ["layer1", "layer2", "layer3", "layer4", "h"]
+    features, _ = probing._features(encoder, None, colourful(3, 6), "sobel", ["layer4", "h"], 0, "google")
+    np.testing.assert_allclose(features["layer4"], features["h"], atol=1e-5)  # h is its average
 
 
 def test_hooks_are_removed_after_an_error_too(monkeypatch):

@@ -3,13 +3,13 @@
 Found from pixels alone, so that no encoder matters:
 
     1. Identical pixels, by hash.
-    2. Candidates: the rows whose sketch (8 x 8 cells) is nearest to the query's after the best small shift and stretch, in
-       first order: tangent distance (Simard, LeCun and Denker 1993). Exact, a matrix product in blocks.
+    2. Candidates: the rows whose sketch (8 x 8 cells) is nearest to the query's after the best small shift and
+       stretch, in first order: tangent distance (Simard, LeCun and Denker 1993). Exact, a matrix product in blocks.
     3. Verification: thumbnails of 32 x 32 pixels are laid over each other (Gauss-Newton over shift, stretch, gain and
        offset) and their fine structure compared, which images that are merely alike do not share.
 
-Finds copies that were stored again as JPEG, resized, trimmed by up to a twentieth of a side, or made a little brighter or
-darker; docs/lab-notes.md has the shares. Not mirrored, rotated or further cropped ones, and little at 8 x 8 pixels.
+Finds copies that were stored again as JPEG, resized, trimmed by up to a twentieth of a side, or made a little brighter
+or darker; docs/lab-notes.md has the shares. Not mirrored, rotated or further cropped ones, and few at 8 x 8 pixels.
 
 Shapes: n rows to search in, m queries, C channels, S = 32 pixels, D = 64 cells, K candidates of a query, P pairs.
 """

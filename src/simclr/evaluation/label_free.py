@@ -129,7 +129,7 @@ def label_free(
     chosen = _sample(len(features), UNIFORMITY_ROWS, seed)
     ranked = _sample(len(features), RANK_ROWS, seed)
     progress("uniformity and rank")
-    spread = float(uniformity(torch.from_numpy(features[chosen].astype(np.float64))))
+    spread = float(uniformity(_double(features[chosen])))
     rows = torch.from_numpy(features[ranked].astype(np.float32))
     singular = torch.linalg.svdvals(rows)  # (min(rows, F),)
     unit = _unit(features)
@@ -137,7 +137,7 @@ def label_free(
     k = clusters or int(np.clip(round((len(features) / 2) ** 0.5), 2, MOST_CLUSTERS))
     assigned, judged, silhouettes = _cluster(unit, k, seed)
     return LabelFree(
-        alignment=None if views is None else float(alignment(*(torch.from_numpy(v.astype(np.float64)) for v in views))),
+        alignment=None if views is None else float(alignment(_double(views[0]), _double(views[1]))),
         alignment_rows=0 if views is None else len(views[0]),
         uniformity=spread,
         uniformity_rows=len(chosen),
@@ -169,7 +169,7 @@ def view_features(
     """Features of two views of each of at most `rows` images, drawn with the seed: positive pairs, (m, F) each.
 
     Args:
-        policy: The run's, for the alignment that it was trained for; None: crop and flip alone, which compares encoders.
+        policy: The run's, for the alignment that it was trained for; None: crop and flip alone, which is fair to all.
         semantics: Whose crop, without a policy.
     """
     config = encoder.config
@@ -253,6 +253,10 @@ def _misfits(
         Misfit(images.keys[row], int(row), int(assigned[row]), round(float(s), 4), float(d))
         for row, s, d in zip(rows, silhouettes[order], disagree, strict=True)
     ]
+
+
+def _double(features: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(features.astype(np.float64))
 
 
 def _sample(n: int, at_most: int, seed: int) -> np.ndarray:

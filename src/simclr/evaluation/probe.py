@@ -1,12 +1,13 @@
-"""What do the features know? Transformations read from h, from the projection head and from the backbone (SimCLR, table 3).
+"""What do the features know? Transformations read from h, the projection head and the backbone (SimCLR, table 3).
 
-The paper asks of h and of z = g(h): was the image colour or gray, how was it rotated, was it corrupted, was it filtered? An MLP
-reads the answer from frozen features of transformed images. h keeps what the contrastive loss lets z forget: 67.6 against
-25.6 % on rotation. In the paper the transformation of the last three rows was part of pretraining too.
+The paper asks of h and of z = g(h): was the image colour or gray, how was it rotated, was it corrupted, was it
+filtered? An MLP reads the answer from frozen features of transformed images. h keeps what the contrastive loss lets z
+forget: 67.6 against 25.6 % on rotation. In the paper the last three transformations were part of pretraining too.
 
 Shapes: B images, n of them in all, C channels, S x S pixels, F features of a layer, K classes of a task.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -123,7 +124,8 @@ def probe(
 def layers_of(encoder: Encoder, head: ProjectionHead | None) -> list[str]:
     """What can be probed, from the pixels upwards: "stem", "group1", ..., "h", "head.0", ..., "z".
 
-    Models of timm have the stages that timm names ("stage0", ...); others h alone.
+    Models of timm have the stages that timm names ("stage0", ...), torchvision's ResNets theirs ("layer1", ...), its
+    other models h alone.
     """
     depth = 0 if head is None else len(head.layers)
     return [*_stages(encoder), "h", *(f"head.{k}" for k in range(depth - 1)), *["z"][:depth]]
@@ -139,7 +141,7 @@ def transformed(
     device: torch.device | str = "cpu",
     chunk: int = 256,
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """Evaluation pixels, each image transformed in one of the task's ways: a pure function of (seed, task, index, image).
+    """Evaluation pixels, each image changed in one of the task's ways: a pure function of (seed, task, index, image).
 
     Returns:
         Batches of (B, C, S, S) floats in [0, 1] and (B,) answers, in the order of the data.
@@ -158,8 +160,8 @@ def fit_predict(
 ) -> np.ndarray:
     """Answers that an MLP of one hidden layer gives for `test` (m, F), after learning from `train` (n, F).
 
-    Features are standardised by the training rows. A tenth of these, stratified, says when to stop; the weights are those
-    of the best validation loss. In torch, not scikit-learn's MLPClassifier: the same accuracy, and it runs on the encoder's device.
+    Features are standardised by the training rows. A tenth of these, stratified, says when to stop; the weights are
+    those of the best validation loss. In torch, not scikit-learn's MLPClassifier, to run on the encoder's device.
     """
     learn, validate = split_indices(answers, fraction=VALIDATION, seed=seed)
     mean, std = train[learn].mean(0), train[learn].std(0)
@@ -236,9 +238,11 @@ def _stages(encoder: Encoder) -> dict[str, tuple[nn.Module, int | None]]:
     if isinstance(backbone, ResNet):
         groups = {f"group{k}": (group, None) for k, group in enumerate(backbone.groups, 1)}
         return {"stem": (backbone.stem, None), **groups}
-    stages = getattr(backbone, "feature_info", [])  # timm's: dictionaries with the module's name
-    stages = getattr(stages, "info", stages)
-    return {f"stage{k}": (backbone.get_submodule(stage["module"]), stage["num_chs"]) for k, stage in enumerate(stages)}
+    if encoder.config.is_timm:
+        described: Any = getattr(backbone, "feature_info", [])  # dictionaries, or timm's object that holds them
+        stages = getattr(described, "info", described)
+        return {f"stage{k}": (backbone.get_submodule(s["module"]), s["num_chs"]) for k, s in enumerate(stages)}
+    return {name: (module, None) for name, module in backbone.named_children() if re.fullmatch(r"layer\d", name)}
 
 
 def _pooled(output: Tensor, channels: int | None) -> Tensor:
@@ -268,7 +272,7 @@ def _transform(pixels: Tensor, task: str, answers: np.ndarray, rows: np.ndarray,
 
 
 def sobel(pixels: Tensor) -> Tensor:
-    """Length of the Sobel gradient of each channel, edges repeated: (B, C, H, W) -> the same; a step from 0 to 1 gives 1."""
+    """Length of the Sobel gradient of each channel, edges repeated; a step from 0 to 1 gives 1. (B, C, H, W)."""
     kernel = pixels.new_tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]]) / 4
     flat = F.pad(pixels.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="replicate")  # (B * C, 1, H + 2, W + 2)
     gradient = F.conv2d(flat, torch.stack([kernel, kernel.T])[:, None])  # (B * C, 2, H, W)
@@ -276,7 +280,7 @@ def sobel(pixels: Tensor) -> Tensor:
 
 
 def _normals(seed: int, rows: np.ndarray, count: int) -> np.ndarray:
-    """(B, count) standard normal numbers, by Box and Muller from counters: those of an image do not depend on its batch."""
+    """(B, count) standard normal numbers by Box and Muller, from counters: an image's do not depend on its batch."""
     blocks = np.arange(1, -(-count // 4) + 1)  # block 0 holds the answer
     u = uniforms(seed, 0, rows[:, None], list(TASKS).index("corrupted"), blocks)  # (B, blocks, 4)
     radius, angle = np.sqrt(-2 * np.log1p(-u[..., :2])), 2 * np.pi * u[..., 2:]
