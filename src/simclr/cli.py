@@ -79,14 +79,17 @@ class Evaluate:
     RUN is a run's folder, an encoder's folder, timm/NAME or torchvision/NAME (with their pretrained weights), random or
     pixels. PROTOCOL is one or more, with commas between, of: knn (nearest neighbours); linear (a linear classifier on
     frozen features); logistic (the transfer protocol: 45 l2 strengths); finetune (the whole network); supervised (the
-    same network from scratch on the same labels). What was measured before is not measured again.
+    same network from scratch on the same labels); curve (how many labels are needed); probe (what each layer knows);
+    label-free (geometry, neighbours, copies between train and test); transfer (several sets in one table). What was
+    measured before is not measured again. Several processes: `torchrun --nproc-per-node K -m simclr evaluate ...`.
     """
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
     """What to evaluate."""
 
-    data: Positional[Annotated[str, arg(metavar="DATA")]]
-    """Labelled images: folder, .npz file or name."""
+    data: Positional[Annotated[tuple[str, ...], arg(metavar="DATA...")]]
+    """Labelled images: folder, .npz file or name; for transfer also several, and one of the papers' sets with its
+    folder, such as flowers102:FOLDER."""
 
     protocol: str = "knn,linear"
     """How to measure."""
@@ -114,8 +117,23 @@ class Evaluate:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Over the recipe that is named, such as --finetune.lr 0.01."""
 
+    counts: tuple[int, ...] = ()
+    """Of the curve: labels a class; unset: 1, 2, 5, 10, 20, ... and all."""
+
+    transfer_by: Literal["linear", "finetune"] = "linear"
+    """Transfer by logistic regression on frozen features, or by fine-tuning over the papers' grid."""
+
+    grid_steps: int = 20_000
+    """Of transfer by fine-tuning: steps of each training."""
+
+    grid_rates: tuple[float, ...] = ()
+    """Learning rates that are tried; unset: the papers' seven."""
+
+    grid_decays: tuple[float, ...] = ()
+    """Weight decays times learning rate that are tried; unset: the papers' eight."""
+
     out: Path | None = None
-    """Folder where results are kept, so that the same command goes on after a stop; unset: RUN/evaluation."""
+    """Folder for results and pictures, from which the same command goes on after a stop; unset: RUN/evaluation."""
 
     json: Path | None = None
     """Also write all figures to this file."""

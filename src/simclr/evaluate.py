@@ -1,6 +1,7 @@
 """`simclr evaluate RUN DATA`: how good is it? Protocols x what is compared x seeds -> a table, JSON, pictures."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from simclr import distributed
 from simclr.augment.policy import Semantics
+from simclr.data.files import Reading
 from simclr.data.images import Images
+from simclr.data.presets import TransferSet, open_transfer_set
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache, cache_of
@@ -24,6 +27,7 @@ from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
 from simclr.opening import open_parts, require_writable, side_of, write
 from simclr.progress import counting, say
 from simclr.recipes import choose_recipe, fit_recipe
+from simclr.reports import REPORTS, Report
 from simclr.run import RunFolder, open_run
 from simclr.weights import load
 
@@ -43,6 +47,8 @@ def evaluate(args: "cli.Evaluate", finetune_over: Callable[[FinetuneConfig], Fin
         finetune_over: Puts the flags that were given on top of a recipe for fine-tuning.
     """
     protocols = _protocols(args.protocol)
+    if len(args.data) != 1 and (protocols != ["transfer"] or not args.data):
+        raise UserError(f"{len(args.data)} data sets were given; give one, or several with --protocol transfer alone.")
     if args.seed < 0 or args.seeds < 1:
         raise UserError(f"--seed was {args.seed} and --seeds {args.seeds}; the first is at least 0, the second 1.")
     for path in (args.json, args.picture):
@@ -50,14 +56,16 @@ def evaluate(args: "cli.Evaluate", finetune_over: Callable[[FinetuneConfig], Fin
             require_writable(path)
     if args.finetune_recipe is not None:
         find_finetune_recipe(args.finetune_recipe)
-    settings = Settings(linear=args.linear, recipe=args.finetune_recipe, over=finetune_over)
+    settings = Settings(
+        linear=args.linear, recipe=args.finetune_recipe, over=finetune_over, flip=_flip_of(Path(args.run))
+    )
     world = distributed.start(args.device)
     try:
-        session = Session.open(args, world)
-        accuracies = [cast(Protocol, name) for name in protocols if name in ACCURACIES]
-        measured = session.measure(accuracies, settings)
+        session = Session.open(args, protocols, world)
+        measured = session.measure([cast(Protocol, name) for name in protocols if name in ACCURACIES], settings)
+        reports = {name: REPORTS[name](session) for name in protocols if name in REPORTS}
         if world.is_main:
-            _tell(session, measured)
+            _tell(session, measured, reports)
     except Stopped as stopped:
         say(f"Stopped, and kept in {_folder(args)}: the same command goes on.", main=world.is_main)
         if world.size == 1:
@@ -82,12 +90,17 @@ class Session:
     world: World
 
     @classmethod
-    def open(cls, args: "cli.Evaluate", world: World) -> "Session":
+    def open(cls, args: "cli.Evaluate", protocols: list[str], world: World) -> "Session":
         """Open everything that can be wrong."""
         run = Path(args.run)
-        side = side_of(run, args.data) if args.pack_side is None else args.pack_side
         described = load(run) if _is_folder(args.run) else None
-        train, test = open_parts(args.data, world, labels=args.labels_file, pack=args.pack, side=side)
+        if protocols == ["transfer"]:
+            first = _transfer_set(args, args.data[0], args.seed, world)
+            train, test = first.learn, first.test
+        else:
+            source = args.data[0]
+            side = side_of(run, source) if args.pack_side is None else args.pack_side
+            train, test = open_parts(source, world, labels=args.labels_file, pack=args.pack, side=side)
         if described is not None:
             like, preprocessing = described.encoder.config, described.preprocessing
         else:
@@ -105,12 +118,34 @@ class Session:
     def seeds(self) -> range:
         return range(self.args.seed, self.args.seed + self.args.seeds)
 
-    def split(self, seed: int) -> Split:
-        """The images of a seed."""
-        return split_data(self.train, self.test, seed=seed, labels=self.args.labels)
+    @property
+    def flip(self) -> float | None:
+        """Of training on labels."""
+        return _flip_of(Path(self.args.run))
 
-    def subjects(self, seed: int) -> list[Subject]:
-        """What is judged, and then what stands beside it."""
+    @property
+    def folder(self) -> Path | None:
+        """Where results are kept for a second call."""
+        return _folder(self.args)
+
+    def tell(self, sentence: str) -> None:
+        """Say it once, whatever the number of processes."""
+        say(sentence, main=self.world.is_main)
+
+    def split(self, seed: int, *, every: bool = False) -> Split:
+        """The images of a seed; with `every`, all labels whatever --labels says."""
+        return split_data(self.train, self.test, seed=seed, labels=None if every else self.args.labels)
+
+    def sets(self, seed: int) -> list[TransferSet]:
+        """The sets to transfer to."""
+        found = [_transfer_set(self.args, source, seed, self.world) for source in self.args.data]
+        for one in found:
+            self.tell(f"{one.name}: {one.how}.")
+        return found
+
+    def subjects(self, seed: int | None = None) -> list[Subject]:
+        """What is judged, and then what stands beside it; `random` has the weights of the seed."""
+        seed = self.args.seed if seed is None else seed
         names = [self.args.run, *(name for name in self.args.compare if name != self.args.run)]
         with counting("Features", main=self.world.is_main) as progress:
             opened = [
@@ -124,11 +159,10 @@ class Session:
 
     def measure(self, protocols: list[Protocol], settings: Settings) -> list[Measurement]:
         """The accuracies that are asked for, some of which an earlier call may have left."""
-        tell = partial(say, main=self.world.is_main)
 
         def split_of(seed: int) -> Split:
             split = self.split(seed)
-            tell(f"Evaluating on {self.train.name}: {split.how}.")
+            self.tell(f"Evaluating on {self.train.name}: {split.how}.")
             return split
 
         if not protocols:
@@ -136,28 +170,36 @@ class Session:
         measured = list(
             measure(
                 protocols, self.seeds, subjects_of=self.subjects, split_of=split_of, settings=settings,
-                ledger=self.ledger, folder=_folder(self.args), world=self.world, say=tell,
+                ledger=self.ledger, folder=self.folder, world=self.world, say=self.tell,
             )
         )  # fmt: skip
         if self.ledger.reused:
-            tell(f"{self.ledger.reused} results were in {self.ledger.file} already; without it, all are measured.")
+            self.tell(f"{self.ledger.reused} results were in {self.ledger.file} already; without it, all are measured.")
         return measured
 
 
-def _tell(session: Session, measured: list[Measurement]) -> None:
-    """The table, and the files that were asked for."""
-    args, split = session.args, session.split(session.args.seed)
-    rows = _rows(measured)
-    print(text_table(rows, corner="features"))
-    _print_legend(measured, rows, len(split.test))
+def _tell(session: Session, measured: list[Measurement], reports: dict[str, Report]) -> None:
+    """The tables, and the files that were asked for."""
+    args = session.args
+    if measured:
+        rows, split = _rows(measured), session.split(args.seed)
+        print(text_table(rows, corner="features"))
+        _print_legend(measured, rows, len(split.test))
+    for name, report in reports.items():
+        print(f"{chr(10) * bool(measured)}{name}\n{report.text}")
+        for file, picture in report.pictures.items():
+            if session.folder is not None:
+                write(session.folder / file, picture)
+                say(f"A picture is in {session.folder / file}.")
     if args.json is not None:
-        write(args.json, (json.dumps(_summary(session, measured, split), indent=2) + "\n").encode())
+        write(args.json, (json.dumps(_summary(session, measured, reports), indent=2) + "\n").encode())
     if args.picture is not None:
+        split = session.split(args.seed)
         from simclr.report import draw_evaluation
 
         run = Path(args.run)
         metrics = RunFolder(run).read_metrics() if (run / "metrics.jsonl").is_file() else []
-        first = session.subjects(args.seed)[0]
+        first = session.subjects()[0]
         write(args.picture, draw_evaluation(first.features(split.test), split, _means(measured), metrics))
         say(f"The picture is in {args.picture}.")
 
@@ -187,32 +229,44 @@ def _print_legend(measured: list[Measurement], rows: list[Row], num_test: int) -
     )
 
 
-def _summary(session: Session, measured: list[Measurement], split: Split) -> dict[str, Any]:
-    """What the JSON file holds: the mean of each accuracy by name, then every single result."""
+def _summary(session: Session, measured: list[Measurement], reports: dict[str, Report]) -> dict[str, Any]:
+    """What the JSON file holds: the mean of each accuracy by name, then every single result, then the reports."""
     args = session.args
+    split = session.split(args.seed) if measured else None
     return {
         **_means(measured),
         "protocol": {
             "run": args.run,
             "data": args.data,
-            "split": split.how,
+            "split": None if split is None else split.how,
             "labels": args.labels,
             "seeds": list(session.seeds),
-            "test_images": len(split.test),
+            "test_images": None if split is None else len(split.test),
         },
         "results": [
             {"features": one.subject, "protocol": one.protocol, "seed": one.seed, **one.figures, "how": one.how}
             for one in measured
         ],
+        "reports": {name: report.figures for name, report in reports.items()},
     }
 
 
 def _protocols(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in ACCURACIES]
-    if unknown or not names:
-        raise UserError(f"--protocol was {text!r}; give one or more of {', '.join(ACCURACIES)}, with commas between.")
+    known = (*ACCURACIES, *REPORTS)
+    if not names or any(name not in known for name in names):
+        raise UserError(f"--protocol was {text!r}; give one or more of {', '.join(known)}, with commas between.")
     return list(dict.fromkeys(names))
+
+
+def _transfer_set(args: "cli.Evaluate", source: str, seed: int, world: World) -> TransferSet:
+    side = side_of(Path(args.run), source) if args.pack_side is None else args.pack_side
+    with counting("Reading images", main=world.is_main) as progress:
+        how = Reading(
+            workers=os.cpu_count() or 1, progress=progress, pack=args.pack, side=side,
+            say=partial(say, main=world.is_main),
+        )  # fmt: skip
+        return open_transfer_set(source, seed=seed, labels=args.labels_file, how=how)
 
 
 def _is_folder(run: str) -> bool:
@@ -236,6 +290,11 @@ def _shape(run: str, images: Images, world: World) -> tuple[EncoderConfig, Seman
         )
         return shape, config.views
     return EncoderConfig(name=run, channels=3, size=FOREIGN_SIZE), "torchvision"
+
+
+def _flip_of(run: Path) -> float | None:
+    """Where mirror images mean something else in pretraining, they do so with labels too."""
+    return open_run(run).config.flip if (run / "run.json").is_file() else None
 
 
 def _warn_if_seen(run: Path, images: Images, world: World) -> None:

@@ -1,6 +1,8 @@
 """Pictures: the views of a policy, and an evaluation at a glance. PNG bytes out; nothing is shown or written here."""
 
 import io
+import textwrap
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -13,12 +15,15 @@ from simclr.augment.policy import Policy
 from simclr.augment.views import make_views
 from simclr.data.images import Images
 from simclr.evaluation.curve_picture import COLOURS
+from simclr.evaluation.duplicates import Duplicates
+from simclr.evaluation.label_free import Misfit, Neighbours
 from simclr.evaluation.measure import TITLES
 from simclr.evaluation.split import Split
 
 MAP_ROWS = 2000  # points on the map of features
 NEIGHBOUR_ROWS, NEIGHBOURS = 6, 7
 CHECK = "#588157"
+PAIRS = 24  # of copies in a picture
 
 
 def draw_views(images: Images, policy: Policy, *, rows: int, columns: int, seed: int) -> bytes:
@@ -56,6 +61,52 @@ def draw_evaluation(
     _draw_neighbours(figure.add_subfigure(grid[0, 1]), split.test, features)
     _draw_map(figure.add_subplot(grid[1, 1]), split.test, features)
     figure.suptitle(f"{split.test.name}: {split.how}", fontsize=10)
+    return _png(figure)
+
+
+def draw_neighbours(images: Images, found: list[Neighbours]) -> bytes:
+    """Each row: an image, then those nearest to it by their features, with the cosine above."""
+    shown = [[(n.query_row, "query"), *zip(n.nearest_rows, map("{:.2f}".format, n.cosine), strict=True)] for n in found]
+    return _draw_images(f"{images.name}: nearest neighbours, by cosine", shown, lambda row: images.batch([row])[0])
+
+
+def draw_copies(copies: Duplicates, images: Images, test: Images | None = None) -> bytes:
+    """The most alike pairs, original beside copy, the near ones first: identical ones hardly need a picture.
+
+    Args:
+        images: What was searched.
+        test: What was asked about; None: the same images.
+    """
+    pairs = sorted(copies.pairs, key=lambda pair: pair.kind == "identical")[:PAIRS]
+    cells = []
+    for pair in pairs:
+        cells += [((0, pair.original_row), pair.kind), ((1, pair.copy_row), f"{pair.similarity:.3f}")]
+    shown = [cells[begin : begin + 8] for begin in range(0, len(cells), 8)]
+    parts = (images, images if test is None else test)
+    return _draw_images(copies.sentence, shown, lambda cell: parts[cell[0]].batch([cell[1]])[0])
+
+
+def draw_misfits(images: Images, misfits: list[Misfit]) -> bytes:
+    """The images that fit their clusters worst, with their silhouettes."""
+    cells = [(misfit.row, f"{misfit.silhouette:.2f}") for misfit in misfits]
+    shown = [cells[begin : begin + 8] for begin in range(0, len(cells), 8)]
+    return _draw_images(
+        f"{images.name}: images that fit their cluster worst, by silhouette", shown, lambda row: images.batch([row])[0]
+    )
+
+
+def _draw_images(title: str, shown: list[list[tuple[Any, str]]], pixels: Callable[[Any], np.ndarray]) -> bytes:
+    """Rows of images, each with a word above it."""
+    columns = max((len(row) for row in shown), default=1)
+    figure = Figure(figsize=(1.1 * max(columns, 6), 1.25 * max(len(shown), 1) + 0.5), layout="constrained")
+    axes = figure.subplots(max(len(shown), 1), columns, squeeze=False)
+    for place in axes.flat:
+        place.set_axis_off()
+    for row, cells in enumerate(shown):
+        for column, (cell, word) in enumerate(cells):
+            _show(axes[row, column], pixels(cell))
+            axes[row, column].set_title(word, fontsize=7)
+    figure.suptitle("\n".join(textwrap.wrap(title, 90)), fontsize=9)
     return _png(figure)
 
 

@@ -10,7 +10,7 @@ Each result is kept as soon as it is there (ledger.py), under everything that it
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +53,8 @@ class Settings:
     """How to fine-tune; None: by the number of labels and the encoder's head."""
     over: Callable[[FinetuneConfig], FinetuneConfig] = lambda config: config
     """Puts what a user asks for on top of that recipe."""
+    flip: float | None = None
+    """Probability of a left-right flip in all training on labels, as in pretraining; None: the recipe's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,15 +206,20 @@ def _by_sgd(protocol: Protocol, subject: Subject, split: Split, settings: Settin
 
 def _training(protocol: Protocol, subject: Subject, split: Split, settings: Settings) -> FinetuneConfig | None:
     """The settings by which a protocol trains a network; None where it trains none."""
-    small = len(split.train) <= SMALL
+    prefix = "small-" if len(split.train) <= SMALL else ""
     if _by_sgd(protocol, subject, split, settings):
-        return FINETUNE_RECIPES["small-linear" if small else "linear"]
+        return flipped(FINETUNE_RECIPES[f"{prefix}linear"], settings.flip)
     if protocol == SUPERVISED:
-        return FINETUNE_RECIPES["small-supervised" if small else "supervised"]
+        return flipped(FINETUNE_RECIPES[f"{prefix}supervised"], settings.flip)
     if protocol != "finetune":
         return None
-    recipe = settings.recipe or ("small" if small else _papers_recipe(subject, split))
-    return settings.over(find_finetune_recipe(recipe))
+    recipe = settings.recipe or ("small" if prefix else _papers_recipe(subject, split))
+    return settings.over(flipped(find_finetune_recipe(recipe), settings.flip))
+
+
+def flipped(config: FinetuneConfig, flip: float | None) -> FinetuneConfig:
+    """The settings with this probability of a flip, unless it is None."""
+    return config if flip is None else replace(config, flip=flip)
 
 
 def _papers_recipe(subject: Subject, split: Split) -> str:

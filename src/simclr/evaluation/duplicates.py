@@ -1,0 +1,332 @@
+"""Images that a data set has twice, or in both of its parts: a leak that makes every other figure a lie.
+
+Found from pixels alone, so that no encoder matters:
+
+    1. Identical pixels, by hash.
+    2. Candidates: the rows whose sketch (8 x 8 cells) is nearest to the query's after the best small shift and
+       stretch, in first order: tangent distance (Simard, LeCun and Denker 1993). Exact, a matrix product in blocks.
+    3. Verification: thumbnails of 32 x 32 pixels are laid over each other (Gauss-Newton over shift, stretch, gain and
+       offset) and their fine structure compared, which images that are merely alike do not share.
+
+Finds copies that were stored again as JPEG, resized, trimmed by up to a twentieth of a side, or made a little brighter
+or darker; docs/lab-notes.md has the shares. Not mirrored, rotated or further cropped ones, and few at 8 x 8 pixels.
+
+Shapes: n rows to search in, m queries, C channels, S = 32 pixels, D = 64 cells, K candidates of a query, P pairs.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simclr.augment import cpu
+from simclr.augment.resize import image_sizes
+from simclr.data.images import Images
+from simclr.errors import UserError
+
+SIDE = 32  # pixels of a thumbnail's side
+SKETCH = 8  # cells of a sketch's side
+CANDIDATES = 8  # rows that are verified for each query
+NEAREST_SKETCH = 0.6  # of 1: candidates below are not verified
+SIMILARITY = {
+    1: 0.992,
+    3: 0.985,
+}  # correlation of fine structure from which a pair is one image, by number of channels:
+# JPEG keeps colour at half the resolution, and colour is more to differ in
+SIMILARITY_RESIZED = 0.975  # where one image has fewer pixels than a thumbnail and than the other
+GAIN = (0.6, 1.65)  # contrast of one copy against the other's
+LARGEST_WARP = 0.06  # shift and stretch: a twentieth of a side, and a little for whole pixels
+FLAT = 2 / 255  # standard deviation of a thumbnail below which there is no structure to compare
+STEPS = 5  # of Gauss-Newton
+SMOOTHING = 1.0  # pixels, before thumbnails are compared: what JPEG changes most is finest
+STRUCTURE = 2.0  # pixels: fine structure is what a blur of this width takes away
+RESIZING_BLUR = 0.6  # of an image's pixel: what shrinking to it and enlarging again blurs
+QUERY_BLOCK, ROW_BLOCK, PAIR_BLOCK = 256, 4096, 256
+
+LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A copy, and what it is a copy of."""
+
+    original: str
+    """Key of the image that is searched in: a training image."""
+    copy: str
+    """Key of the query: a test image, or a later image of the same set."""
+    original_row: int
+    copy_row: int
+    similarity: float
+    """1 for identical pixels; else the correlation of fine structure, after the two were laid over each other."""
+    kind: Literal["identical", "near"]
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Copies of images of `searched` among `asked`, at most one pair for each image asked about; most alike first."""
+
+    searched: str
+    asked: str
+    num_searched: int
+    num_asked: int
+    num_identical: int
+    num_near: int
+    num_flat: int
+    """Images without any structure, of which only identical copies can be told."""
+    pairs: list[Pair]
+
+    @property
+    def sentence(self) -> str:
+        """What to say aloud."""
+        found = self.num_identical + self.num_near
+        if self.searched == self.asked:
+            what = f"{self.searched}: {found:,} of {self.num_asked:,} images are copies of another one"
+        else:
+            what = f"{found:,} of {self.num_asked:,} images of {self.asked} are copies of images of {self.searched}"
+        if not found:
+            return f"{what}."
+        kinds = f"{self.num_identical:,} with identical pixels, {self.num_near:,} nearly so"
+        advice = "" if self.searched == self.asked else "; accuracy on them is memory, so leave them out"
+        return f"{what} ({kinds}){advice}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "sentence": self.sentence}
+
+
+def find_duplicates(
+    images: Images, test: Images | None = None, *, progress: Callable[[int, int], None] | None = None
+) -> Duplicates:
+    """Images of `test` that are copies of one of `images`, or, without `test`, copies within `images`.
+
+    Memory: 3 kB a colour image, 1 kB a gray one, and some 50 MB. On a CPU.
+
+    Args:
+        images: To search in, such as the training part.
+        test: Others, of as many channels.
+        progress: Called with (done, total) queries.
+
+    Raises:
+        UserError: The two have different channels.
+    """
+    if test is not None and test.channels != images.channels:
+        raise UserError(
+            f"{images.name} has {images.channels} channels and {test.name} {test.channels}: open both with --channels "
+            f"{images.channels} to look for copies."
+        )
+    within = test is None
+    asked = images if test is None else test
+    thumbnails, hashes = _read(images)
+    asked_thumbnails, asked_hashes = (thumbnails, hashes) if within else _read(asked)
+
+    first: dict[bytes, int] = {}
+    for row, digest in enumerate(hashes):
+        first.setdefault(digest, row)
+    identical = [
+        (row, first[digest])
+        for row, digest in enumerate(asked_hashes)
+        if digest in first and not (within and first[digest] == row)
+    ]
+    known = {row for row, _ in identical}
+    kept = np.array(sorted(first.values()), np.int64)  # (n,) one row for each distinct image
+    flat = _are_flat(asked_thumbnails)
+    queries = np.array([row for row in range(len(asked)) if row not in known and not flat[row]], np.int64)  # (m,)
+
+    best: dict[int, tuple[float, int]] = {}
+    sketches = torch.cat([_sketch(thumbnails[rows]) for rows in _blocks(kept, ROW_BLOCK)]) if len(kept) else None
+    for done, rows in enumerate(_blocks(queries, QUERY_BLOCK)):
+        assert sketches is not None
+        nearness, nearest = _nearest(asked_thumbnails[rows], sketches)  # (B, K)
+        candidates = kept[nearest.numpy()]
+        worth = (nearness >= NEAREST_SKETCH).numpy()
+        if within:
+            worth &= candidates != rows[:, None]
+        query, original = np.broadcast_to(rows[:, None], candidates.shape)[worth], candidates[worth]  # (P,)
+        sides = asked.sizes[query].min(1), images.sizes[original].min(1)
+        similarity = _verify(asked_thumbnails, query, thumbnails, original, sides)
+        for row, other, value in zip(query.tolist(), original.tolist(), similarity.tolist(), strict=True):
+            copy, source = (max(row, other), min(row, other)) if within else (row, other)
+            if value > 0 and value > best.get(copy, (0.0, 0))[0]:
+                best[copy] = (value, source)
+        if progress is not None:
+            progress(min((done + 1) * QUERY_BLOCK, len(queries)), len(queries))
+
+    pairs = [Pair(images.keys[o], asked.keys[c], o, c, 1.0, "identical") for c, o in identical]
+    near = sorted(((value, copy, source) for copy, (value, source) in best.items()), reverse=True)
+    pairs += [Pair(images.keys[o], asked.keys[c], o, c, round(value, 4), "near") for value, c, o in near]
+    return Duplicates(
+        searched=_part(images), asked=_part(asked), num_searched=len(images), num_asked=len(asked),
+        num_identical=len(identical), num_near=len(near), num_flat=int(flat.sum()), pairs=pairs,
+    )  # fmt: skip
+
+
+def _part(images: Images) -> str:
+    return images.name if images.split == "all" else f"{images.name} ({images.split})"
+
+
+def _blocks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for begin in range(0, len(rows), size):
+        yield rows[begin : begin + size]
+
+
+def _read(images: Images, chunk: int = 1024) -> tuple[Tensor, list[bytes]]:
+    """Thumbnails (n, C, S, S) uint8, stretched to a square without aliasing, and a hash of the pixels of each image."""
+    thumbnails = torch.empty(len(images), images.channels, SIDE, SIDE, dtype=torch.uint8)
+    hashes = []
+    for rows in _blocks(np.arange(len(images)), chunk):
+        pixels = images.peek(rows)
+        sizes = image_sizes(pixels)
+        small = cpu.crop_resize(pixels, np.column_stack([np.zeros_like(sizes), sizes]), SIDE, "torchvision")
+        thumbnails[torch.from_numpy(rows)] = small.mul_(255).round_().to(torch.uint8)
+        hashes += [sha256(repr(image.shape).encode() + image.tobytes()).digest() for image in pixels]
+    return thumbnails, hashes
+
+
+def _are_flat(thumbnails: Tensor) -> np.ndarray:
+    """(n,) bool."""
+    return np.concatenate(
+        [np.zeros(0, bool)]
+        + [(part.float() / 255).flatten(1).std(1).numpy() < FLAT for part in thumbnails.split(ROW_BLOCK)]
+    )
+
+
+def _sketch(thumbnails: Tensor) -> Tensor:
+    """(n, C, S, S) -> (n, D): cells of the smoothed gray thumbnail, without mean, of unit length."""
+    return _unit(_cells(_smooth(_gray(thumbnails), SMOOTHING)))
+
+
+def _nearest(queries: Tensor, sketches: Tensor) -> tuple[Tensor, Tensor]:
+    """The K nearest sketches to each query: nearness in [0, 1] and index, both (B, K).
+
+    Nearness is the squared length of a sketch's projection on the space that the query and its four tangents span
+    (shift and stretch along both sides), which absorbs a small misplacement.
+    """
+    gray = _smooth(_gray(queries), SMOOTHING)  # (B, S, S)
+    along = _positions()
+    down, right = torch.gradient(gray, dim=(1, 2))
+    spanning = [_unit(_cells(x)) for x in (gray, right, down, right * along, down * along[:, None])]
+    basis = torch.linalg.qr(torch.stack(spanning, 2)).Q  # (B, D, 5)
+    columns = basis.mT.reshape(-1, basis.shape[1])  # (B * 5, D)
+    nearness, nearest = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    for begin in range(0, len(sketches), ROW_BLOCK):
+        block = sketches[begin : begin + ROW_BLOCK]
+        near = (columns @ block.T).square_().view(len(queries), 5, -1).sum(1)  # (B, rows)
+        values, rows = near.topk(min(CANDIDATES + 1, len(block)), dim=1)  # one more: a query may find itself
+        nearness, nearest = torch.cat([nearness, values], 1), torch.cat([nearest, rows + begin], 1)
+        nearness, order = nearness.topk(min(CANDIDATES + 1, nearness.shape[1]), dim=1)
+        nearest = nearest.gather(1, order)
+    return nearness, nearest
+
+
+def _verify(
+    first: Tensor, first_rows: np.ndarray, second: Tensor, second_rows: np.ndarray, sides: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """(P,) similarity of each pair, 0 where they are not the same image.
+
+    Args:
+        sides: (P,) shorter sides of the images, in pixels: the finer thumbnail is blurred to the other's resolution.
+    """
+    pixel = np.stack([np.maximum(1.0, SIDE / side) for side in sides])  # (2, P) of the image, in those of the thumbnail
+    blur = RESIZING_BLUR * np.sqrt(np.maximum(pixel.max(0) ** 2 - pixel**2, 0))  # (2, P)
+    similarity = np.zeros(len(first_rows))
+    for pairs in _blocks(np.arange(len(first_rows)), PAIR_BLOCK):
+        a, b = first[first_rows[pairs]].float() / 255, second[second_rows[pairs]].float() / 255  # (P, C, S, S)
+        for thumbnails, sigmas in ((a, blur[0, pairs]), (b, blur[1, pairs])):
+            for sigma in np.unique(sigmas[sigmas > 0]):
+                rows = torch.from_numpy(np.flatnonzero(sigmas == sigma))
+                thumbnails[rows] = _smooth(thumbnails[rows], float(sigma))
+        alike, gain = _overlay(a, b)
+        least = np.where(blur[:, pairs].max(0) > 0, SIMILARITY_RESIZED, SIMILARITY[first.shape[1]])
+        same = (alike.numpy() >= least) & (gain.numpy() >= GAIN[0]) & (gain.numpy() <= GAIN[1])
+        similarity[pairs] = np.where(same, alike.numpy(), 0)
+    return similarity
+
+
+def _overlay(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay the first over the second: correlation of their fine structure where they overlap, and gain, both (P,).
+
+    Args:
+        first, second: (P, C, S, S) floats in [0, 1].
+    """
+    warp = _register(_smooth(_gray(first), SMOOTHING), _smooth(_gray(second), SMOOTHING))
+    x, y = _warped(warp)
+    moved = F.grid_sample(first, torch.stack([x, y], 3), mode="bicubic", padding_mode="border", align_corners=False)
+    inside = _inside(x, y)[:, None]  # (P, 1, S, S)
+
+    def smooth(image: Tensor, sigma: float) -> Tensor:  # over the overlap alone: beyond it the two differ
+        return _smooth(image * inside, sigma) / _smooth(inside, sigma).clamp_min(1e-3)
+
+    fine, gains = [], []
+    for image in (moved, second):
+        image = smooth(image, SMOOTHING)
+        fine.append(((image - smooth(image, STRUCTURE)) * inside).flatten(1))
+        centred = (image - image.mean((1, 2, 3), keepdim=True)) * inside
+        gains.append(centred.flatten(1).norm(dim=1))
+    alike = (fine[0] * fine[1]).sum(1) / (fine[0].norm(dim=1) * fine[1].norm(dim=1)).clamp_min(1e-9)
+    return alike, gains[1] / gains[0].clamp_min(1e-9)
+
+
+def _register(first: Tensor, second: Tensor) -> Tensor:
+    """Shift and stretch (P, 4) that bring the first over the second, (P, S, S) each, up to gain and offset."""
+    line = _positions()
+    warp = torch.zeros(len(first), 4)  # shift right and down, stretch right and down; the side is 2
+    for _ in range(STEPS):
+        x, y = _warped(warp)
+        grid = torch.stack([x, y], 3)
+        moved = F.grid_sample(first[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
+        inside = _inside(x, y)
+        down, right = torch.gradient(moved, spacing=2 / SIDE, dim=(1, 2))
+        terms = (moved, torch.ones_like(moved), right, down, right * line, down * line[:, None])
+        columns = torch.stack([(term * inside).flatten(1) for term in terms], 2)  # (P, S * S, 6)
+        normal = columns.mT @ columns  # (P, 6, 6)
+        ridge = torch.diag_embed(1e-4 * normal.diagonal(dim1=1, dim2=2) + 1e-6)  # an image may be plain along a side
+        target = columns.mT @ (second * inside).flatten(1)[..., None]
+        solution = torch.linalg.solve(normal + ridge, target)[..., 0]  # (P, 6)
+        warp = (warp + solution[:, 2:] / solution[:, :1].clamp_min(0.2)).clamp(-LARGEST_WARP, LARGEST_WARP)
+    return warp
+
+
+def _warped(warp: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each pixel of the second lies in the first: x and y in [-1, 1], (P, S, S) each."""
+    line = _positions().expand(SIDE, SIDE)
+    right, down, wider, higher = (column[:, None, None] for column in warp.unbind(1))
+    return line * (1 + wider) + right, line.T * (1 + higher) + down
+
+
+def _inside(x: Tensor, y: Tensor) -> Tensor:
+    edge = 1 - 0.5 / SIDE  # beyond the centre of the last pixel by a quarter of it
+    return ((x.abs() <= edge) & (y.abs() <= edge)).float()
+
+
+def _positions() -> Tensor:
+    """Centres of the pixels along a side of length 2."""
+    return (torch.arange(SIDE) + 0.5) * (2 / SIDE) - 1
+
+
+def _gray(thumbnails: Tensor) -> Tensor:
+    """(n, C, S, S) -> (n, S, S) float."""
+    x = thumbnails.float()
+    return x[:, 0] if x.shape[1] == 1 else torch.einsum("nchw,c->nhw", x, torch.tensor(LUMA))
+
+
+def _cells(x: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(x, SKETCH).flatten(1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    x = x - x.mean(1, keepdim=True)
+    return x / x.norm(dim=1, keepdim=True).clamp_min(1e-6)
+
+
+def _smooth(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of (..., S, S), the edge pixels repeated."""
+    radius = int(3 * sigma + 0.5)
+    taps = torch.exp(-(torch.arange(-radius, radius + 1.0) ** 2) / (2 * sigma**2))
+    taps = taps / taps.sum()
+    flat = F.pad(x.reshape(-1, 1, SIDE, SIDE), (radius,) * 4, mode="replicate")
+    return F.conv2d(F.conv2d(flat, taps.view(1, 1, 1, -1)), taps.view(1, 1, -1, 1)).view(x.shape)

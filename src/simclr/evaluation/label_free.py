@@ -1,0 +1,269 @@
+"""What can be said of features without any label: geometry, neighbours, clusters, and copies that spoil every figure.
+
+    alignment, uniformity   Wang and Isola 2020 (arXiv:2005.10242), on unit rows; alpha = 2, t = 2
+    effective rank          RankMe (arXiv:2210.02885), with the spectrum that it sums up
+    nearest neighbours      by cosine
+    clusters                k-means on unit rows; the images that fit theirs worst
+    copies                  from pixels (`duplicates.py`)
+
+report.py draws the last three. Shapes: n images, F features, K clusters.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from simclr.augment.policy import Policy, Semantics
+from simclr.augment.random import shuffled
+from simclr.augment.views import make_views
+from simclr.data.images import Images
+from simclr.errors import UserError
+from simclr.evaluation.duplicates import Duplicates, find_duplicates
+from simclr.features import inference, require_channels
+from simclr.losses.metrics import alignment, effective_rank, uniformity
+from simclr.models.encoder import Encoder
+
+VIEW_ROWS = 2_000  # images of which two views are compared
+UNIFORMITY_ROWS = 5_000  # all their pairs, in double precision
+RANK_ROWS = 10_000
+SPECTRUM = 256  # largest singular values that are kept
+QUERIES, NEIGHBOURS = 6, 7  # of the picture
+SILHOUETTE_ROWS = 5_000  # its cost is their square
+WORST = 24
+CLUSTER_NEIGHBOURS = 10  # nearest rows that are asked for their cluster
+MOST_CLUSTERS = 50
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """An image and those nearest to it."""
+
+    query: str
+    query_row: int
+    nearest: list[str]
+    nearest_rows: list[int]
+    cosine: list[float]
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """An image that does not fit its cluster."""
+
+    key: str
+    row: int
+    cluster: int
+    silhouette: float
+    """From -1 (as near as can be to another cluster) to 1 (all within its own)."""
+    disagreement: float
+    """Share of its nearest neighbours that lie in other clusters."""
+
+
+@dataclass(frozen=True)
+class LabelFree:
+    """Measures of features; every sample is drawn with the seed, and its size stands beside the figure."""
+
+    alignment: float | None
+    """Mean squared distance of two views' unit features, 0 to 4; None where no views were given."""
+    alignment_rows: int
+    uniformity: float
+    """Log of the mean of exp(-2 d^2) over pairs of unit features; 0 where all are one."""
+    uniformity_rows: int
+    effective_rank: float
+    """1 to min(rows, F)."""
+    rank_rows: int
+    num_features: int
+    spectrum: list[float]
+    """Singular values over their sum, the largest first."""
+    neighbours: list[Neighbours]
+    num_clusters: int
+    silhouette: float
+    """Mean over the sample."""
+    silhouette_rows: int
+    misfits: list[Misfit]
+    """The worst silhouettes, the worst first."""
+    within: Duplicates | None
+    """Copies within the images; None where they were not looked for."""
+    across: Duplicates | None
+    """Images of the test part that are copies of these."""
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        found = {
+            name: None if d is None else d.to_dict() for name, d in (("within", self.within), ("across", self.across))
+        }
+        return asdict(self) | found
+
+
+def label_free(
+    features: np.ndarray,
+    images: Images,
+    *,
+    views: tuple[np.ndarray, np.ndarray] | None = None,
+    test: Images | None = None,
+    duplicates: bool = True,
+    clusters: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda _: None,
+) -> LabelFree:
+    """Everything that features and pixels say without labels.
+
+    Args:
+        features: (n, F), a row for each image.
+        images: Theirs; their labels are not read.
+        views: (m, F) features of two views of each of m images, from `view_features`.
+        test: Other images: which of them are copies?
+        duplicates: Whether to look for copies; they depend on the images alone, so once is enough.
+        clusters: K; None: the root of n / 2, at most MOST_CLUSTERS.
+        seed: Of the samples and of k-means.
+        progress: Told what is being done.
+
+    Raises:
+        UserError: Fewer than 4 images, features that are not finite or all zero, or more clusters than images.
+    """
+    assert len(features) == len(images)
+    _check(features, clusters)
+    chosen = _sample(len(features), UNIFORMITY_ROWS, seed)
+    ranked = _sample(len(features), RANK_ROWS, seed)
+    progress("uniformity and rank")
+    spread = float(uniformity(_double(features[chosen])))
+    rows = torch.from_numpy(features[ranked].astype(np.float32))
+    singular = torch.linalg.svdvals(rows)  # (min(rows, F),)
+    unit = _unit(features)
+    progress("neighbours and clusters")
+    k = clusters or int(np.clip(round((len(features) / 2) ** 0.5), 2, MOST_CLUSTERS))
+    assigned, judged, silhouettes = _cluster(unit, k, seed)
+    return LabelFree(
+        alignment=None if views is None else float(alignment(_double(views[0]), _double(views[1]))),
+        alignment_rows=0 if views is None else len(views[0]),
+        uniformity=spread,
+        uniformity_rows=len(chosen),
+        effective_rank=float(effective_rank(rows)),
+        rank_rows=len(ranked),
+        num_features=features.shape[1],
+        spectrum=(singular / singular.sum())[:SPECTRUM].tolist(),
+        neighbours=_neighbours(unit, images),
+        num_clusters=len(np.unique(assigned)),
+        silhouette=float(silhouettes.mean()),
+        silhouette_rows=len(judged),
+        misfits=_misfits(unit, images, assigned, judged, silhouettes),
+        within=_copies("copies within", images, None, progress) if duplicates else None,
+        across=_copies("copies across", images, test, progress) if duplicates and test is not None else None,
+        seed=seed,
+    )
+
+
+def view_features(
+    encoder: Encoder,
+    images: Images,
+    *,
+    policy: Policy | None = None,
+    semantics: Semantics = "google",
+    seed: int = 0,
+    rows: int = VIEW_ROWS,
+    batch_size: int = 256,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of two views of each of at most `rows` images, drawn with the seed: positive pairs, (m, F) each.
+
+    Args:
+        policy: The run's, for the alignment that it was trained for; None: crop and flip alone, which is fair to all.
+        semantics: Whose crop, without a policy.
+    """
+    config = encoder.config
+    require_channels(config.channels, images)
+    if policy is None:
+        preset = Policy.google if semantics == "google" else Policy.torchvision
+        policy = preset(config.size, channels=config.channels, jitter=0, gray=0, blur=0)
+    device = next(encoder.parameters()).device
+    chosen = _sample(len(images), rows, seed)
+    first, second = [], []
+    with inference(encoder):
+        for begin in range(0, len(chosen), batch_size):
+            indices = chosen[begin : begin + batch_size]
+            views = make_views(images.peek(indices), policy, seed=seed, epoch=0, indices=indices, device=device)
+            for found, view in zip((first, second), views, strict=True):
+                found.append(encoder(view).float().cpu().numpy())
+    return np.concatenate(first), np.concatenate(second)
+
+
+def _check(features: np.ndarray, clusters: int | None) -> None:
+    n = len(features)
+    if n < 4:
+        raise UserError(f"{n} images are too few for measures of how features are spread; give at least 4.")
+    if not np.isfinite(features).all():
+        bad = int((~np.isfinite(features).all(1)).sum())
+        raise UserError(
+            f"The features of {bad:,} of {n:,} images are not finite; the encoder is broken, train it again."
+        )
+    if not features.any():
+        raise UserError("All features are zero; the encoder is broken, train it again.")
+    if clusters is not None and not 2 <= clusters < n:
+        raise UserError(f"{clusters} clusters of {n:,} images are not possible; give 2 or more, and fewer than images.")
+
+
+def _copies(what: str, images: Images, test: Images | None, progress: Callable[[str], None]) -> Duplicates:
+    progress(what)
+    return find_duplicates(images, test)
+
+
+def _neighbours(unit: np.ndarray, images: Images) -> list[Neighbours]:
+    queries = np.linspace(0, len(unit) - 1, min(QUERIES, len(unit))).round().astype(int)
+    cosine = unit[queries] @ unit.T  # (Q, n)
+    cosine[np.arange(len(queries)), queries] = -np.inf
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, : min(NEIGHBOURS, len(unit) - 1)]
+    return [
+        Neighbours(
+            images.keys[q],
+            int(q),
+            [images.keys[i] for i in rows],
+            rows.tolist(),
+            [round(float(c), 4) for c in row[rows]],
+        )
+        for q, rows, row in zip(queries, nearest, cosine, strict=True)
+    ]
+
+
+def _cluster(unit: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(n,) cluster of each row; the rows of the sample, and their silhouettes by cosine distance within it."""
+    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.metrics import silhouette_samples
+
+    assigned = MiniBatchKMeans(clusters, random_state=seed, n_init=3, batch_size=2048).fit_predict(unit)
+    judged = _sample(len(unit), SILHOUETTE_ROWS, seed)
+    num_found = len(np.unique(assigned[judged]))
+    if not 2 <= num_found < len(judged):  # all rows alike, or none like another: there is nothing to judge
+        return assigned, judged, np.zeros(len(judged))
+    return assigned, judged, silhouette_samples(unit[judged], assigned[judged], metric="cosine")
+
+
+def _misfits(
+    unit: np.ndarray, images: Images, assigned: np.ndarray, judged: np.ndarray, silhouettes: np.ndarray
+) -> list[Misfit]:
+    order = np.argsort(silhouettes, kind="stable")[:WORST]
+    rows = judged[order]
+    cosine = unit[rows] @ unit.T  # (W, n)
+    cosine[np.arange(len(rows)), rows] = -np.inf
+    count = min(CLUSTER_NEIGHBOURS, len(unit) - 1)
+    nearest = np.argpartition(-cosine, count - 1, axis=1)[:, :count]
+    disagree = (assigned[nearest] != assigned[rows][:, None]).mean(1)
+    return [
+        Misfit(images.keys[row], int(row), int(assigned[row]), round(float(s), 4), float(d))
+        for row, s, d in zip(rows, silhouettes[order], disagree, strict=True)
+    ]
+
+
+def _double(features: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(features.astype(np.float64))
+
+
+def _sample(n: int, at_most: int, seed: int) -> np.ndarray:
+    """Sorted rows, all where there are no more than asked for."""
+    return np.arange(n) if n <= at_most else np.sort(shuffled(n, seed, 0)[:at_most])
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    features = features.astype(np.float32)
+    return features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)

@@ -1,0 +1,184 @@
+"""Protocols that answer with more than an accuracy: a table of their own, figures for the JSON file, pictures.
+
+curve: labels needed. probe: what the layers know. label-free: geometry, neighbours, copies. transfer: other sets.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from simclr.data.images import Images
+from simclr.errors import UserError
+from simclr.evaluation.curve import Key, labels_curve, when_it_pays
+from simclr.evaluation.finetune import supervised
+from simclr.evaluation.finetune_config import FINETUNE_RECIPES
+from simclr.evaluation.grid import PAPER_GRID, finetune_transfer
+from simclr.evaluation.label_free import LabelFree, label_free, view_features
+from simclr.evaluation.measure import SMALL, flipped
+from simclr.evaluation.probe import probe
+from simclr.evaluation.table import BASELINES, Row, seeds_note, text_table
+from simclr.evaluation.transfer import Measure, differences, linear_transfer, rows, summary, transfer
+from simclr.report import draw_copies, draw_misfits, draw_neighbours
+
+if TYPE_CHECKING:
+    from simclr.evaluate import Session
+
+
+class Report(NamedTuple):
+    """What a protocol has to say."""
+
+    text: str
+    figures: dict[str, Any]
+    pictures: dict[str, bytes]
+    """File name -> PNG."""
+
+
+def report_curve(session: "Session") -> Report:
+    """Accuracy over the number of labels a class, beside the baselines and a network trained on those labels alone."""
+    args, split, subjects = session.args, session.split(session.args.seed, every=True), session.subjects()
+    identities = {subject.name: subject.identity for subject in subjects}
+
+    def keep(key: Key, make: Callable[[], float]) -> float:
+        source, count, seed = key
+        entry = {
+            "protocol": "curve", "source": source, "identity": identities.get(source, repr(session.like)),
+            "count": count, "seed": seed, "train": split.train.fingerprint, "test": split.test.fingerprint,
+        }  # fmt: skip
+        return session.ledger.get(entry, lambda: {"accuracy": make()})["accuracy"]
+
+    def from_scratch(train: Images, test: Images, seed: int) -> float:
+        recipe = flipped(FINETUNE_RECIPES["small-supervised" if len(train) <= SMALL else "supervised"], session.flip)
+        train, test = subjects[0].fitted(train), subjects[0].fitted(test)
+        return supervised(
+            session.like, train, test, recipe, seed=seed, semantics=session.preprocessing, world=session.world
+        ).accuracy
+
+    found = labels_curve(
+        {subject.name: subject.features for subject in subjects},
+        split,
+        counts=args.counts or None,
+        seeds=session.seeds,
+        supervised=from_scratch if subjects[0].encoder is not None else None,
+        keep=keep,
+        progress=lambda sentence: session.tell(f"  curve: {sentence}"),
+    )
+    text = f"{found.table()}\n{when_it_pays(found, source=subjects[0].name)}"
+    return Report(text, found.to_dict(), {"curve.png": found.draw()})
+
+
+def report_probe(session: "Session") -> Report:
+    """What can be read from each layer: colour, rotation, noise, edges (the paper's table 3)."""
+    split, subject = session.split(session.args.seed, every=True), session.subjects()[0]
+    if subject.encoder is None:
+        raise UserError("The protocol probe looks at the layers of a network, and pixels have none; give an encoder.")
+    encoder, train, test = subject.encoder, subject.fitted(split.train), subject.fitted(split.test)
+
+    def make(seed: int) -> dict[str, Any]:
+        return probe(
+            encoder, subject.head, train, test,
+            seed=seed, semantics=subject.preprocessing, progress=lambda text: session.tell(f"  probe: {text}"),
+        ).to_dict()  # fmt: skip
+
+    found = []
+    for seed in session.seeds:
+        key = {
+            "protocol": "probe", "identity": subject.identity, "seed": seed, "train": train.fingerprint,
+            "test": test.fingerprint, "head": subject.head is not None,
+        }  # fmt: skip
+        found.append(session.ledger.get(key, partial(make, seed)))
+    first = found[0]
+    lines = [
+        Row(layer, {task: [probes["table"][layer][task] for probes in found] for task in first["chance"]})
+        for layer in first["table"]
+    ]
+    lines.append(Row("chance", {task: [chance] for task, chance in first["chance"].items()}, baseline=True))
+    notes = [f"What an MLP reads from each layer, accuracy in %, {seeds_note(lines[:-1])}.", *first["notes"]]
+    return Report("\n".join([text_table(lines, corner="layer"), *notes]), {"seeds": found}, {})
+
+
+def report_label_free(session: "Session") -> Report:
+    """Geometry of the features, neighbours, worst-clustered images, and copies that make other figures a lie."""
+    seed, subjects = session.args.seed, session.subjects()
+    images, test = session.train, session.test
+    found: dict[str, LabelFree] = {}
+    for subject in subjects:
+        session.tell(f"  label-free: {subject.name}")
+        shown = subject.fitted(images)
+        views = None
+        if subject.encoder is not None:
+            views = view_features(subject.encoder, shown, semantics=subject.preprocessing, seed=seed)
+        found[subject.name] = label_free(
+            subject.features(images), shown, views=views, seed=seed, duplicates=subject is subjects[0],
+            test=None if test is None else subject.fitted(test),
+        )  # fmt: skip
+    first = found[subjects[0].name]
+    lines = [
+        Row(name, {
+            "alignment": [] if one.alignment is None else [one.alignment],
+            "uniformity": [one.uniformity],
+            "effective rank": [one.effective_rank],
+            "of": [one.num_features],
+            "silhouette": [one.silhouette],
+        }, baseline=name in BASELINES)
+        for name, one in found.items()
+    ]  # fmt: skip
+    copies = [one for one in (first.within, first.across) if one is not None]
+    text = "\n".join(
+        [
+            text_table(lines, corner="features", percent=False, digits=2),
+            f"Alignment: of two crops of {first.alignment_rows:,} images, lower is closer. Uniformity: of "
+            f"{first.uniformity_rows:,} images, lower is wider spread. Silhouette: of {first.num_clusters} clusters.",
+            *(one.sentence for one in copies),
+        ]
+    )
+    shown = subjects[0].fitted(images)
+    pictures = {
+        "neighbours.png": draw_neighbours(shown, first.neighbours),
+        "worst-clustered.png": draw_misfits(shown, first.misfits),
+    }
+    if first.within is not None and first.within.pairs:
+        pictures["copies-within.png"] = draw_copies(first.within, shown)
+    if first.across is not None and first.across.pairs and test is not None:
+        pictures["copies-across.png"] = draw_copies(first.across, shown, subjects[0].fitted(test))
+    return Report(text, {name: one.to_dict() for name, one in found.items()}, pictures)
+
+
+def report_transfer(session: "Session") -> Report:
+    """Several sets, each with its metric, in one table; and whether encoders differ by more than chance."""
+    args = session.args
+    grid = replace(
+        PAPER_GRID, steps=args.grid_steps, rates=args.grid_rates or PAPER_GRID.rates,
+        decays=args.grid_decays or PAPER_GRID.decays,
+    )  # fmt: skip
+    results = []
+    for seed in session.seeds:
+        subjects = session.subjects(seed)
+        if args.transfer_by == "linear":
+            measure: Measure = partial(linear_transfer, seed=seed, ledger=session.ledger)
+        else:
+            subjects = [subject for subject in subjects if subject.encoder is not None]
+            measure = partial(
+                finetune_transfer, grid=grid, seed=seed, folder=session.folder,
+                progress=lambda text: session.tell(f"  {text}"),
+            )  # fmt: skip
+        results += transfer(
+            subjects, session.sets(seed), measure, progress=lambda text: session.tell(f"  transfer: {text}")
+        )
+    metrics = dict.fromkeys(f"{one.data}: {one.metric}" for one in results)
+    lines = [Row(name, columns, baseline=name in BASELINES) for name, columns in rows(results).items()]
+    tests = [
+        f"{one.data}, seed {one.seed}: {one.first} - {one.second} = {100 * one.difference:+.1f} points, p = {one.p:.2g}"
+        for one in differences(results)
+    ]
+    text = [text_table(lines, corner="features"), f"In %, {seeds_note(lines)}. {'; '.join(metrics)}.", *tests]
+    return Report("\n".join(text), summary(results), {})
+
+
+REPORTS: dict[str, Callable[["Session"], Report]] = {
+    "transfer": report_transfer,
+    "probe": report_probe,
+    "curve": report_curve,
+    "label-free": report_label_free,
+}
+"""Protocol -> what makes its report."""
