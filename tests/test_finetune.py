@@ -183,6 +183,14 @@ def test_resume_is_exact(train, test, tmp_path, monkeypatch, changes):
     assert np.array_equal(finished.scores, undisturbed.scores)
 
 
+def test_a_signal_in_the_last_step_stops_what_would_follow(train, test, tmp_path, monkeypatch):
+    config = replace(CONFIG, least_steps=2)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        disturb(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        finetune(*network(), train, test, config, seed=0, run=tmp_path)
+    assert finetune(*network(), train, test, config, seed=0, run=tmp_path).steps == 2
+
+
 def test_a_run_leaves_a_network_that_names_classes(train, test, tmp_path):
     config = replace(CONFIG, head_layer=1)
     result = finetune(*network(), train, test, config, seed=0, run=tmp_path)
