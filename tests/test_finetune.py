@@ -29,8 +29,9 @@ from test_distributed import in_processes
 
 SHAPE = EncoderConfig("small", channels=1, size=8, width=0.5)
 CONFIG = replace(
-    FINETUNE_RECIPES["small"], epochs=0, least_steps=12, batch_size=32, flip=0.0, workers=0, save_every=4, log_every=3
-)
+    FINETUNE_RECIPES["small"], optimizer="adamw", lr=1e-3, epochs=0, least_steps=12, batch_size=32, flip=0.0,
+    workers=0, save_every=4, log_every=3,
+)  # fmt: skip
 
 
 def digits(split, spec):
