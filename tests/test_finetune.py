@@ -29,8 +29,9 @@ from test_distributed import in_processes
 
 SHAPE = EncoderConfig("small", channels=1, size=8, width=0.5)
 CONFIG = replace(
-    FINETUNE_RECIPES["small"], epochs=0, least_steps=12, batch_size=32, flip=0.0, workers=0, save_every=4, log_every=3
-)
+    FINETUNE_RECIPES["small"], optimizer="adamw", lr=1e-3, epochs=0, least_steps=12, batch_size=32, flip=0.0,
+    workers=0, save_every=4, log_every=3,
+)  # fmt: skip
 
 
 def digits(split, spec):
@@ -181,6 +182,14 @@ def test_resume_is_exact(train, test, tmp_path, monkeypatch, changes):
     assert RunFolder(tmp_path / "a").metrics.read_bytes() == RunFolder(tmp_path / "b").metrics.read_bytes()
     finished = finetune(encoder, head, train, test, replace(config, workers=1), seed=0, run=tmp_path / "b")
     assert np.array_equal(finished.scores, undisturbed.scores)
+
+
+def test_a_signal_in_the_last_step_stops_what_would_follow(train, test, tmp_path, monkeypatch):
+    config = replace(CONFIG, least_steps=2)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        disturb(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        finetune(*network(), train, test, config, seed=0, run=tmp_path)
+    assert finetune(*network(), train, test, config, seed=0, run=tmp_path).steps == 2
 
 
 def test_a_run_leaves_a_network_that_names_classes(train, test, tmp_path):

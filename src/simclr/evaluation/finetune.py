@@ -69,7 +69,7 @@ class Finetuned:
 
 
 class Stopped(Exception):
-    """A signal stopped the training; called again with the same run folder, it goes on.
+    """A signal asked to stop; called again with the same run folder, the training goes on.
 
     Attributes:
         signal: Its number.
@@ -130,14 +130,14 @@ def finetune(
                 task, folder, world,
                 start_step=start, workers=config.workers, log_every=config.log_every,
                 save_every=config.save_every if run is not None else task.total_steps,
-                keep=1, progress=_Told(progress, task.total_steps),
+                keep=2, progress=_Told(progress, task.total_steps),
             )  # fmt: skip
         except torch.OutOfMemoryError:
             raise UserError(
                 f"Training on {config.batch_size} images at a time does not fit the GPU's memory; give a smaller "
                 "--batch-size, or more processes."
             ) from None
-        if not outcome.finished:
+        if outcome.signal is not None:  # also in the last step: what follows must not begin
             raise Stopped(outcome)
     scores = outputs(
         network, test, len(labels), size=network.encoder.config.size, semantics=semantics, world=world

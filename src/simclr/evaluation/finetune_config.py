@@ -104,9 +104,7 @@ def _require(name: str, value: object, fine: bool, allowed: str) -> None:
 _V1 = FinetuneConfig()
 _V2 = FinetuneConfig(optimizer="lars", lr=0.005, lr_scaling="sqrt", batch_size=1024)
 _V2_WIDE = replace(_V2, lr=0.002)  # width above 1, selective kernels
-_SMALL = FinetuneConfig(
-    optimizer="adamw", lr=1e-3, lr_scaling="none", batch_size=64, epochs=10, least_steps=500, crop_min=0.3
-)
+_SMALL = FinetuneConfig(lr=0.03, lr_scaling="none", batch_size=64, epochs=10, least_steps=500, crop_min=0.3)
 
 FINETUNE_RECIPES: dict[str, FinetuneConfig] = {
     "v1-1%": replace(_V1, epochs=60),
@@ -121,8 +119,8 @@ FINETUNE_RECIPES: dict[str, FinetuneConfig] = {
     "linear": FinetuneConfig(tune_from="none", lr=0.1, epochs=90),
     "supervised": FinetuneConfig(lr=0.1, weight_decay=1e-4, epochs=90),
     "small": _SMALL,
-    "small-linear": replace(_SMALL, tune_from="none", optimizer="sgd", lr=0.1),
-    "small-supervised": _SMALL,
+    "small-linear": replace(_SMALL, tune_from="none", lr=0.1),
+    "small-supervised": replace(_SMALL, lr=0.1, weight_decay=1e-4, least_steps=1000),
 }
 """`FINETUNE_RECIPES["v2-1%"]`, and `dataclasses.replace` for what is to differ."""
 
