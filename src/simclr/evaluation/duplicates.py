@@ -86,14 +86,13 @@ class Duplicates:
         """What to say aloud."""
         found = self.num_identical + self.num_near
         if self.searched == self.asked:
-            what = f"{self.searched}: {found:,} of {self.num_asked:,} images are copies of another one"
+            what = f"{found:,} of {self.num_asked:,} images of {self.asked} are copies of others of them, or nearly"
         else:
-            what = f"{found:,} of {self.num_asked:,} images of {self.asked} are copies of images of {self.searched}"
+            what = f"{found:,} of {self.num_asked:,} images of {self.asked} are in {self.searched} too, or nearly"
         if not found:
             return f"{what}."
-        kinds = f"{self.num_identical:,} with identical pixels, {self.num_near:,} nearly so"
-        advice = "" if self.searched == self.asked else "; accuracy on them is memory, so leave them out"
-        return f"{what} ({kinds}){advice}."
+        advice = "look at them" if self.searched == self.asked else "look at them: accuracy on a copy is memory"
+        return f"{what} ({self.num_identical:,} identical, {self.num_near:,} near); {advice}."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -255,7 +254,7 @@ def _overlay(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         first, second: (P, C, S, S) floats in [0, 1].
     """
     warp = _register(_smooth(_gray(first), SMOOTHING), _smooth(_gray(second), SMOOTHING))
-    x, y = _warped(warp)
+    x, y = _warped(warp, _positions())
     moved = F.grid_sample(first, torch.stack([x, y], 3), mode="bicubic", padding_mode="border", align_corners=False)
     inside = _inside(x, y)[:, None]  # (P, 1, S, S)
 
@@ -273,30 +272,34 @@ def _overlay(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _register(first: Tensor, second: Tensor) -> Tensor:
-    """Shift and stretch (P, 4) that bring the first over the second, (P, S, S) each, up to gain and offset."""
-    line = _positions()
+    """Shift and stretch (P, 4) that bring the first over the second, (P, S, S) each, up to gain and offset.
+
+    Both are smooth, so every other pixel along each side is enough.
+    """
+    down, right = torch.gradient(first, spacing=2 / SIDE, dim=(1, 2))
+    layers = torch.stack([first, right, down], 1)  # (P, 3, S, S)
+    line, target = _positions()[::2], second[:, ::2, ::2]
     warp = torch.zeros(len(first), 4)  # shift right and down, stretch right and down; the side is 2
     for _ in range(STEPS):
-        x, y = _warped(warp)
-        grid = torch.stack([x, y], 3)
-        moved = F.grid_sample(first[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
+        x, y = _warped(warp, line)
+        sampled = F.grid_sample(layers, torch.stack([x, y], 3), padding_mode="border", align_corners=False)
+        moved, right, down = sampled.unbind(1)  # (P, S / 2, S / 2) each
         inside = _inside(x, y)
-        down, right = torch.gradient(moved, spacing=2 / SIDE, dim=(1, 2))
-        terms = (moved, torch.ones_like(moved), right, down, right * line, down * line[:, None])
-        columns = torch.stack([(term * inside).flatten(1) for term in terms], 2)  # (P, S * S, 6)
-        normal = columns.mT @ columns  # (P, 6, 6)
+        terms = (moved, torch.ones_like(moved), right, down, right * line, down * line[:, None], target)
+        columns = torch.stack([(term * inside).flatten(1) for term in terms], 1)  # (P, 7, S * S / 4)
+        products = columns @ columns.mT  # (P, 7, 7): normal equations, and their right-hand side
+        normal = products[:, :6, :6]
         ridge = torch.diag_embed(1e-4 * normal.diagonal(dim1=1, dim2=2) + 1e-6)  # an image may be plain along a side
-        target = columns.mT @ (second * inside).flatten(1)[..., None]
-        solution = torch.linalg.solve(normal + ridge, target)[..., 0]  # (P, 6)
+        solution = torch.linalg.solve(normal + ridge, products[:, :6, 6])  # (P, 6)
         warp = (warp + solution[:, 2:] / solution[:, :1].clamp_min(0.2)).clamp(-LARGEST_WARP, LARGEST_WARP)
     return warp
 
 
-def _warped(warp: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each pixel of the second lies in the first: x and y in [-1, 1], (P, S, S) each."""
-    line = _positions().expand(SIDE, SIDE)
+def _warped(warp: Tensor, line: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the pixels at `line` along both sides of the second lie in the first: x and y in [-1, 1]."""
+    grid = line.expand(len(line), -1)
     right, down, wider, higher = (column[:, None, None] for column in warp.unbind(1))
-    return line * (1 + wider) + right, line.T * (1 + higher) + down
+    return grid * (1 + wider) + right, grid.T * (1 + higher) + down
 
 
 def _inside(x: Tensor, y: Tensor) -> Tensor:
