@@ -4,12 +4,12 @@
     python benchmarks/evaluation.py --rows 2000 --queries 500 --width 64 --path-rows 500     # in seconds
 
 Features are made up: classes in 64 dimensions, mixed into `--width` directions of falling variance, then ReLU. Both
-sides get them as float32. Each round times ours and scikit-learn's once, one after the other, and the ratio is taken within
-the round; the results are compared too.
+sides get them as float32. Each round times ours and scikit-learn's once, one after the other, and the ratio is taken
+within the round; the results are compared too.
 
 kNN: KNeighborsClassifier(n_neighbors=20, metric="cosine", algorithm="brute") with the same weights for the comparison,
-on up to 1,000 queries, and equal ones, its fastest, for the time. Path: one LogisticRegression per strength, from scratch, max_iter=1000, with
-its own tolerance (no component of the gradient above 1e-4; ours: its norm at most 1e-5).
+on up to 1,000 queries, and equal ones, its fastest, for the time. Path: one LogisticRegression per strength, from
+scratch, max_iter=1000, with its own tolerance (no component of the gradient above 1e-4; ours: its norm at most 1e-5).
 
 The floor of kNN is 2 x queries x rows x width operations, in one matrix product.
 """

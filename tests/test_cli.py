@@ -105,6 +105,38 @@ def test_a_folder_from_pretraining_to_features(simclr, folder, tmp_path):
     assert code == 0 and picture_width(tmp_path / "views.png") > 300
 
 
+def test_every_protocol_and_a_second_call(simclr, folder, tmp_path):
+    """On twelve labelled pictures of two classes, with three steps of training on labels."""
+    out = tmp_path / "run"
+    code, _, _ = simclr(
+        "pretrain", folder, "--out", out, "--recipe", "cpu", "--size", 16, "--epochs", 1, "--batch-size", 10, "--width", 0.5,
+        "--flip", 0,
+    )  # fmt: skip
+    assert code == 0
+    command = [
+        "evaluate", out, folder, "--protocol", "knn,linear,logistic,finetune,supervised,curve,probe,label-free,transfer",
+        "--seeds", 2, "--compare", "pixels", "--counts", 2, 5, "--finetune.least-steps", 3, "--finetune.epochs", 0,
+        "--finetune.batch-size", 8, "--json", tmp_path / "all.json", "--cache", tmp_path / "cache",
+    ]  # fmt: skip
+    code, table, said = simclr(*command)
+    assert code == 0, said
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert set(found["encoder"]) == {"knn", "linear", "logistic", "finetune"}
+    assert set(found["pixels"]) == {"knn", "linear", "logistic"} and set(found["supervised"]) == {"supervised"}
+    assert {(one["protocol"], one["seed"]) for one in found["results"]} >= {("finetune", 0), ("finetune", 1)}
+    assert set(found["reports"]) == {"curve", "probe", "label-free", "transfer"}
+    assert "±" in table
+    assert "supervised" in table and "effective rank" in table and "p = " in table and "ahead" in table
+    for picture in ("curve", "neighbours", "worst-clustered"):
+        assert picture_width(out / "evaluation" / f"{picture}.png") > 200
+    assert list((tmp_path / "cache").glob("*.npy"))
+
+    lines = (out / "evaluation" / "results.jsonl").read_text()
+    code, again, said = simclr(*command)
+    assert code == 0 and again == table and "results were in" in said
+    assert (out / "evaluation" / "results.jsonl").read_text() == lines
+
+
 def test_recipes_are_printed_complete(simclr):
     code, out, _ = simclr("recipes")
     assert code == 0 and all(word in out for word in ("digits:", "cpu:", "imagenet-v1:", "temperature=0.1", "cost"))
@@ -132,6 +164,13 @@ def test_recipes_are_printed_complete(simclr):
         (["evaluate", "/no/such/run", "digits"], "holds no encoder"),
         (["embed", "/no/such/run", "digits", "--out", "x.npz"], "holds no encoder"),
         (["evaluate", "RUN", "digits", "--labels", "half"], "'half'"),
+        (["evaluate", "RUN", "digits", "--protocol", "knn,liner"], "--protocol was 'knn,liner'.*logistic"),
+        (["evaluate", "RUN", "digits", "fashion-mnist"], "2 data sets were given.*--protocol transfer"),
+        (["evaluate", "RUN", "digits", "--seeds", "0"], "--seeds 0"),
+        (["evaluate", "RUN", "digits", "--finetune-recipe", "v9"], "no fine-tuning recipe 'v9'.*v1-1%"),
+        (["evaluate", "torchvision/alexnt", "digits"], "did you mean torchvision/alexnet"),
+        (["evaluate", "pixels", "digits", "--protocol", "probe", "--compare"], "pixels have none"),
+        (["evaluate", "RUN", "flowers102:/no/such", "--protocol", "transfer"], "/no/such"),
         (["evaluate", "RUN", "PHOTOS"], "expects 1-channel images"),
         (["evaluate", "RUN", "digits", "--json", "/proc/none/x.json"], "/proc/none/x.json cannot be written"),
         (["pretrain", "digits", "--out", "RUN"], "already holds a run.*simclr resume"),
