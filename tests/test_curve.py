@@ -32,7 +32,7 @@ def images_of(sizes: list[int], seed: int, labels: np.ndarray | None = None) -> 
 
 @pytest.fixture(scope="module")
 def split() -> Split:
-    return Split(images_of([12, 9, 15], seed=0), images_of([20, 20, 20], seed=1), "")
+    return Split(images_of([12, 9, 15], seed=0), images_of([20, 20, 20], seed=1), "", 36)
 
 
 def flat(images: Images) -> np.ndarray:
@@ -116,27 +116,32 @@ def test_what_is_done_is_not_done_again(split):
         calls.append("classify")
         return nearest_mean(*arrays, seed=seed)
 
-    def run(done, on_result=lambda key, value: None):
+    def run(done):
+        def keep(key, make):
+            recorded[key] = done[key] if key in done else make()
+            return recorded[key]
+
         calls.clear()
+        recorded.clear()
         return labels_curve(
             {"pixels": counted},
             split,
             counts=[1, 5, "all"],
             seeds=(0, 1),
             classify=classify,
-            done=done,
-            on_result=on_result,
+            keep=keep,
         )
 
     recorded = {}
-    whole = run(None, recorded.__setitem__)
+    whole = run({})
     assert (calls.count("features"), calls.count("classify")) == (2, 6)
     assert recorded == whole.results
-    assert run(recorded).results == whole.results and not calls
-    missing = {key: value for key, value in recorded.items() if key != ("pixels", 5, 1)}
+    before = dict(recorded)
+    assert run(before).results == whole.results and not calls
+    missing = {key: value for key, value in before.items() if key != ("pixels", 5, 1)}
     assert run(missing).results == whole.results
     assert (calls.count("features"), calls.count("classify")) == (2, 1)
-    assert run({**recorded, ("pixels", 5, 1): 0.123}).results["pixels", 5, 1] == 0.123
+    assert run({**before, ("pixels", 5, 1): 0.123}).results["pixels", 5, 1] == 0.123
 
 
 def test_poisoned_test_labels_change_only_the_figures(split):
@@ -163,7 +168,7 @@ def test_images_without_a_label_are_never_used(split):
 def test_counts_end_at_the_smallest_class():
     def counts_of(sizes, asked=None):
         said = []
-        data = Split(images_of(sizes, seed=0), images_of([1] * len(sizes), seed=1), "")
+        data = Split(images_of(sizes, seed=0), images_of([1] * len(sizes), seed=1), "", sum(sizes))
         curve = labels_curve({"pixels": flat}, data, counts=asked, seeds=(0,), classify=zeros, progress=said.append)
         return curve, said
 
@@ -185,7 +190,7 @@ def test_counts_end_at_the_smallest_class():
 
 
 def test_one_class_is_refused():
-    data = Split(images_of([5], seed=0), images_of([5], seed=1), "")
+    data = Split(images_of([5], seed=0), images_of([5], seed=1), "", 5)
     with pytest.raises(UserError, match="shades has 1 of the two or more classes"):
         labels_curve({"pixels": flat}, data, seeds=(0,), classify=nearest_mean)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,9 +13,12 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr import UserError
+from simclr.data.images import array_images
 from simclr.distributed import World, start, stop
+from simclr.features import extract
 from simclr.losses import contrastive_accuracy_and_entropy, nt_xent, nt_xent_dense
 from simclr.losses.streamed import others_logsumexp
+from simclr.models import EncoderConfig, build_encoder
 
 NUM_IMAGES = 24
 
@@ -53,6 +57,20 @@ def test_a_missing_gpu_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"needs GPU 3, but torch sees 1"):
         start("cuda:3")
+
+
+def check_features(world: World) -> None:
+    """Batches of 7 and a rest in turn, two rounds: the rows of one process, to the last bit, in every process."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
+    images = array_images(pixels, None, name="noise", split="all", has_own_split=False, classes=None, channels="auto")
+    encoder = build_encoder(EncoderConfig("small", channels=1, size=8, width=0.5), seed=5)
+    alone, told = extract(encoder, images, batch_size=7), []
+    shared = extract(encoder, images, batch_size=7, world=world, progress=lambda done, _: told.append(done))
+    assert np.array_equal(shared, alone) and told == [14, 24]
+
+
+def test_features_are_those_of_a_single_process(tmp_path):
+    in_processes(2, tmp_path, check_features)
 
 
 @pytest.mark.parametrize("size", [2, 4])

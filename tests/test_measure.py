@@ -1,25 +1,22 @@
 """The table of an evaluation: what makes sense for whom, what is remembered, and that no test label leaks."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from simclr.data.source import open_data
-from simclr.distributed import World, start, stop
+from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.finetune_config import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
+from simclr.evaluation.ledger import Ledger
 from simclr.evaluation.measure import Settings, measure
-from simclr.evaluation.records import Records
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import Subject, open_subject
-from simclr.features import extract
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
@@ -58,11 +55,11 @@ def subjects(*names: str, cache: FeatureCache | None = None) -> list[Subject]:
     ]
 
 
-def run(split: Split, opened: list[Subject], protocols=PROTOCOLS, *, records=None, folder=None, settings=QUICK):
+def run(split: Split, opened: list[Subject], protocols=PROTOCOLS, *, ledger=None, folder=None, settings=QUICK):
     return list(
         measure(
             protocols, [0], subjects_of=lambda _: opened, split_of=lambda _: split, settings=settings,
-            records=records or Records(None), folder=folder, world=World(), say=lambda _: None,
+            ledger=ledger or Ledger(None), folder=folder, world=World(), say=lambda _: None,
         )
     )  # fmt: skip
 
@@ -84,15 +81,15 @@ def test_who_is_measured_how(digits, folder):
 
 def test_nothing_is_measured_twice(digits, folder, tmp_path):
     place = tmp_path / "results.jsonl"
-    first = run(digits, subjects(folder, "pixels"), records=Records(place), folder=tmp_path)
+    first = run(digits, subjects(folder, "pixels"), ledger=Ledger(place), folder=tmp_path)
     assert len(place.read_text().splitlines()) == len(first)
     with open(place, "a") as file:
         file.write('{"key": {"protocol": "kn')  # a kill in the middle of a line
-    again = Records(place)
-    assert run(digits, subjects(folder, "pixels"), records=again, folder=tmp_path) == first
+    again = Ledger(place)
+    assert run(digits, subjects(folder, "pixels"), ledger=again, folder=tmp_path) == first
     assert again.reused == len(first)
     other_labels = replace(digits, train=digits.train.subset(np.arange(0, len(digits.train), 2)))
-    run(other_labels, subjects("pixels"), ("knn",), records=again)
+    run(other_labels, subjects("pixels"), ("knn",), ledger=again)
     assert again.reused == len(first)
     assert [json.loads(line)["key"]["protocol"] for line in place.read_text().splitlines()[-1:]] == ["knn"]
 
@@ -138,23 +135,6 @@ def test_features_that_are_not_numbers_are_refused(digits):
         next(random.encoder.parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="random features contain NaN"):
         random.features(digits.test)
-
-
-def test_several_processes_give_the_rows_of_one(digits, tmp_path):
-    images = digits.test.subset(np.arange(45))  # batches of 7 and a rest, three rounds of two processes
-    alone = extract(build_encoder(SHAPE, seed=5), images, batch_size=7)
-    np.save(tmp_path / "alone.npy", alone)
-    spawn(extract_in_process, args=(str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        assert np.array_equal(np.load(tmp_path / f"{rank}.npy"), alone)
-
-
-def extract_in_process(rank: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    world = start("cpu", init_method=f"file://{folder}/store")
-    images = open_data("digits", split="test").subset(np.arange(45))
-    np.save(f"{folder}/{rank}.npy", extract(build_encoder(SHAPE, seed=5), images, batch_size=7, world=world))
-    stop()
 
 
 def test_a_class_that_nothing_teaches_is_named():

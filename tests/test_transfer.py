@@ -47,7 +47,7 @@ class Standin:
     calls: int = 0
 
     @property
-    def digest(self) -> str:
+    def identity(self) -> str:
         return f"{self.name} {self.noise}"
 
     def features(self, images):

@@ -15,8 +15,8 @@ from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache, cache_of
 from simclr.evaluation.finetune import Stopped
 from simclr.evaluation.finetune_config import FinetuneConfig, find_finetune_recipe
+from simclr.evaluation.ledger import Ledger
 from simclr.evaluation.measure import SUPERVISED, TITLES, Measurement, Protocol, Settings, measure
-from simclr.evaluation.records import Records
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import FOREIGN_SIZE, PIXELS, RANDOM, Subject, open_subject
 from simclr.evaluation.table import Row, mean_and_spread, seeds_note, text_table
@@ -78,7 +78,7 @@ class Session:
     """The encoder that is judged, or its shape."""
     preprocessing: Semantics
     cache: FeatureCache
-    records: Records
+    ledger: Ledger
     world: World
 
     @classmethod
@@ -95,10 +95,10 @@ class Session:
         if test is None:
             _warn_if_seen(run, train, world)
         folder = _folder(args)
-        records = Records(folder / "results.jsonl" if folder else None, main=world.is_main)
+        ledger = Ledger(folder / "results.jsonl" if folder else None, world)
         return cls(
             args=args, train=train, test=test, like=like, preprocessing=preprocessing, cache=cache_of(args.cache),
-            records=records, world=world,
+            ledger=ledger, world=world,
         )  # fmt: skip
 
     @property
@@ -136,11 +136,11 @@ class Session:
         measured = list(
             measure(
                 protocols, self.seeds, subjects_of=self.subjects, split_of=split_of, settings=settings,
-                records=self.records, folder=_folder(self.args), world=self.world, say=tell,
+                ledger=self.ledger, folder=_folder(self.args), world=self.world, say=tell,
             )
         )  # fmt: skip
-        if self.records.reused:
-            tell(f"{self.records.reused} results were in {self.records.path} already; without it, all are measured.")
+        if self.ledger.reused:
+            tell(f"{self.ledger.reused} results were in {self.ledger.file} already; without it, all are measured.")
         return measured
 
 

@@ -9,7 +9,7 @@ labels is most of the uncertainty.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -145,8 +145,7 @@ def labels_curve(
     seeds: Sequence[int],
     classify: Callable[..., np.ndarray] | None = None,
     supervised: Callable[[Images, Images, int], float] | None = None,
-    done: Mapping[Key, float] | None = None,
-    on_result: Callable[[Key, float], None] = lambda key, accuracy: None,
+    keep: Callable[[Key, Callable[[], float]], float] = lambda _key, make: make(),
     progress: Callable[[str], None] = lambda sentence: None,
 ) -> Curve:
     """Accuracy over labels a class, for several sources of features and for training from scratch.
@@ -162,15 +161,15 @@ def labels_curve(
         classify: (train (n, F), labels (n,), test (m, F), seed=seed) -> (m,) predicted labels; None: the exact optimum
             of the linear probe (`optimum_probe`), whose strength is chosen among the few labels too.
         supervised: (training images, test images, seed) -> accuracy of the network trained on those alone.
-        done: Results that exist; they are taken over, and a source that has all of them is not asked for features.
-        on_result: Told each new result as it comes, for whoever wants to resume.
+        keep: Given a result's key and what measures it; whoever wants to resume answers from what is there already. A
+            source of which nothing is measured is not asked for features.
         progress: Told what is being done.
 
     Raises:
         UserError: Fewer than two classes, or no count that the smallest class has.
     """
     assert split.train.labels is not None and split.test.labels is not None and SUPERVISED not in sources
-    labels, done = split.train.labels, done or {}
+    labels = split.train.labels
     sizes = np.unique(labels[labels >= 0], return_counts=True)[1]  # (K,)
     if len(sizes) < 2:
         raise UserError(
@@ -182,16 +181,15 @@ def labels_curve(
         progress(note)
     results: dict[Key, float] = {}
 
+    def measured(source: str, count: Count, seed: int, accuracy_of: Callable[[np.ndarray, int], float]) -> float:
+        progress(f"{source}, {_name(count)} labels a class, seed {seed}")
+        return accuracy_of(_chosen(labels, count, seed), seed)
+
     def measure(source: str, accuracy_of: Callable[[np.ndarray, int], float]) -> None:
         for seed in seeds:
             for count in counts:
                 key = (source, count, seed)
-                if key in done:
-                    results[key] = done[key]
-                    continue
-                progress(f"{source}, {_name(count)} labels a class, seed {seed}")
-                results[key] = accuracy_of(_chosen(labels, count, seed), seed)
-                on_result(key, results[key])
+                results[key] = keep(key, partial(measured, source, count, seed, accuracy_of))
 
     for source, features_of in sources.items():
         measure(source, _on_features(features_of, split, classify or _optimum))

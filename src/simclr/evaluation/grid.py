@@ -20,7 +20,8 @@ from simclr.errors import Diverged, UserError
 from simclr.evaluation.finetune import finetune, supervised
 from simclr.evaluation.finetune_config import FinetuneConfig
 from simclr.evaluation.ledger import Ledger, name_of
-from simclr.evaluation.transfer import Subject, Transferred, data_identity, identity, judge, shown
+from simclr.evaluation.subjects import Subject
+from simclr.evaluation.transfer import Transferred, data_identity, judge, shown
 
 
 class Cell(NamedTuple):
@@ -174,7 +175,7 @@ def settings(cell: Cell, grid: Grid, num_images: int) -> FinetuneConfig:
 def _begins(subject: Subject, grid: Grid) -> str:
     """Where training begins: from scratch, all subjects of one shape begin alike."""
     assert subject.encoder is not None
-    return f"{subject.encoder.config} {subject.preprocessing}" if grid.from_scratch else identity(subject)
+    return f"{subject.encoder.config} {subject.preprocessing}" if grid.from_scratch else subject.identity
 
 
 def _train(

@@ -30,14 +30,18 @@ class Ledger:
 
     def __init__(self, file: Path | None, world: World | None = None) -> None:
         self.file = file
+        self.reused = 0
+        """Calls of `get` that were answered from the file."""
         self._world = World() if world is None else world
         self._known: dict[str, Entry] = {}
         if file is not None:
             self._known = self._world.broadcast(_read(file) if self._world.is_main else {})
+        self._old = frozenset(self._known)
 
     def get(self, key: Entry, make: Callable[[], Entry]) -> Entry:
         """What is noted under `key`, else what `make` gives, which is noted before it is returned."""
         name = name_of(key)
+        self.reused += name in self._old
         if name not in self._known:
             value = make()
             if self._world.is_main and self.file is not None:

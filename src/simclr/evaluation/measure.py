@@ -6,12 +6,12 @@
     finetune    the network (or what comes after a block) trained on the labels
     supervised  the same network from scratch on the same labels
 
-Each result is kept as soon as it is there (records.py), under everything that it depends on.
+Each result is kept as soon as it is there (ledger.py), under everything that it depends on.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +23,10 @@ from simclr.distributed import World
 from simclr.evaluation.finetune import finetune, supervised
 from simclr.evaluation.finetune_config import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
 from simclr.evaluation.knn import KNN_TEMPERATURE, knn_votes
+from simclr.evaluation.ledger import Ledger, name_of
 from simclr.evaluation.linear import how_to_probe, linear
 from simclr.evaluation.logistic import logistic_probe, optimum_probe
 from simclr.evaluation.metrics import mean_per_class, top_k
-from simclr.evaluation.records import Records
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import RANDOM, Subject
 
@@ -75,12 +75,12 @@ def measure(
     subjects_of: Callable[[int], list[Subject]],
     split_of: Callable[[int], Split],
     settings: Settings,
-    records: Records,
+    ledger: Ledger,
     folder: Path | None,
     world: World,
     say: Callable[[str], None],
 ) -> Iterator[Measurement]:
-    """Every protocol on every subject that it makes sense for, seed by seed; what `records` holds is not done again.
+    """Every protocol on every subject that it makes sense for, seed by seed; what the ledger holds is not done again.
 
     Args:
         subjects_of: The subjects of a seed, the one to be judged first: its network's shape is the supervised one's.
@@ -94,23 +94,39 @@ def measure(
     """
     for seed in seeds:
         split, subjects = split_of(seed), subjects_of(seed)
+        one = partial(
+            _measure, split=split, seed=seed, settings=settings, ledger=ledger, folder=folder, world=world, say=say
+        )
         for subject in subjects:
             for protocol in protocols:
-                if not _makes_sense(protocol, subject, subjects[0]):
-                    continue
-                name = SUPERVISED if protocol == SUPERVISED else subject.name
-                config = _training(protocol, subject, split, settings)
-                key = _key(protocol, subject, split, seed, settings, config)
-                found: dict[str, Any] | None = records.get(key)
-                if found is None:
-                    say(f"  {name}: {protocol}, seed {seed}")
-                    place = _place(folder, key)
-                    figures, how = _run(protocol, subject, split, seed, settings, config, place, world)
-                    found = {"figures": figures, "how": how}
-                    records.add(key, found)
-                yield Measurement(
-                    subject=name, protocol=protocol, seed=seed, figures=found["figures"], how=found["how"]
-                )
+                if _makes_sense(protocol, subject, subjects[0]):
+                    yield one(protocol, subject)
+
+
+def _measure(
+    protocol: Protocol,
+    subject: Subject,
+    *,
+    split: Split,
+    seed: int,
+    settings: Settings,
+    ledger: Ledger,
+    folder: Path | None,
+    world: World,
+    say: Callable[[str], None],
+) -> Measurement:
+    """From the ledger, or measured now."""
+    name = SUPERVISED if protocol == SUPERVISED else subject.name
+    config = _training(protocol, subject, split, settings)
+    key = _key(protocol, subject, split, seed, settings, config)
+
+    def run() -> dict[str, Any]:
+        say(f"  {name}: {protocol}, seed {seed}")
+        place = folder / f"{protocol}-seed{seed}-{name_of(key)[:12]}" if folder else None
+        figures, how = _run(protocol, subject, split, seed, settings, config, place, world)
+        return {"figures": figures, "how": how}
+
+    return Measurement(subject=name, protocol=protocol, seed=seed, **ledger.get(key, run))
 
 
 def _makes_sense(protocol: Protocol, subject: Subject, first: Subject) -> bool:
@@ -223,10 +239,3 @@ def _key(
         "training": plain,
         "version": __version__,
     }
-
-
-def _place(folder: Path | None, key: dict[str, Any]) -> Path | None:
-    if folder is None:
-        return None
-    digest = sha256(repr(sorted(key.items())).encode()).hexdigest()[:12]
-    return folder / f"{key['protocol']}-seed{key['seed']}-{digest}"

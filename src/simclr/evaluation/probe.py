@@ -26,6 +26,7 @@ from simclr.data.images import Images
 from simclr.data.splits import split_indices
 from simclr.errors import UserError
 from simclr.features import inference, require_channels
+from simclr.models.config import TIMM
 from simclr.models.encoder import Encoder
 from simclr.models.heads import ProjectionHead
 from simclr.models.init import seeded
@@ -238,7 +239,7 @@ def _stages(encoder: Encoder) -> dict[str, tuple[nn.Module, int | None]]:
     if isinstance(backbone, ResNet):
         groups = {f"group{k}": (group, None) for k, group in enumerate(backbone.groups, 1)}
         return {"stem": (backbone.stem, None), **groups}
-    if encoder.config.is_timm:
+    if encoder.config.name.startswith(TIMM):
         described: Any = getattr(backbone, "feature_info", [])  # dictionaries, or timm's object that holds them
         stages = getattr(described, "info", described)
         return {f"stage{k}": (backbone.get_submodule(s["module"]), s["num_chs"]) for k, s in enumerate(stages)}

@@ -10,44 +10,19 @@ Shapes: m test images, K classes. Every figure is a share in [0, 1].
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from simclr.augment.policy import Semantics
 from simclr.data.images import Images
 from simclr.data.presets import Metric, TransferSet
-from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.ledger import Ledger
 from simclr.evaluation.logistic import L2_PATH, logistic_probe
 from simclr.evaluation.metrics import accuracy, mean_average_precision_11, mean_per_class, permutation_test
-from simclr.models.encoder import Encoder
-from simclr.models.heads import ProjectionHead
+from simclr.evaluation.subjects import Subject
 
 PERMUTATIONS = 100_000
-
-
-class Subject(Protocol):
-    """What is asked of a `simclr.evaluation.subjects.Subject`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def encoder(self) -> Encoder | None: ...
-    @property
-    def head(self) -> ProjectionHead | None: ...
-    @property
-    def preprocessing(self) -> Semantics: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def world(self) -> World: ...
-    @property
-    def digest(self) -> str: ...
-    def features(self, images: Images) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +110,7 @@ def linear_transfer(
         }
 
     key = {
-        "protocol": "linear transfer", "subject": identity(subject), "data": data_identity(data), "seed": seed,
+        "protocol": "linear transfer", "subject": subject.identity, "data": data_identity(data), "seed": seed,
         "strengths": list(strengths), "test": data.test.fingerprint,
     }  # fmt: skip
     found = (ledger or Ledger(None)).get(key, measure)
@@ -238,12 +213,6 @@ def shown(images: Images) -> np.ndarray:
     found = images.labels if images.targets is None else images.targets
     assert found is not None
     return found
-
-
-def identity(subject: Subject) -> str:
-    """What its features depend on, besides the images."""
-    weights = f"pixels {subject.size}" if subject.encoder is None else subject.digest
-    return f"{weights} {subject.channels} {subject.preprocessing}"
 
 
 def data_identity(data: TransferSet) -> list[str | None]:
