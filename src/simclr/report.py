@@ -16,14 +16,18 @@ from simclr.augment.views import make_views
 from simclr.data.images import Images
 from simclr.evaluation.curve_picture import COLOURS
 from simclr.evaluation.duplicates import Duplicates
-from simclr.evaluation.label_free import Misfit, Neighbours
+from simclr.evaluation.label_free import Misfit, Neighbours, nearest_neighbours
 from simclr.evaluation.measure import TITLES
 from simclr.evaluation.split import Split
 
 MAP_ROWS = 2000  # points on the map of features
-NEIGHBOUR_ROWS, NEIGHBOURS = 6, 7
-CHECK = "#588157"
 PAIRS = 24  # of copies in a picture
+CHECK = "#588157"
+
+Cell = tuple[Any, str]
+"""Which image, and the word above it."""
+Pixels = Callable[[Any], np.ndarray]
+"""Its pixels, (H, W, C)."""
 
 
 def draw_views(images: Images, policy: Policy, *, rows: int, columns: int, seed: int) -> bytes:
@@ -58,7 +62,9 @@ def draw_evaluation(
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.3))
     _draw_accuracies(figure.add_subplot(grid[0, 0]), results)
     _draw_curve(figure.add_subplot(grid[1, 0]), metrics)
-    _draw_neighbours(figure.add_subfigure(grid[0, 1]), split.test, features)
+    neighbours = figure.add_subfigure(grid[0, 1])
+    _fill(neighbours, *_in_rows(split.test, nearest_neighbours(features, split.test)))
+    neighbours.suptitle("test images and their nearest neighbours, with their cosine", fontsize=9)
     _draw_map(figure.add_subplot(grid[1, 1]), split.test, features)
     figure.suptitle(f"{split.test.name}: {split.how}", fontsize=10)
     return _png(figure)
@@ -66,8 +72,7 @@ def draw_evaluation(
 
 def draw_neighbours(images: Images, found: list[Neighbours]) -> bytes:
     """Each row: an image, then those nearest to it by their features, with the cosine above."""
-    shown = [[(n.query_row, "query"), *zip(n.nearest_rows, map("{:.2f}".format, n.cosine), strict=True)] for n in found]
-    return _draw_images(f"{images.name}: nearest neighbours, by cosine", shown, lambda row: images.batch([row])[0])
+    return _draw_images(f"{images.name}: nearest neighbours, by cosine", *_in_rows(images, found))
 
 
 def draw_copies(copies: Duplicates, images: Images, test: Images | None = None) -> bytes:
@@ -95,19 +100,29 @@ def draw_misfits(images: Images, misfits: list[Misfit]) -> bytes:
     )
 
 
-def _draw_images(title: str, shown: list[list[tuple[Any, str]]], pixels: Callable[[Any], np.ndarray]) -> bytes:
+def _in_rows(images: Images, found: list[Neighbours]) -> tuple[list[list[Cell]], Pixels]:
+    rows = [[(n.query_row, "query"), *zip(n.nearest_rows, map("{:.2f}".format, n.cosine), strict=True)] for n in found]
+    return rows, lambda row: images.batch([row])[0]
+
+
+def _draw_images(title: str, shown: list[list[Cell]], pixels: Pixels) -> bytes:
+    columns, rows = max((len(row) for row in shown), default=1), max(len(shown), 1)
+    figure = Figure(figsize=(1.1 * max(columns, 6), 1.25 * rows + 0.5), layout="constrained")
+    _fill(figure, shown, pixels)
+    figure.suptitle("\n".join(textwrap.wrap(title, 90)), fontsize=9)
+    return _png(figure)
+
+
+def _fill(figure: Any, shown: list[list[Cell]], pixels: Pixels) -> None:
     """Rows of images, each with a word above it."""
-    columns = max((len(row) for row in shown), default=1)
-    figure = Figure(figsize=(1.1 * max(columns, 6), 1.25 * max(len(shown), 1) + 0.5), layout="constrained")
-    axes = figure.subplots(max(len(shown), 1), columns, squeeze=False)
+    columns, rows = max((len(row) for row in shown), default=1), max(len(shown), 1)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for place in axes.flat:
         place.set_axis_off()
     for row, cells in enumerate(shown):
         for column, (cell, word) in enumerate(cells):
             _show(axes[row, column], pixels(cell))
             axes[row, column].set_title(word, fontsize=7)
-    figure.suptitle("\n".join(textwrap.wrap(title, 90)), fontsize=9)
-    return _png(figure)
 
 
 def _draw_accuracies(axes: Axes, results: dict[str, dict[str, float]]) -> None:
@@ -139,23 +154,6 @@ def _draw_curve(axes: Axes, metrics: list[dict[str, Any]]) -> None:
         right.plot(*zip(*checks, strict=True), "x-", color=CHECK, markersize=4)
         right.set_ylabel("kNN within the training images, %", color=CHECK)
         right.set_ylim(0, 100)
-
-
-def _draw_neighbours(figure: Any, images: Images, features: np.ndarray) -> None:
-    """Each row: a test image, then the test images nearest to it."""
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
-    queries = np.linspace(0, len(images) - 1, min(NEIGHBOUR_ROWS, len(images))).round().astype(int)
-    similar = unit[queries] @ unit.T  # (rows, m)
-    similar[np.arange(len(queries)), queries] = np.inf  # the image itself first
-    nearest = np.argsort(-similar, axis=1)[:, : NEIGHBOURS + 1]
-    axes = figure.subplots(len(queries), NEIGHBOURS + 1, squeeze=False)
-    for row, indices in enumerate(nearest):
-        for column in range(NEIGHBOURS + 1):
-            if column < len(indices):
-                _show(axes[row, column], images.batch(indices[[column]])[0])
-            else:
-                axes[row, column].set_axis_off()
-    figure.suptitle("test images (left) and their nearest neighbours", fontsize=9)
 
 
 def _draw_map(axes: Axes, images: Images, features: np.ndarray) -> None:

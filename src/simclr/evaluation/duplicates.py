@@ -9,7 +9,9 @@ Found from pixels alone, so that no encoder matters:
        offset) and their fine structure compared, which images that are merely alike do not share.
 
 Finds copies that were stored again as JPEG, resized, trimmed by up to a twentieth of a side, or made a little brighter
-or darker; docs/lab-notes.md has the shares. Not mirrored, rotated or further cropped ones, and few at 8 x 8 pixels.
+or darker; docs/lab-notes.md has the shares. Not mirrored, rotated or further cropped ones, and, of images below some 16
+pixels a side, little but identical ones. Pairs that differ in less than JPEG changes (a face in another skin tone on a
+picture full of other things) are reported too: the report says where to look, not what to delete.
 
 Shapes: n rows to search in, m queries, C channels, S = 32 pixels, D = 64 cells, K candidates of a query, P pairs.
 """

@@ -145,7 +145,7 @@ def label_free(
         rank_rows=len(ranked),
         num_features=features.shape[1],
         spectrum=(singular / singular.sum())[:SPECTRUM].tolist(),
-        neighbours=_neighbours(unit, images),
+        neighbours=nearest_neighbours(features, images),
         num_clusters=len(np.unique(assigned)),
         silhouette=float(silhouettes.mean()),
         silhouette_rows=len(judged),
@@ -154,6 +154,25 @@ def label_free(
         across=_copies("copies across", images, test, progress) if duplicates and test is not None else None,
         seed=seed,
     )
+
+
+def nearest_neighbours(features: np.ndarray, images: Images) -> list[Neighbours]:
+    """The images nearest by cosine to QUERIES of them, evenly spaced."""
+    unit = _unit(features)
+    queries = np.linspace(0, len(unit) - 1, min(QUERIES, len(unit))).round().astype(int)
+    cosine = unit[queries] @ unit.T  # (Q, n)
+    cosine[np.arange(len(queries)), queries] = -np.inf
+    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, : min(NEIGHBOURS, len(unit) - 1)]
+    return [
+        Neighbours(
+            images.keys[q],
+            int(q),
+            [images.keys[i] for i in rows],
+            rows.tolist(),
+            [round(float(c), 4) for c in row[rows]],
+        )
+        for q, rows, row in zip(queries, nearest, cosine, strict=True)
+    ]
 
 
 def view_features(
@@ -207,23 +226,6 @@ def _check(features: np.ndarray, clusters: int | None) -> None:
 def _copies(what: str, images: Images, test: Images | None, progress: Callable[[str], None]) -> Duplicates:
     progress(what)
     return find_duplicates(images, test)
-
-
-def _neighbours(unit: np.ndarray, images: Images) -> list[Neighbours]:
-    queries = np.linspace(0, len(unit) - 1, min(QUERIES, len(unit))).round().astype(int)
-    cosine = unit[queries] @ unit.T  # (Q, n)
-    cosine[np.arange(len(queries)), queries] = -np.inf
-    nearest = np.argsort(-cosine, axis=1, kind="stable")[:, : min(NEIGHBOURS, len(unit) - 1)]
-    return [
-        Neighbours(
-            images.keys[q],
-            int(q),
-            [images.keys[i] for i in rows],
-            rows.tolist(),
-            [round(float(c), 4) for c in row[rows]],
-        )
-        for q, rows, row in zip(queries, nearest, cosine, strict=True)
-    ]
 
 
 def _cluster(unit: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
