@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from simclr import cli
+from simclr.evaluation.finetune_config import FINETUNE_RECIPES
 
 FAST = ["--recipe", "digits", "--epochs", "1", "--batch-size", "64", "--width", "0.5", "--workers", "0"]
 
@@ -105,18 +107,21 @@ def test_a_folder_from_pretraining_to_features(simclr, folder, tmp_path):
     assert code == 0 and picture_width(tmp_path / "views.png") > 300
 
 
-def test_every_protocol_and_a_second_call(simclr, folder, tmp_path):
-    """On twelve labelled pictures of two classes, with three steps of training on labels."""
+def test_every_protocol_and_a_second_call(simclr, folder, tmp_path, monkeypatch):
+    """On thirty labelled pictures of two classes, with three steps of training on labels."""
+    quick = replace(FINETUNE_RECIPES["small-supervised"], epochs=0, least_steps=3, batch_size=8)
+    monkeypatch.setitem(FINETUNE_RECIPES, "small-supervised", quick)
+    monkeypatch.setitem(FINETUNE_RECIPES, "small", quick)
     out = tmp_path / "run"
     code, _, _ = simclr(
-        "pretrain", folder, "--out", out, "--recipe", "cpu", "--size", 16, "--epochs", 1, "--batch-size", 10, "--width", 0.5,
-        "--flip", 0,
+        "pretrain", folder, "--out", out, "--recipe", "cpu", "--size", 16, "--epochs", 1, "--batch-size", 10,
+        "--width", 0.5, "--flip", 0,
     )  # fmt: skip
     assert code == 0
     command = [
-        "evaluate", out, folder, "--protocol", "knn,linear,logistic,finetune,supervised,curve,probe,label-free,transfer",
-        "--seeds", 2, "--compare", "pixels", "--counts", 2, 5, "--finetune.least-steps", 3, "--finetune.epochs", 0,
-        "--finetune.batch-size", 8, "--json", tmp_path / "all.json", "--cache", tmp_path / "cache",
+        "evaluate", out, folder, "--seeds", 2, "--compare", "pixels", "--counts", 2, 5, "--finetune.lr", 0.02,
+        "--protocol", "knn,linear,logistic,finetune,supervised,curve,probe,label-free,transfer",
+        "--json", tmp_path / "all.json", "--cache", tmp_path / "cache",
     ]  # fmt: skip
     code, table, said = simclr(*command)
     assert code == 0, said
