@@ -105,7 +105,10 @@ class Evaluate:
     """How many seeds; the table then has mean and spread."""
 
     compare: tuple[str, ...] = ("random", "pixels")
-    """What stands beside RUN: anything that RUN may be."""
+    """What stands beside RUN: anything that RUN may be. `--compare` alone: nothing."""
+
+    size: int = 224
+    """Pixels a side that models of timm and torchvision are given."""
 
     linear: Literal["auto", "sgd", "optimum"] = "auto"
     """The linear protocol by SGD on crops, as in the papers, or as the exact optimum on features of the central crop;

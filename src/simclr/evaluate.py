@@ -21,7 +21,7 @@ from simclr.evaluation.finetune_config import FinetuneConfig, find_finetune_reci
 from simclr.evaluation.ledger import Ledger
 from simclr.evaluation.measure import SUPERVISED, TITLES, Measurement, Protocol, Settings, measure
 from simclr.evaluation.split import Split, split_data
-from simclr.evaluation.subjects import FOREIGN_SIZE, PIXELS, RANDOM, Subject, open_subject
+from simclr.evaluation.subjects import PIXELS, RANDOM, Subject, open_subject
 from simclr.evaluation.table import Row, mean_and_spread, seeds_note, text_table
 from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
 from simclr.opening import open_parts, require_writable, side_of, write
@@ -67,7 +67,9 @@ def evaluate(args: "cli.Evaluate", finetune_over: Callable[[FinetuneConfig], Fin
         if world.is_main:
             _tell(session, measured, reports)
     except Stopped as stopped:
-        say(f"Stopped, and kept in {_folder(args)}: the same command goes on.", main=world.is_main)
+        folder = _folder(args)
+        kept = f"what is done is in {folder}: the same command goes on" if folder else "nothing is kept without --out"
+        say(f"Stopped; {kept}.", main=world.is_main)
         if world.size == 1:
             raise SystemExit(128 + (stopped.signal or 15)) from None
     finally:
@@ -79,6 +81,7 @@ class Session:
     """The images and what is to be judged on them."""
 
     args: "cli.Evaluate"
+    protocols: list[str]
     train: Images
     test: Images | None
     """The data's own test part, if any."""
@@ -104,13 +107,13 @@ class Session:
         if described is not None:
             like, preprocessing = described.encoder.config, described.preprocessing
         else:
-            like, preprocessing = _shape(args.run, train, world)
+            like, preprocessing = _shape(args, train, world)
         if test is None:
             _warn_if_seen(run, train, world)
         folder = _folder(args)
         ledger = Ledger(folder / "results.jsonl" if folder else None, world)
         return cls(
-            args=args, train=train, test=test, like=like, preprocessing=preprocessing, cache=cache_of(args.cache),
+            args=args, protocols=protocols, train=train, test=test, like=like, preprocessing=preprocessing, cache=cache_of(args.cache),
             ledger=ledger, world=world,
         )  # fmt: skip
 
@@ -151,7 +154,8 @@ class Session:
             opened = [
                 open_subject(
                     name, like=self.like, preprocessing=self.preprocessing, seed=seed, cache=self.cache,
-                    world=self.world, progress=progress,
+                    world=self.world, progress=progress, size=self.args.size,
+                    pretrained=self.protocols != [SUPERVISED],
                 )
                 for name in names
             ]  # fmt: skip
@@ -280,16 +284,16 @@ def _folder(args: "cli.Evaluate") -> Path | None:
     return Path(args.run) / "evaluation" if (Path(args.run) / "run.json").is_file() else None
 
 
-def _shape(run: str, images: Images, world: World) -> tuple[EncoderConfig, Semantics]:
+def _shape(args: "cli.Evaluate", images: Images, world: World) -> tuple[EncoderConfig, Semantics]:
     """The shape of the network that a name stands for: the recipe's for `random` and `pixels`."""
-    if run in (RANDOM, PIXELS):
+    if args.run in (RANDOM, PIXELS):
         recipe, _ = choose_recipe(images, on_gpu=world.device.type == "cuda")
         config, _ = fit_recipe(recipe, images)
         shape = EncoderConfig(
             name=config.encoder, width=config.width, stem=config.stem, channels=images.channels, size=config.size
         )
         return shape, config.views
-    return EncoderConfig(name=run, channels=3, size=FOREIGN_SIZE), "torchvision"
+    return EncoderConfig(name=args.run, channels=3, size=args.size), "torchvision"
 
 
 def _flip_of(run: Path) -> float | None:

@@ -85,7 +85,7 @@ class Subject:
 
 def open_subject(
     name: str, *, like: EncoderConfig, preprocessing: Semantics, seed: int, cache: FeatureCache, world: World,
-    progress: Callable[[int, int], None] | None = None,
+    size: int = FOREIGN_SIZE, pretrained: bool = True, progress: Callable[[int, int], None] | None = None,
 ) -> Subject:  # fmt: skip
     """The subject that a user names.
 
@@ -94,6 +94,8 @@ def open_subject(
         like: The encoder whose shape `random` takes, and whose image size `pixels` does.
         preprocessing: Whose evaluation preprocessing those two see.
         seed: Of the random weights.
+        size: Of the images that a model of timm or torchvision is given, in pixels.
+        pretrained: Whether such a model brings its weights; else it has random ones.
 
     Raises:
         UserError: There is no such thing, or its weights cannot be had.
@@ -111,8 +113,8 @@ def open_subject(
     if name == RANDOM:
         return _subject(name, random_encoder(like, seed=seed), None, preprocessing, **shared)
     if name.startswith((TIMM, TORCHVISION)):
-        config = EncoderConfig(name=name, channels=3, size=FOREIGN_SIZE)
-        return _subject(name, build_encoder(config, pretrained=True), None, "torchvision", **shared)
+        config = EncoderConfig(name=name, channels=3, size=size)
+        return _subject(name, build_encoder(config, seed=seed, pretrained=pretrained), None, "torchvision", **shared)
     model = load(Path(name), device="cpu")
     return _subject(name, model.encoder, model.head, model.preprocessing, **shared)
 
