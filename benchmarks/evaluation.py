@@ -7,9 +7,10 @@ Features are made up: classes in 64 dimensions, mixed into `--width` directions 
 sides get them as float32. Each round times ours and scikit-learn's once, one after the other, and the ratio is taken
 within the round; the results are compared too.
 
-kNN: KNeighborsClassifier(n_neighbors=20, metric="cosine", algorithm="brute") with the same weights for the comparison,
+kNN: KNeighborsClassifier(n_neighbors=20, metric="cosine", algorithm="brute"), with the same weights for the comparison,
 on up to 1,000 queries, and equal ones, its fastest, for the time. Path: one LogisticRegression per strength, from
-scratch, max_iter=1000, with its own tolerance (no component of the gradient above 1e-4; ours: its norm at most 1e-5).
+scratch, max_iter=1000. Both sides stop at the same `--tol`: scikit-learn when no component of the gradient is above it,
+ours when the gradient's norm is not. 1e-4 is scikit-learn's default, 1e-5 is ours.
 
 The floor of kNN is 2 x queries x rows x width operations, in one matrix product.
 """
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--path-rows", type=int, default=10_000, help="labelled rows of the logistic path")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--tol", type=float, default=1e-4, help="of the logistic regressions, on both sides")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="threads of both sides")
     parser.add_argument("--only", choices=["knn", "path"], help="one of the two")
@@ -82,10 +84,12 @@ def measure_path(args: argparse.Namespace) -> dict[str, Any]:
     test, asked = features[args.path_rows :], labels[args.path_rows :]
 
     def ours() -> list[tuple[np.ndarray, np.ndarray]]:
-        return [(w.coefficients, w.intercepts) for w in path(train, known, args.classes)]
+        return [(w.coefficients, w.intercepts) for w in path(train, known, args.classes, tol=args.tol)]
 
     def theirs() -> list[tuple[np.ndarray, np.ndarray]]:
-        fits = (LogisticRegression(C=1 / (l2 * len(train)), max_iter=1000).fit(train, known) for l2 in L2_PATH)
+        fits = (
+            LogisticRegression(C=1 / (l2 * len(train)), max_iter=1000, tol=args.tol).fit(train, known) for l2 in L2_PATH
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of 1,000 steps that were not enough
             return [(fit.coef_.astype(np.float64), fit.intercept_.astype(np.float64)) for fit in fits]

@@ -113,8 +113,8 @@ class Session:
         folder = _folder(args)
         ledger = Ledger(folder / "results.jsonl" if folder else None, world)
         return cls(
-            args=args, protocols=protocols, train=train, test=test, like=like, preprocessing=preprocessing, cache=cache_of(args.cache),
-            ledger=ledger, world=world,
+            args=args, protocols=protocols, train=train, test=test, like=like, preprocessing=preprocessing,
+            cache=cache_of(args.cache), ledger=ledger, world=world,
         )  # fmt: skip
 
     @property
