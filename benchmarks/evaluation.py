@@ -10,7 +10,7 @@ within the round; the results are compared too.
 kNN: KNeighborsClassifier(n_neighbors=20, metric="cosine", algorithm="brute"), with the same weights for the comparison,
 on up to 1,000 queries, and equal ones, its fastest, for the time. Path: one LogisticRegression per strength, from
 scratch, max_iter=1000. Both sides stop at the same `--tol`: scikit-learn when no component of the gradient is above it,
-ours when the gradient's norm is not. 1e-4 is scikit-learn's default, 1e-5 is ours.
+ours when the gradient's norm is not. 1e-4 is scikit-learn's default, 3e-5 is ours.
 
 The floor of kNN is 2 x queries x rows x width operations, in one matrix product.
 """
