@@ -26,8 +26,8 @@ import simclr
 from simclr.data.images import Images
 from simclr.data.source import open_data
 from simclr.errors import UserError
-from simclr.evaluate import random_encoder
 from simclr.evaluation.retrieval import retrieval
+from simclr.evaluation.subjects import random_encoder
 from simclr.evaluation.table import Row, text_table
 from simclr.features import extract, pixels_of
 
