@@ -64,8 +64,9 @@ def evaluate(args: "cli.Evaluate", finetune_over: Callable[[FinetuneConfig], Fin
         session = Session.open(args, protocols, world)
         measured = session.measure([cast(Protocol, name) for name in protocols if name in ACCURACIES], settings)
         reports = {name: REPORTS[name](session) for name in protocols if name in REPORTS}
+        picture = _picture(session, measured) if args.picture else None
         if world.is_main:
-            _tell(session, measured, reports)
+            _tell(session, measured, reports, picture)
     except Stopped as stopped:
         folder = _folder(args)
         kept = f"what is done is in {folder}: the same command goes on" if folder else "nothing is kept without --out"
@@ -150,15 +151,13 @@ class Session:
         """What is judged, and then what stands beside it; `random` has the weights of the seed."""
         seed = self.args.seed if seed is None else seed
         names = [self.args.run, *(name for name in self.args.compare if name != self.args.run)]
-        with counting("Features", main=self.world.is_main) as progress:
-            opened = [
-                open_subject(
-                    name, like=self.like, preprocessing=self.preprocessing, seed=seed, cache=self.cache,
-                    world=self.world, progress=progress, size=self.args.size,
-                    pretrained=self.protocols != [SUPERVISED],
-                )
-                for name in names
-            ]  # fmt: skip
+        opened = [
+            open_subject(
+                name, like=self.like, preprocessing=self.preprocessing, seed=seed, cache=self.cache, world=self.world,
+                size=self.args.size, pretrained=self.protocols != [SUPERVISED],
+            )
+            for name in names
+        ]  # fmt: skip
         return [replace(opened[0], name=ENCODER), *opened[1:]] if _is_folder(self.args.run) else opened
 
     def measure(self, protocols: list[Protocol], settings: Settings) -> list[Measurement]:
@@ -182,7 +181,16 @@ class Session:
         return measured
 
 
-def _tell(session: Session, measured: list[Measurement], reports: dict[str, Report]) -> None:
+def _picture(session: Session, measured: list[Measurement]) -> bytes:
+    """An evaluation at a glance; all processes take part in making its features."""
+    from simclr.report import draw_evaluation
+
+    run, split = Path(session.args.run), session.split(session.args.seed)
+    metrics = RunFolder(run).read_metrics() if (run / "metrics.jsonl").is_file() else []
+    return draw_evaluation(session.subjects()[0].features(split.test), split, _means(measured), metrics)
+
+
+def _tell(session: Session, measured: list[Measurement], reports: dict[str, Report], picture: bytes | None) -> None:
     """The tables, and the files that were asked for."""
     args = session.args
     if measured:
@@ -197,14 +205,8 @@ def _tell(session: Session, measured: list[Measurement], reports: dict[str, Repo
                 say(f"A picture is in {session.folder / file}.")
     if args.json is not None:
         write(args.json, (json.dumps(_summary(session, measured, reports), indent=2) + "\n").encode())
-    if args.picture is not None:
-        split = session.split(args.seed)
-        from simclr.report import draw_evaluation
-
-        run = Path(args.run)
-        metrics = RunFolder(run).read_metrics() if (run / "metrics.jsonl").is_file() else []
-        first = session.subjects()[0]
-        write(args.picture, draw_evaluation(first.features(split.test), split, _means(measured), metrics))
+    if args.picture is not None and picture is not None:
+        write(args.picture, picture)
         say(f"The picture is in {args.picture}.")
 
 

@@ -7,7 +7,7 @@ oldest go when all together grow beyond `MOST_BYTES`.
 import io
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,9 +23,10 @@ MOST_BYTES = 20 << 30
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder of arrays. `FeatureCache(None)` keeps nothing."""
+    """A folder of arrays. `FeatureCache(None)` keeps them as long as it lives, in memory."""
 
     folder: Path | None
+    _memory: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def get(self, key: str, make: Callable[[], np.ndarray], world: World) -> np.ndarray:
         """The array kept under `key`, else what `make` gives, which is kept from now on.
@@ -39,7 +40,9 @@ class FeatureCache:
             UserError: The folder cannot be written.
         """
         if self.folder is None:
-            return make()
+            if key not in self._memory:
+                self._memory[key] = make()
+            return self._memory[key]
         path = self.folder / f"{sha256(key.encode()).hexdigest()}.npy"
         found = _read(path)
         if world.any_rank(found is None):

@@ -3,7 +3,6 @@
 Each is a `Subject`: a name, perhaps an encoder with its projection head, and the features of any images, made once.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -22,6 +21,7 @@ from simclr.features import extract, pixels_of, require_finite
 from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
+from simclr.progress import counting
 from simclr.weights import load
 
 RANDOM, PIXELS = "random", "pixels"
@@ -44,7 +44,6 @@ class Subject:
     channels: int
     cache: FeatureCache = field(default_factory=lambda: FeatureCache(None))
     world: World = field(default_factory=World)
-    progress: Callable[[int, int], None] | None = None
 
     def features(self, images: Images) -> np.ndarray:
         """(n, F) float32 in the order of the images, from the cache where they were made before.
@@ -59,9 +58,10 @@ class Subject:
         key = "\n".join([__version__, self.identity, images.fingerprint])
 
         def make() -> np.ndarray:
-            return extract(
-                encoder, images, semantics=self.preprocessing, world=self.world, progress=self.progress
-            )  # (n, F)
+            with counting(f"Features of {self.name}", main=self.world.is_main) as progress:
+                return extract(
+                    encoder, images, semantics=self.preprocessing, world=self.world, progress=progress
+                )  # (n, F)
 
         found = self.cache.get(key, make, self.world)
         require_finite(found, self.name)
@@ -85,7 +85,7 @@ class Subject:
 
 def open_subject(
     name: str, *, like: EncoderConfig, preprocessing: Semantics, seed: int, cache: FeatureCache, world: World,
-    size: int = FOREIGN_SIZE, pretrained: bool = True, progress: Callable[[int, int], None] | None = None,
+    size: int = FOREIGN_SIZE, pretrained: bool = True,
 ) -> Subject:  # fmt: skip
     """The subject that a user names.
 
@@ -100,7 +100,7 @@ def open_subject(
     Raises:
         UserError: There is no such thing, or its weights cannot be had.
     """
-    shared = {"cache": cache, "world": world, "progress": progress}
+    shared = {"cache": cache, "world": world}
     if name == PIXELS:
         return Subject(
             name=name,
@@ -145,7 +145,7 @@ def fit_channels(images: Images, channels: int) -> Images:
 
 def _subject(
     name: str, encoder: Encoder, head: ProjectionHead | None, preprocessing: Semantics, *, cache: FeatureCache,
-    world: World, progress: Callable[[int, int], None] | None,
+    world: World,
 ) -> Subject:  # fmt: skip
     return Subject(
         name=name,
@@ -156,5 +156,4 @@ def _subject(
         channels=encoder.config.channels,
         cache=cache,
         world=world,
-        progress=progress,
     )
