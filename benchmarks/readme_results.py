@@ -2,9 +2,8 @@
 
     python benchmarks/readme_results.py digits fashion-mnist --seeds 3 --out runs/readme
 
-Each run is the plain commands a user would type, with --seed and nothing else; accuracy is that of the last checkpoint.
-Runs
-that are finished are not repeated, so the script can be stopped and called again.
+Each run is the plain commands a user would type, with --seed, --labels and --protocol; accuracy is that of the last
+checkpoint. Runs that are finished are not repeated, so the script can be stopped and called again.
 """
 
 import argparse
@@ -15,6 +14,8 @@ import sys
 from pathlib import Path
 
 LABELS = {"digits": (None, "5/class"), "fashion-mnist": (None, "10%", "1%")}
+FROZEN, TRAINED = ("knn", "linear"), ("finetune", "supervised")
+"""Protocols; those that train a network are left to the few labels, as long as they take minutes."""
 
 
 def main() -> None:
@@ -41,8 +42,12 @@ def run_once(out: Path, data: str, seed: int) -> None:
     for labels in LABELS[data]:
         result = result_file(out, data, seed, labels)
         if not result.exists():
-            subset = [] if labels is None else ["--labels", labels]
-            simclr("evaluate", run, data, "--seed", seed, "--json", result, *subset)
+            asked = ["--protocol", ",".join(protocols_of(labels)), *([] if labels is None else ["--labels", labels])]
+            simclr("evaluate", run, data, "--seed", seed, "--json", result, *asked)
+
+
+def protocols_of(labels: str | None) -> tuple[str, ...]:
+    return FROZEN if labels is None else FROZEN + TRAINED
 
 
 def simclr(*arguments: object) -> None:
@@ -57,16 +62,21 @@ def print_table(out: Path, data: str, seeds: int) -> None:
     summaries = [json.loads((out / f"{data}-{seed}" / "summary.json").read_text()) for seed in range(seeds)]
     minutes = [summary["seconds_of_this_call"] / 60 for summary in summaries]
     print(f"\n{data}: {statistics.mean(minutes):.1f} minutes a run, {seeds} seeds\n")
-    print("| labels | features | kNN, % | linear, % |")
-    print("|---|---|---|---|")
+    print("| labels | features | kNN, % | linear, % | trained whole, % |")
+    print("|---|---|---|---|---|")
     for labels in LABELS[data]:
         results = [json.loads(result_file(out, data, seed, labels).read_text()) for seed in range(seeds)]
-        for name in ("encoder", "random", "pixels"):
-            cells = [spread([100 * result[name][probe] for result in results]) for probe in ("knn", "linear")]
+        for name in dict.fromkeys(name for name in ("encoder", "random", "pixels", "supervised") if name in results[0]):
+            figures = [result[name] for result in results]
+            whole = TRAINED[1] if name == TRAINED[1] else TRAINED[0]
+            cells = [spread([100 * row[probe] for row in figures if probe in row]) for probe in (*FROZEN, whole)]
             print(f"| {labels or 'all'} | {name} | {' | '.join(cells)} |")
 
 
 def spread(values: list[float]) -> str:
+    """Mean ± standard deviation; empty where nothing was measured."""
+    if not values:
+        return ""
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
 
 
