@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from simclr.errors import UserError
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder, set_global_batch_norm
 from simclr.models.batchnorm import BatchNorm1d, BatchNorm2d
+from simclr.models.init import seeded
+from simclr.models.selective_kernel import SelectiveKernel
 
 SHAPES = [(6, 3), (5, 3, 7), (4, 3, 5, 2), (7, 3, 1, 1)]
 
@@ -146,6 +148,11 @@ class Case:
         return x.split([1 + rank for rank in range(processes - 1)] + [len(x) - processes * (processes - 1) // 2])
 
 
+def selective_kernel() -> nn.Module:
+    with seeded(3, "the same weights in every process"):
+        return SelectiveKernel(3, 3)
+
+
 CASES = {
     "rows": Case(lambda: BatchNorm1d(3), (12, 3)),
     "no beta": Case(lambda: BatchNorm1d(3, beta=False), (12, 3)),
@@ -156,6 +163,7 @@ CASES = {
     "channels last": Case(lambda: BatchNorm2d(3), (6, 3, 5, 2), channels_last=True),
     "fp32": Case(lambda: BatchNorm2d(3), (6, 3, 5, 2), torch.float32, 1e-5),
     "bf16": Case(lambda: BatchNorm2d(3), (6, 3, 5, 2), torch.bfloat16, 2e-2),
+    "selective kernel": Case(selective_kernel, (6, 3, 5, 2), channels_last=True),
     "torch's rows": Case(lambda: nn.BatchNorm1d(3), (12, 3)),
     "torch's images": Case(lambda: nn.BatchNorm2d(3), (6, 3, 5, 2)),
     "torch's without parameters": Case(lambda: nn.BatchNorm2d(3, affine=False), (6, 3, 5, 2)),

@@ -118,4 +118,11 @@ def test_recipes_hold_the_papers_numbers():
     assert (imagenet.lr, imagenet.weight_decay, imagenet.temperature, imagenet.batch_size, imagenet.head_layers) == (
         0.3, 1e-6, 0.1, 4096, 2,
     )  # fmt: skip
+    v2 = [RECIPES[name].config for name in ("v2-r50", "v2-r101-2x-sk", "v2-r152-3x-sk")]
+    assert [(c.encoder, c.width, c.sk) for c in v2] == [
+        ("resnet50", 1.0, False), ("resnet101", 2.0, True), ("resnet152", 3.0, True),
+    ]  # fmt: skip
+    for c in v2:  # peak rate 6.4, warm-up over 5 % of the epochs
+        assert (c.lr * c.batch_size**0.5, c.lr_scaling, c.warmup_epochs / c.epochs) == (6.4, "sqrt", 0.05)
+        assert (c.weight_decay, c.temperature, c.batch_size, c.epochs, c.head_layers) == (1e-4, 0.1, 4096, 800, 3)
     assert json.dumps(cifar.loss_scale) == json.dumps(imagenet.loss_scale) == "2.0"

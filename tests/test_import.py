@@ -27,13 +27,10 @@ def test_authors_checkpoints(folder: Path, tmp_path: Path) -> None:
         expected = dict(file)
     config = json.loads(str(expected["config"]))
     command = cli.Import(checkpoint=folder, out=tmp_path / "out", size=config["image_size"])
-    if config["sk_ratio"]:
-        with pytest.raises(UserError, match="selective kernels"):
-            import_checkpoint(command)
-        return
     import_checkpoint(command)
     model = simclr.load(tmp_path / "out")
     assert model.encoder.config.name == f"resnet{config['depth']}" and model.encoder.config.width == config["width"]
+    assert model.encoder.config.sk == (config["sk_ratio"] > 0)
     assert model.head is not None and model.classifier is not None and len(model.classes) == config["num_classes"]
     x = torch.from_numpy(expected["x"]).permute(0, 3, 1, 2)
     with torch.no_grad():
@@ -45,10 +42,18 @@ def test_authors_checkpoints(folder: Path, tmp_path: Path) -> None:
 
 
 def make(
-    name: str, width: float, *, size: int = 32, layers: int = 2, kind: str = "nonlinear", dim: int = 8, reads: int = 0
+    name: str,
+    width: float,
+    *,
+    size: int = 32,
+    sk: bool = False,
+    layers: int = 2,
+    kind: str = "nonlinear",
+    dim: int = 8,
+    reads: int = 0,
 ) -> tuple[Encoder, ProjectionHead, LinearClassifier, dict[str, np.ndarray]]:
     """Networks with random numbers, and the variables that the authors would have saved of them."""
-    encoder = build_encoder(EncoderConfig(name, channels=3, size=size, width=width))
+    encoder = build_encoder(EncoderConfig(name, channels=3, size=size, width=width, sk=sk))
     head = ProjectionHead(encoder.num_features, kind=kind, layers=layers, dim=dim)  # pyrefly: ignore
     linear = LinearClassifier(reads or encoder.num_features, 5)
     return encoder, head, linear, authors_variables(encoder, head, linear)
@@ -60,18 +65,20 @@ def same(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("name", "width", "size"),
+    ("name", "width", "size", "sk"),
     [
-        ("resnet18", 0.07, 32), ("resnet34", 1 / 64, 224), ("resnet50", 0.03, 224), ("resnet101", 1 / 64, 32),
-        ("resnet152", 0.02, 224), ("resnet200", 1 / 64, 224), ("resnet18", 0.0441, 32),
+        ("resnet18", 0.07, 32, False), ("resnet34", 1 / 64, 224, False), ("resnet50", 0.03, 224, False),
+        ("resnet101", 1 / 64, 32, False), ("resnet152", 0.02, 224, False), ("resnet200", 1 / 64, 224, False),
+        ("resnet18", 0.0441, 32, False), ("resnet50", 1 / 32, 32, True), ("resnet101", 0.035, 224, True),
     ],
 )  # fmt: skip
-def test_any_depth_width_and_stem(name: str, width: float, size: int, tmp_path: Path) -> None:
-    encoder, head, linear, variables = make(name, width, size=size, layers=3)
+def test_any_depth_width_and_stem(name: str, width: float, size: int, sk: bool, tmp_path: Path) -> None:
+    encoder, head, linear, variables = make(name, width, size=size, sk=sk, layers=3)
     write_bundle(tmp_path / "model.ckpt-7", {k: v for k, v in variables.items() if "Momentum" not in k}, shards=2)
     found = import_tf1(tmp_path)
     config = found.encoder.config
-    assert (config.name, config.size, config.resolved_stem) == (name, size, encoder.config.resolved_stem)
+    wanted = (name, size, encoder.config.resolved_stem, sk)
+    assert (config.name, config.size, config.resolved_stem, config.sk) == wanted
     assert config.width == pytest.approx(width, abs=1e-3) and found.encoder.num_features == encoder.num_features
     assert found.head is not None and found.classifier is not None and found.step == 7
     assert same(found.encoder, encoder) and same(found.head, head) and same(found.classifier.linear, linear)

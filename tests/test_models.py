@@ -36,6 +36,16 @@ ENCODER_COUNTS = {
     ("resnet18", 1, "cifar"): (11_173_056, 11_182_784),
     ("resnet50", 1, "cifar"): (23_500_352, 23_553_472),
 }
+# The same with selective kernels: (name, width) -> trainable, and with moving statistics.
+SK_COUNTS = {
+    ("resnet50", 1): (35_215_584, 35_277_408),
+    ("resnet50", 2): (140_306_048, 140_428_864),
+    ("resnet101", 1): (64_662_304, 64_786_144),
+    ("resnet101", 2): (257_132_224, 257_377_984),
+    ("resnet152", 1): (88_940_896, 89_119_584),
+    ("resnet152", 2): (353_398_528, 353_752_896),
+    ("resnet152", 3): (794_704_160, 795_235_360),
+}
 # (features, layers) -> trainable, with a projection of width 128.
 HEAD_COUNTS = {
     (2048, 2): 4_460_672,
@@ -55,8 +65,19 @@ def test_parameter_counts_of_encoders(encoder: tuple[str, int, str], counts: tup
     name, width, stem = encoder
     with torch.device("meta"):
         resnet = ResNet(RESNETS[name], width=width, stem=stem)
+    assert counts_of(resnet) == counts
+
+
+@pytest.mark.parametrize(("encoder", "counts"), SK_COUNTS.items(), ids=str)
+def test_parameter_counts_with_selective_kernels(encoder: tuple[str, int], counts: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        resnet = ResNet(RESNETS[encoder[0]], width=encoder[1], sk=True)
+    assert counts_of(resnet) == counts
+
+
+def counts_of(resnet: ResNet) -> tuple[int, int]:
     statistics = sum(b.numel() for b in resnet.buffers() if b.is_floating_point())
-    assert (num_trainable(resnet), num_trainable(resnet) + statistics) == counts
+    return num_trainable(resnet), num_trainable(resnet) + statistics
 
 
 @pytest.mark.parametrize(("head", "count"), HEAD_COUNTS.items(), ids=str)
@@ -268,7 +289,9 @@ def test_an_encoder_refuses_what_it_was_not_made_for(x: torch.Tensor, message: s
 
 
 def test_a_config_survives_json() -> None:
-    config = EncoderConfig("resnet18", channels=1, size=28, width=0.5, stem="imagenet", mean=(0.5,), std=(0.2,))
+    config = EncoderConfig(
+        "resnet18", channels=1, size=28, width=0.5, stem="imagenet", sk=True, mean=(0.5,), std=(0.2,)
+    )
     assert EncoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -291,6 +314,10 @@ def test_a_config_survives_json() -> None:
         ({"mean": (0.5,) * 3, "std": (0.0,) * 3}, "greater than 0"),
         ({"feature": "z"}, "must be h"),
         ({"depth": 50}, "depth is unknown"),
+        ({"sk": 0.0625}, "true or false"),
+        ({"name": "timm/test_resnet", "sk": True}, "selective kernels are made for our ResNets"),
+        ({"name": "torchvision/resnet50", "sk": True}, "selective kernels are made for our ResNets"),
+        ({"name": "small", "width": 0.1, "sk": True}, "at least 0.125"),
     ],
     ids=str,
 )

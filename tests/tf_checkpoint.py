@@ -34,7 +34,8 @@ def authors_names(encoder: Encoder, head: ProjectionHead, classifier: LinearClas
     """The authors' name of each of our parameters and running statistics.
 
     Their names number the layers in order of creation, and so do our modules: within a group's first block the
-    projection shortcut comes first.
+    projection shortcut comes first. Convolutions and batch norms are numbered apart: a selective kernel's last
+    convolution has no batch norm.
     """
     names: dict[str, Tensor] = {}
     convs = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]

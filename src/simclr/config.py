@@ -65,6 +65,9 @@ class PretrainConfig:
     """First layers: 3x3 (cifar), 3x3/2 (strided: a quarter of the work), or 7x7/2 with max-pool (imagenet); auto:
     cifar up to 32 pixels, else imagenet."""
 
+    sk: bool = False
+    """Selective kernels, and ResNet-D's stem and shortcuts, as in SimCLR v2; ResNets only."""
+
     head: Literal["none", "linear", "nonlinear"] = "nonlinear"
     """Projection head between the encoder and the loss (section 4.2)."""
 

@@ -292,8 +292,9 @@ def _shape(args: "cli.Evaluate", images: Images, world: World) -> tuple[EncoderC
         recipe, _ = choose_recipe(images, on_gpu=world.device.type == "cuda")
         config, _ = fit_recipe(recipe, images)
         shape = EncoderConfig(
-            name=config.encoder, width=config.width, stem=config.stem, channels=images.channels, size=config.size
-        )
+            name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=images.channels,
+            size=config.size,
+        )  # fmt: skip
         return shape, config.views
     return EncoderConfig(name=args.run, channels=3, size=args.size), "torchvision"
 

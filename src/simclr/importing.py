@@ -74,9 +74,10 @@ def _classes(file: Path | None, count: int) -> tuple[list[str], str]:
 
 def _say_what_is_there(imported: Imported) -> None:
     config, head = imported.encoder.config, imported.head
+    kernels = " with selective kernels" if config.sk else ""
     step = "" if imported.step is None else f" at step {imported.step:,}"
     say(
-        f"Found{step}: {config.name}, width {config.width:g}, {config.stem} stem, {config.channels} channels, "
+        f"Found{step}: {config.name}{kernels}, width {config.width:g}, {config.stem} stem, {config.channels} channels, "
         f"{imported.encoder.num_features} features; images of {config.size} x {config.size} pixels (--size changes it)."
     )
     if head is None:

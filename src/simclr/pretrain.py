@@ -59,7 +59,7 @@ def policy_of(config: PretrainConfig, channels: int) -> Policy:
 
 def check_settings(config: PretrainConfig, world: World) -> None:
     """Fail before any image is read where a setting alone is wrong."""
-    EncoderConfig(name=config.encoder, width=config.width, stem=config.stem, channels=3, size=config.size)
+    EncoderConfig(name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=3, size=config.size)
     policy_of(config, channels=3)
     precision_of(config.precision, world)
     world.local_slice(config.batch_size)
@@ -181,7 +181,7 @@ def build_task(images: Images, config: PretrainConfig, run: RunFolder, world: Wo
 def build_method(config: PretrainConfig, channels: int, world: World) -> SimCLR:
     """Encoder, head and loss, on the device of this process."""
     encoder_config = EncoderConfig(
-        name=config.encoder, width=config.width, stem=config.stem, channels=channels, size=config.size,
+        name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=channels, size=config.size,
     )  # fmt: skip
     encoder = build_encoder(encoder_config, seed=config.seed)
     head = ProjectionHead(

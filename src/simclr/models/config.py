@@ -63,6 +63,10 @@ class EncoderConfig:
     """First layers of a ResNet: 3x3 (cifar), 3x3/2 (strided; ours, for CPUs), or 7x7/2 and max-pool (imagenet); auto:
     cifar up to size 32, else imagenet."""
 
+    sk: bool = False
+    """Selective kernels in a ResNet's bottlenecks, and ResNet-D's stem and shortcuts (SimCLR v2 section 2). A switch,
+    for the authors have but one ratio beside 0, 0.0625, and any turns ResNet-D on."""
+
     mean: tuple[float, ...] | None = None
     """Per channel, subtracted from pixels in [0, 1]; None: pixels go in as they are, as the authors do."""
 
@@ -78,9 +82,15 @@ class EncoderConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise UserError(f"The encoder's {name} was {value!r}; it must be a whole number of at least 1.")
+        if type(self.sk) is not bool:
+            raise UserError(f"The encoder's sk was {self.sk!r}; it must be true or false.")
         self._check_width()
         if self.stem not in STEMS:
             raise UserError(f"The stem was {self.stem!r}; it must be one of {', '.join(STEMS)}.")
+        if self.is_foreign and self.sk:
+            raise UserError(
+                f"{self.name} was given --sk; selective kernels are made for our ResNets, such as resnet50."
+            )
         if self.is_foreign and (self.width != 1.0 or self.stem != "auto"):
             raise UserError(
                 f"{self.name} was given the width {self.width} and the stem {self.stem!r}; timm and torchvision models "
@@ -125,12 +135,11 @@ class EncoderConfig:
         width = self.width
         if isinstance(width, bool) or not isinstance(width, int | float) or not (0 < width < math.inf):
             raise UserError(f"The width multiplier was {width!r}; it must be a number greater than 0.")
-        least = 1 if self.is_foreign else 64 * RESNETS[self.name].width * width
-        if int(least) < 1:
-            raise UserError(
-                f"A width multiplier of {width} leaves {self.name} no channel; take at least "
-                f"{1 / (64 * RESNETS[self.name].width)}."
-            )
+        if self.is_foreign:
+            return
+        least = (2 if self.sk else 1) / (64 * RESNETS[self.name].width)  # ResNet-D's stem begins with half the channels
+        if width < least:
+            raise UserError(f"A width multiplier of {width} leaves {self.name} no channel; take at least {least}.")
 
     def _check_normalisation(self) -> None:
         if (self.mean is None) != (self.std is None):

@@ -90,7 +90,9 @@ def build_encoder(config: EncoderConfig, *, seed: int = 0, pretrained: bool = Fa
     if pretrained:
         raise UserError(f"There are no pretrained weights for {config.name}; take a timm model, such as timm/resnet50.")
     with seeded(seed, "encoder"):
-        backbone = ResNet(RESNETS[config.name], width=config.width, stem=config.resolved_stem, channels=config.channels)
+        backbone = ResNet(
+            RESNETS[config.name], width=config.width, stem=config.resolved_stem, channels=config.channels, sk=config.sk
+        )
     return Encoder(config, backbone, backbone.num_features)
 
 

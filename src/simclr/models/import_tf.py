@@ -142,10 +142,8 @@ def _infer_encoder(shapes: Mapping[str, Shape], size: int | None) -> EncoderConf
             f"{first[1]}, which none of the authors' ResNets has ({', '.join(_AUTHORS)})."
         )
     name, stem, sk = found
-    if sk:
-        raise UserError(f"The checkpoint is a {name} with selective kernels (sk1), which cannot be imported; take sk0.")
     width = _width(last[3], 2048 if RESNETS[name].bottleneck else 512)
-    return EncoderConfig(name, channels=first[2], size=size or _SIZES[stem], width=width, stem=stem)
+    return EncoderConfig(name, channels=first[2], size=size or _SIZES[stem], width=width, stem=stem, sk=sk)
 
 
 def _layouts() -> dict[tuple[int, int], tuple[str, Stem, bool]]:
@@ -157,7 +155,7 @@ def _layouts() -> dict[tuple[int, int], tuple[str, Stem, bool]]:
         after_stem = blocks * (3 if shape.bottleneck else 2) + shortcuts
         found[1 + after_stem, 7] = name, "imagenet", False
         found[1 + after_stem, 3] = name, "cifar", False
-        if shape.bottleneck:  # two more convolutions mix the branches; ResNet-D's stem has three of 3x3
+        if shape.bottleneck:  # two more convolutions weigh the branches; ResNet-D's stem has three of 3x3
             found[3 + after_stem + 2 * blocks, 3] = name, "imagenet", True
             found[1 + after_stem + 2 * blocks, 3] = name, "cifar", True
     return found

@@ -6,16 +6,23 @@ truncated LeCun initialisation with the last gamma of each block at 0, and the b
 batch norm. Modules are created in the authors' order, shortcut first, so parameters line up with their
 checkpoints.
 
+With `sk` it is SimCLR v2's (arXiv:2006.10029): selective kernels in place of a bottleneck's 3x3 convolution, and
+what the authors switch on with them, ResNet-D's stem of three 3x3 convolutions (only for the imagenet stem) and its
+averaging shortcuts. Basic blocks get no selective kernel, as in the authors' TF2 code; their TF1 code pools such a
+block's main path by mistake.
+
 Shapes: B images, C channels, H x W pixels.
 """
+
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from simclr.models.batchnorm import BatchNorm2d
 from simclr.models.config import ResNetShape, Stem
-from simclr.models.init import lecun_normal_
+from simclr.models.convolution import ConvNorm
+from simclr.models.selective_kernel import AveragePool, SelectiveKernel
 
 
 class ResNet(nn.Module):
@@ -30,6 +37,7 @@ class ResNet(nn.Module):
         stem: 3x3 convolution (cifar), the same with stride 2 (strided), or 7x7/2 convolution and 3x3/2 max-pool
             (imagenet).
         channels: Of the input.
+        sk: Selective kernels and ResNet-D.
     """
 
     recompute = False
@@ -41,10 +49,11 @@ class ResNet(nn.Module):
         width: float = 1.0,
         stem: Stem = "imagenet",
         channels: int = 3,
+        sk: bool = False,
     ) -> None:
         super().__init__()
         width = width * shape.width
-        self.stem = _stem(stem, channels, int(64 * width))
+        self.stem = _stem(stem, channels, int(64 * width), sk=sk)
         self.groups = nn.Sequential()
         in_channels = int(64 * width)
         for index, num_blocks in enumerate(shape.blocks):
@@ -52,7 +61,7 @@ class ResNet(nn.Module):
             group = nn.Sequential()
             for block in range(num_blocks):
                 stride = 2 if block == 0 and index > 0 else 1
-                group.append(_block(shape.bottleneck, in_channels, inner, stride=stride, project=block == 0))
+                group.append(_block(shape.bottleneck, in_channels, inner, stride=stride, project=block == 0, sk=sk))
                 in_channels = int(4 * inner) if shape.bottleneck else int(inner)
             self.groups.append(group)
         self.num_features = in_channels
@@ -66,46 +75,6 @@ class ResNet(nn.Module):
         else:
             x = self.groups(self.stem(x))
         return x.mean((2, 3))  # from (B, num_features, H/32, W/32) with the imagenet stem; H/16 strided, H/8 cifar
-
-
-class Conv2d(nn.Conv2d):
-    """Convolution without bias, padded by k // 2 whatever the stride, with the authors' initialisation."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> None:
-        super().__init__(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
-
-    def reset_parameters(self) -> None:
-        """Called by torch on creation."""
-        lecun_normal_(self.weight)
-
-
-class ConvNorm(nn.Module):
-    """Convolution, batch norm and, if asked, addition and ReLU."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
-        stride: int = 1,
-        *,
-        relu: bool = True,
-        zero_gamma: bool = False,
-    ) -> None:
-        super().__init__()
-        self.conv = Conv2d(in_channels, out_channels, kernel, stride)
-        self.norm = BatchNorm2d(out_channels)
-        self.relu = relu
-        if zero_gamma:
-            nn.init.zeros_(self.norm.weight)
-
-    def forward(self, x: Tensor, *, add: Tensor | None = None) -> Tensor:
-        """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
-
-        Args:
-            add: Like the output; added before the ReLU.
-        """
-        return self.norm(self.conv(x), add=add, relu=self.relu)
 
 
 class Block(nn.Module):
@@ -138,19 +107,28 @@ class SameMaxPool(nn.Module):
         return F.max_pool2d(x, kernel_size=3, stride=2, padding=(height % 2, width % 2), ceil_mode=True)
 
 
-def _stem(kind: Stem, in_channels: int, out_channels: int) -> nn.Sequential:
-    if kind == "imagenet":
+def _stem(kind: Stem, in_channels: int, out_channels: int, *, sk: bool) -> nn.Sequential:
+    if kind != "imagenet":
+        return nn.Sequential(ConvNorm(in_channels, out_channels, 3, stride=2 if kind == "strided" else 1))
+    if not sk:
         return nn.Sequential(ConvNorm(in_channels, out_channels, 7, stride=2), SameMaxPool())
-    return nn.Sequential(ConvNorm(in_channels, out_channels, 3, stride=2 if kind == "strided" else 1))
+    half = out_channels // 2
+    return nn.Sequential(
+        ConvNorm(in_channels, half, 3, stride=2),
+        ConvNorm(half, half, 3),
+        ConvNorm(half, out_channels, 3),
+        SameMaxPool(),
+    )
 
 
-def _block(bottleneck: bool, in_channels: int, inner: float, *, stride: int, project: bool) -> Block:
+def _block(bottleneck: bool, in_channels: int, inner: float, *, stride: int, project: bool, sk: bool) -> Block:
     out_channels = int(4 * inner) if bottleneck else int(inner)
-    shortcut = ConvNorm(in_channels, out_channels, 1, stride, relu=False) if project else nn.Identity()
+    shortcut = _projection(in_channels, out_channels, stride, sk=sk) if project else nn.Identity()
     if bottleneck:
+        middle = SelectiveKernel if sk else partial(ConvNorm, kernel=3)
         residual = nn.Sequential(
             ConvNorm(in_channels, int(inner), 1),
-            ConvNorm(int(inner), int(inner), 3, stride),
+            middle(int(inner), int(inner), stride=stride),
             ConvNorm(int(inner), out_channels, 1, zero_gamma=True),
         )
     else:
@@ -159,3 +137,9 @@ def _block(bottleneck: bool, in_channels: int, inner: float, *, stride: int, pro
             ConvNorm(out_channels, out_channels, 3, zero_gamma=True),
         )
     return Block(shortcut, residual)
+
+
+def _projection(in_channels: int, out_channels: int, stride: int, *, sk: bool) -> nn.Module:
+    if not sk:
+        return ConvNorm(in_channels, out_channels, 1, stride, relu=False)
+    return nn.Sequential(AveragePool(stride), ConvNorm(in_channels, out_channels, 1, relu=False))
