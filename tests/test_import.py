@@ -132,6 +132,8 @@ def test_moving_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     import_checkpoint(cli.Import(checkpoint=tmp_path / "in", out=tmp_path / "out", ema=True))
     model = simclr.load(tmp_path / "out")
     assert model.classifier is None and model.head is not None and not same(model.head, head)
+    with pytest.raises(UserError, match="none was taken"):
+        import_checkpoint(cli.Import(checkpoint=tmp_path / "in", out=tmp_path / "no", ema=True, head_layer=1))
     kernel = copies["ema_model/base_model/conv2d/kernel"]
     assert np.array_equal(model.encoder.state_dict()["backbone.stem.0.conv.weight"], kernel.transpose(3, 2, 0, 1))
     assert "head_supervised/linear_layer/dense/kernel" in capsys.readouterr().err

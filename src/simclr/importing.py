@@ -26,6 +26,8 @@ def import_checkpoint(args: "cli.Import") -> None:
     require_writable(args.out / "config.json")
     imported = import_tf1(args.checkpoint, size=args.size, ema=args.ema, head_layer=args.head_layer)
     classifier, origin = imported.classifier, _origin(args, imported)
+    if classifier is None and (args.classes or args.head_layer is not None):
+        raise UserError("--classes and --head-layer are about the supervised head, and none was taken; leave them out.")
     classes, how = ([], "") if classifier is None else _classes(args.classes, classifier.linear.out_features)
     try:
         if classifier is None:

@@ -143,7 +143,8 @@ def _infer_encoder(shapes: Mapping[str, Shape], size: int | None) -> EncoderConf
         )
     name, stem, sk = found
     width = _width(last[3], 2048 if RESNETS[name].bottleneck else 512)
-    return EncoderConfig(name, channels=first[2], size=size or _SIZES[stem], width=width, stem=stem, sk=sk)
+    size = _SIZES[stem] if size is None else size
+    return EncoderConfig(name, channels=first[2], size=size, width=width, stem=stem, sk=sk)
 
 
 def _layouts() -> dict[tuple[int, int], tuple[str, Stem, bool]]:
