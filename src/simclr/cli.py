@@ -237,6 +237,35 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Import:
+    """Turn the authors' TensorFlow 1 checkpoint (SimCLR v1, v2) into an encoder's folder; needs no TensorFlow.
+
+    Encoder, projection head and supervised head are taken, whatever of them is there; depth, width and stem follow from
+    the variables. `simclr evaluate OUT DATA`, `simclr embed OUT DATA` and `simclr.load("OUT")` then work.
+    """
+
+    checkpoint: Positional[Annotated[Path, arg(metavar="CKPT_PREFIX")]]
+    """What the names of its files begin with, such as r50_1x_sk0/model.ckpt-250228, or their folder."""
+
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """The folder to write."""
+
+    size: int | None = None
+    """Pixels a side of the encoder's images; unset: 32 for the small stem, 224 for the other."""
+
+    ema: bool = False
+    """Take the moving average that SimCLR v2's checkpoints keep beside the weights; the supervised head is left out."""
+
+    head_layer: int | None = None
+    """Layers of the projection head before the supervised head; unset: what fits, 1 for SimCLR v2's checkpoints that
+    were fine-tuned on 1 % or 10 % of the labels."""
+
+    classes: Path | None = None
+    """Text file with the names of the supervised head's classes, one a line; unset: ImageNet's identifiers for 1,000
+    classes, else numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipes:
     """Print the recipes with their settings, command, cost and expected result."""
 
@@ -245,7 +274,7 @@ class Recipes:
 
 
 COMMANDS: dict[str, type] = {
-    command.__name__.lower(): command for command in (Plan, Pretrain, Resume, Evaluate, Embed, Views, Recipes)
+    command.__name__.lower(): command for command in (Plan, Pretrain, Resume, Evaluate, Embed, Import, Views, Recipes)
 }
 
 
@@ -293,6 +322,11 @@ def _run(name: str, arguments: list[str]) -> None:
         from simclr.evaluate import evaluate  # imports torch: only now that the arguments are known to be good
 
         evaluate(parsed, finetune_over)
+        return
+    if name == "import":
+        from simclr.importing import import_checkpoint
+
+        import_checkpoint(parsed)
         return
     from simclr import jobs
 

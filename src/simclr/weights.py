@@ -64,17 +64,20 @@ def save_classifier(
     classes: Sequence[str],
     preprocessing: Semantics,
     origin: dict[str, Any],
+    head: ProjectionHead | None = None,
 ) -> None:
     """Write a network that names classes: its encoder's folder, with the classifier.
 
     Args:
         classes: Names of the classes, in the order of the logits.
         preprocessing, origin: As in `save_encoder`.
+        head: A projection head that is to be kept though the classifier does not stand on it.
     """
     assert len(classes) == network.linear.out_features, (len(classes), network.linear)
-    described = _describe(network.encoder, network.head, preprocessing)
+    head = network.head or head
+    described = _describe(network.encoder, head, preprocessing)
     described |= {"classifier": {"classes": list(classes), "head_layer": network.head_layer}, "origin": origin}
-    _save(folder, network.encoder, network.head, network.linear, described)
+    _save(folder, network.encoder, head, network.linear, described)
 
 
 def load(path: str | Path, *, device: str = "cpu") -> "Embedder":

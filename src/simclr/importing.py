@@ -1,0 +1,107 @@
+"""`simclr import`: somebody else's checkpoint becomes an encoder's folder, and what was inferred is said."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simclr.errors import UserError
+from simclr.models.classifier import Classifier
+from simclr.models.import_tf import EMA, Imported, import_tf1
+from simclr.opening import require_writable
+from simclr.progress import say
+from simclr.weights import save_classifier, save_encoder
+
+if TYPE_CHECKING:
+    from simclr import cli
+
+
+def import_checkpoint(args: "cli.Import") -> None:
+    """Read, write, and say what was found and what was left out.
+
+    Raises:
+        UserError: The checkpoint is damaged or of another network, or OUT holds something or cannot be written.
+    """
+    if (args.out / "config.json").exists():
+        raise UserError(f"{args.out} holds an encoder or a run already; give another folder, or remove it first.")
+    require_writable(args.out / "config.json")
+    imported = import_tf1(args.checkpoint, size=args.size, ema=args.ema, head_layer=args.head_layer)
+    classifier, origin = imported.classifier, _origin(args, imported)
+    if classifier is None and (args.classes or args.head_layer is not None):
+        raise UserError("--classes and --head-layer are about the supervised head, and none was taken; leave them out.")
+    classes, how = ([], "") if classifier is None else _classes(args.classes, classifier.linear.out_features)
+    try:
+        if classifier is None:
+            save_encoder(imported.encoder, args.out, preprocessing="google", origin=origin, head=imported.head)
+        else:
+            save_classifier(
+                classifier, args.out, classes=classes, preprocessing="google", origin=origin, head=imported.head
+            )
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be written: {error.strerror}; give another folder.") from None
+    _say_what_is_there(imported)
+    if classifier is not None:
+        _say_how_it_classifies(classifier, imported, how, asked=args.head_layer is not None)
+    for sentence in _left_out(imported):
+        say(sentence)
+    say(f'The encoder is in {args.out}: `simclr evaluate {args.out} DATA`, or simclr.load("{args.out}").')
+
+
+def _origin(args: "cli.Import", imported: Imported) -> dict[str, Any]:
+    return {
+        "imported_from": str(args.checkpoint),
+        "format": "TensorFlow 1 checkpoint",
+        "step": imported.step,
+        "ema": args.ema,
+        "left_out": list(imported.left_out),
+    }
+
+
+def _classes(file: Path | None, count: int) -> tuple[list[str], str]:
+    """Names in the order of the logits, and where they come from."""
+    if file is not None:
+        try:
+            names = file.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"The classes cannot be read from {file}: {error}.") from None
+        names = [name.strip() for name in names if name.strip()]
+        if len(names) != count:
+            raise UserError(f"{file} names {len(names)} classes, and the supervised head has {count}.")
+        return names, f"named by {file}"
+    if count == 1000:
+        from timm.data import ImageNetInfo
+
+        return ImageNetInfo().label_names(), "taken for ImageNet's, named by their WordNet identifiers"
+    return [str(i) for i in range(count)], "named by their numbers; --classes FILE names them"
+
+
+def _say_what_is_there(imported: Imported) -> None:
+    config, head = imported.encoder.config, imported.head
+    kernels = " with selective kernels" if config.sk else ""
+    step = "" if imported.step is None else f" at step {imported.step:,}"
+    say(
+        f"Found{step}: {config.name}{kernels}, width {config.width:g}, {config.stem} stem, {config.channels} channels, "
+        f"{imported.encoder.num_features} features; images of {config.size} x {config.size} pixels (--size changes it)."
+    )
+    if head is None:
+        say("No projection head.")
+    else:
+        say(f"Projection head: {head.kind}, {len(head.layers)} layers, {head.dim} wide.")
+
+
+def _say_how_it_classifies(classifier: Classifier, imported: Imported, how: str, *, asked: bool) -> None:
+    layer = classifier.head_layer
+    where = "the encoder's output" if layer == 0 else f"layer {layer} of the projection head"
+    doubt = "" if asked or imported.head is None else " (--head-layer says otherwise)"
+    say(f"Supervised head on {where}{doubt}: {classifier.linear.out_features:,} classes, {how}.")
+
+
+def _left_out(imported: Imported) -> Iterator[str]:
+    """A sentence for each kind of variables that were not used, and the names of those of no kind."""
+    if imported.slots:
+        yield f"Left out: {len(imported.slots)} variables of the optimiser."
+    average = [name for name in imported.left_out if name.startswith(EMA)]
+    others = [name for name in imported.left_out if name not in set(average)]
+    if average:
+        yield f"Left out: the moving average, {len(average)} variables under {EMA} (--ema takes it)."
+    if others:
+        yield f"Left out: {', '.join(others)}."
