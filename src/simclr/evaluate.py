@@ -19,10 +19,10 @@ from simclr.evaluation.cache import FeatureCache, cache_of
 from simclr.evaluation.finetune import Stopped
 from simclr.evaluation.finetune_config import FinetuneConfig, find_finetune_recipe
 from simclr.evaluation.ledger import Ledger
-from simclr.evaluation.measure import SUPERVISED, TITLES, Measurement, Protocol, Settings, measure
+from simclr.evaluation.measure import TITLES, Measurement, Protocol, Settings, measure
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import PIXELS, RANDOM, Subject, open_subject
-from simclr.evaluation.table import Row, mean_and_spread, seeds_note, text_table
+from simclr.evaluation.table import BASELINES, SUPERVISED, Row, mean_and_spread, seeds_note, text_table
 from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
 from simclr.opening import open_parts, require_writable, side_of, write
 from simclr.progress import counting, say
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 ENCODER = "encoder"
 """Name of the row of RUN itself."""
-BASELINES = (RANDOM, PIXELS, SUPERVISED)
 ACCURACIES: tuple[Protocol, ...] = get_args(Protocol)
 
 
@@ -103,7 +102,7 @@ class Session:
             train, test = first.learn, first.test
         else:
             source = args.data[0]
-            side = side_of(run, source) if args.pack_side is None else args.pack_side
+            side = side_of(run, source, args.pack_side)
             train, test = open_parts(source, world, labels=args.labels_file, pack=args.pack, side=side)
         if described is not None:
             like, preprocessing = described.encoder.config, described.preprocessing
@@ -266,7 +265,7 @@ def _protocols(text: str) -> list[str]:
 
 
 def _transfer_set(args: "cli.Evaluate", source: str, seed: int, world: World) -> TransferSet:
-    side = side_of(Path(args.run), source) if args.pack_side is None else args.pack_side
+    side = side_of(Path(args.run), source, args.pack_side)
     with counting("Reading images", main=world.is_main) as progress:
         how = Reading(
             workers=os.cpu_count() or 1, progress=progress, pack=args.pack, side=side,

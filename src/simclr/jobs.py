@@ -116,7 +116,7 @@ def embed(args: "cli.Embed") -> None:
     """`simclr embed RUN DATA --out FILE.npz`: features, keys and labels of every image of every split."""
     require_writable(args.out)
     model = load(args.run, device=_device(args.device))
-    side = side_of(args.run, args.data) if args.pack_side is None else args.pack_side
+    side = side_of(args.run, args.data, args.pack_side)
     labels = str(args.labels_file) if args.labels_file else None
     images = open_aloud(args.data, World(), split="all", labels=labels, pack=args.pack, side=side)
     images = fit_channels(images, model.encoder.config.channels)

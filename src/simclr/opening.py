@@ -52,8 +52,10 @@ def open_parts(
     return train, open_aloud(source, world, split="test", labels=csv, pack=pack, side=side, known=train.notes)
 
 
-def side_of(run: Path, source: str) -> int | None:
-    """How far the run shrank its images, for a folder that is to be shrunk alike; None: not at all."""
+def side_of(run: Path, source: str, asked: int | None) -> int | None:
+    """What --pack-side asks for, else how far the run shrank its images, for a folder that is to be shrunk alike."""
+    if asked is not None:
+        return asked
     if not (run / "run.json").is_file() or not Path(source).expanduser().is_dir():
         return None
     return open_run(run).origin["data"]["options"].get("side")

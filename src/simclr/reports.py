@@ -12,12 +12,11 @@ from simclr.data.images import Images
 from simclr.errors import UserError
 from simclr.evaluation.curve import Key, labels_curve, when_it_pays
 from simclr.evaluation.finetune import supervised
-from simclr.evaluation.finetune_config import FINETUNE_RECIPES
 from simclr.evaluation.grid import PAPER_GRID, finetune_transfer
 from simclr.evaluation.label_free import LabelFree, label_free, view_features
-from simclr.evaluation.measure import SMALL, flipped
+from simclr.evaluation.measure import SMALL, recipe_for
 from simclr.evaluation.probe import probe
-from simclr.evaluation.table import BASELINES, Row, seeds_note, text_table
+from simclr.evaluation.table import BASELINES, SUPERVISED, Row, seeds_note, text_table
 from simclr.evaluation.transfer import Measure, differences, linear_transfer, rows, summary, transfer
 from simclr.report import draw_copies, draw_misfits, draw_neighbours
 
@@ -38,17 +37,18 @@ def report_curve(session: "Session") -> Report:
     """Accuracy over the number of labels a class, beside the baselines and a network trained on those labels alone."""
     args, split, subjects = session.args, session.split(session.args.seed, every=True), session.subjects()
     identities = {subject.name: subject.identity for subject in subjects}
+    scratch = [repr(session.like), *(recipe_for(SUPERVISED, n, session.flip).deciding() for n in (SMALL, SMALL + 1))]
 
     def keep(key: Key, make: Callable[[], float]) -> float:
         source, count, seed = key
         entry = {
-            "protocol": "curve", "source": source, "identity": identities.get(source, repr(session.like)),
+            "protocol": "curve", "source": source, "identity": identities.get(source, scratch),
             "count": count, "seed": seed, "train": split.train.fingerprint, "test": split.test.fingerprint,
         }  # fmt: skip
         return session.ledger.get(entry, lambda: {"accuracy": make()})["accuracy"]
 
     def from_scratch(train: Images, test: Images, seed: int) -> float:
-        recipe = flipped(FINETUNE_RECIPES["small-supervised" if len(train) <= SMALL else "supervised"], session.flip)
+        recipe = recipe_for(SUPERVISED, len(train), session.flip)
         train, test = subjects[0].fitted(train), subjects[0].fitted(test)
         return supervised(
             session.like, train, test, recipe, seed=seed, semantics=session.preprocessing, world=session.world

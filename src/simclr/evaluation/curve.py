@@ -19,7 +19,7 @@ from simclr.data.images import Images
 from simclr.data.splits import label_subset
 from simclr.errors import UserError
 from simclr.evaluation.logistic import optimum_probe
-from simclr.evaluation.table import BASELINES, Row, markdown_table, mean_and_spread, seeds_note, text_table
+from simclr.evaluation.table import BASELINES, SUPERVISED, Row, markdown_table, mean_and_spread, seeds_note, text_table
 
 if TYPE_CHECKING:
     from simclr.evaluation.split import Split
@@ -29,8 +29,6 @@ Count = int | Literal["all"]
 
 Key = tuple[str, Count, int]
 """Which result: source, labels a class, seed."""
-
-SUPERVISED = "supervised"
 
 
 @dataclass(frozen=True)

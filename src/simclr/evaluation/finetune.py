@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from simclr.augment.policy import Policy, Semantics
 from simclr.augment.views import has_kernels, make_view
 from simclr.checkpoint import write_atomically
-from simclr.config import FREE_ON_RESUME
 from simclr.data.images import Images
 from simclr.data.order import EndlessOrder
 from simclr.data.scan import some
@@ -297,7 +296,7 @@ def _identity(
     for tensor in network.state_dict().values():
         weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     identity = {
-        "config": {name: value for name, value in asdict(config).items() if name not in FREE_ON_RESUME},
+        "config": config.deciding(),
         "seed": seed,
         "semantics": semantics,
         "images": train.fingerprint,

@@ -5,9 +5,10 @@ README of google-research/simclr (v2). Recipes whose name begins with `small` ar
 """
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
+from simclr.config import FREE_ON_RESUME
 from simclr.errors import UserError
 
 
@@ -76,6 +77,10 @@ class FinetuneConfig:
 
     save_every: int = 500
     """Steps between two checkpoints."""
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that move the result, as JSON can hold them."""
+        return {name: value for name, value in asdict(self).items() if name not in FREE_ON_RESUME}
 
     def __post_init__(self) -> None:
         """Say in one sentence what is wrong with a value."""

@@ -10,15 +10,13 @@ Each result is kept as soon as it is there (ledger.py), under everything that it
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from simclr import __version__
-from simclr.config import FREE_ON_RESUME
 from simclr.distributed import World
 from simclr.evaluation.finetune import finetune, supervised
 from simclr.evaluation.finetune_config import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
@@ -29,10 +27,9 @@ from simclr.evaluation.logistic import logistic_probe, optimum_probe
 from simclr.evaluation.metrics import mean_per_class, top_k
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import RANDOM, Subject
+from simclr.evaluation.table import SUPERVISED
 
 Protocol = Literal["knn", "linear", "logistic", "finetune", "supervised"]
-SUPERVISED = "supervised"
-"""Also the name of the row whose network has seen nothing but the labels."""
 TITLES: dict[str, str] = {
     "knn": "kNN",
     "linear": "linear",
@@ -206,19 +203,23 @@ def _by_sgd(protocol: Protocol, subject: Subject, split: Split, settings: Settin
 
 def _training(protocol: Protocol, subject: Subject, split: Split, settings: Settings) -> FinetuneConfig | None:
     """The settings by which a protocol trains a network; None where it trains none."""
-    prefix = "small-" if len(split.train) <= SMALL else ""
+    num_images = len(split.train)
     if _by_sgd(protocol, subject, split, settings):
-        return flipped(FINETUNE_RECIPES[f"{prefix}linear"], settings.flip)
+        return recipe_for("linear", num_images, settings.flip)
     if protocol == SUPERVISED:
-        return flipped(FINETUNE_RECIPES[f"{prefix}supervised"], settings.flip)
+        return recipe_for("supervised", num_images, settings.flip)
     if protocol != "finetune":
         return None
-    recipe = settings.recipe or ("small" if prefix else _papers_recipe(subject, split))
-    return settings.over(flipped(find_finetune_recipe(recipe), settings.flip))
+    recipe = settings.recipe or ("small" if num_images <= SMALL else _papers_recipe(subject, split))
+    return settings.over(_flipped(find_finetune_recipe(recipe), settings.flip))
 
 
-def flipped(config: FinetuneConfig, flip: float | None) -> FinetuneConfig:
-    """The settings with this probability of a flip, unless it is None."""
+def recipe_for(protocol: Literal["linear", "supervised"], num_images: int, flip: float | None) -> FinetuneConfig:
+    """How a protocol trains on so many labelled images, with this probability of a flip, unless it is None."""
+    return _flipped(FINETUNE_RECIPES[f"small-{protocol}" if num_images <= SMALL else protocol], flip)
+
+
+def _flipped(config: FinetuneConfig, flip: float | None) -> FinetuneConfig:
     return config if flip is None else replace(config, flip=flip)
 
 
@@ -233,7 +234,6 @@ def _key(
     protocol: Protocol, subject: Subject, split: Split, seed: int, settings: Settings, config: FinetuneConfig | None
 ) -> dict[str, Any]:
     """Everything that a result depends on, and what a person reads in the file."""
-    plain = None if config is None else {k: v for k, v in asdict(config).items() if k not in FREE_ON_RESUME}
     return {
         "protocol": protocol,
         "subject": subject.name,
@@ -243,6 +243,5 @@ def _key(
         "test": split.test.fingerprint,
         "split": split.how,
         "linear": settings.linear if protocol == "linear" else None,
-        "training": plain,
-        "version": __version__,
+        "training": None if config is None else config.deciding(),
     }

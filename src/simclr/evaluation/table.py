@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BASELINES = ("random", "pixels", "supervised")
+SUPERVISED = "supervised"
+"""Name of the row whose network has seen nothing but the labels."""
+BASELINES = ("random", "pixels", SUPERVISED)
 """Names of rows that are there to be compared with."""
 
 
