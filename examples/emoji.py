@@ -10,9 +10,9 @@ publishes, and writes `train/CATEGORY/VENDOR-CODE.png` and `test/CATEGORY/VENDOR
 FOLDER` takes the packages from a folder (as `npm pack` leaves them) and needs no network. Files of the same CODE show
 the same emoji.
 
-The split is by base emoji, about 80/20 in each category: all skin tones, genders and directions of an emoji, and its
-pictures by both vendors, are on the same side. Skin tones are in the training part alone: in the test part they would
-make six of ten images people. The category Component (skin-tone swatches) is left out.
+The split is by base emoji, about 80/20 in each category: all skin tones, genders and directions of an emoji, flags that
+share one picture, and the pictures of both vendors are on the same side. Skin tones are in the training part alone: in
+the test part they would make six of ten images people. The category Component (skin-tone swatches) is left out.
 
 Licences: packages MIT (https://github.com/iamcal/emoji-data), Noto Emoji images Apache 2.0, Twemoji images CC-BY 4.0.
 """
@@ -45,6 +45,8 @@ TEST_SHARE = 0.2
 SKIN_TONES = {f"1F3F{digit}" for digit in "BCDEF"}
 NO_MEANING = SKIN_TONES | {"FE0F", "200D", "2640", "2642", "27A1"}
 """Code points that make a variant: skin tones, joiners, gender signs, "facing right"."""
+SAME_FLAG = {"BV": "NO", "CP": "FR", "CQ": "SA", "DG": "IO", "EA": "ES", "HM": "AU", "MF": "FR", "SJ": "NO", "UM": "US"}
+"""Regions whose flag has the very pixels of another's, in one package or both."""
 ADULTS, CHILDREN = {"1F468", "1F469", "1F9D1"}, {"1F466", "1F467", "1F9D2"}
 
 
@@ -102,6 +104,7 @@ def package(vendor: str, folder: Path) -> bytes:
 def split(emoji: list[dict[str, Any]], seed: int) -> dict[str, tuple[str, str]]:
     """File name of each picture -> ("train" or "test", category folder)."""
     same = {base_of(e["unified"]): base_of(e["obsoletes"]) for e in emoji if "obsoletes" in e}
+    same |= {flag_of(region): flag_of(other) for region, other in SAME_FLAG.items()}
     groups: dict[str, dict[tuple[str, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
     for e in emoji:
         if e["category"] == "Component":
@@ -130,6 +133,11 @@ def base_of(unified: str) -> tuple[str, ...]:
     if len(points) > 1:
         points = ["adult" if p in ADULTS else "child" if p in CHILDREN else p for p in points]
     return tuple(dict.fromkeys(points))
+
+
+def flag_of(region: str) -> tuple[str, ...]:
+    """The base of a flag: its two letters as regional indicators."""
+    return base_of("-".join(f"{ord(letter) - ord('A') + 0x1F1E6:X}" for letter in region))
 
 
 def folder_of(category: str) -> str:

@@ -37,17 +37,18 @@ def test_variants_of_an_emoji_are_on_one_side_and_tests_have_no_skin_tones() -> 
     cooks = [entry(f"{adult}-200D-1F373", tones=True) for adult in ("1F468", "1F469", "1F9D1")]
     others = [entry(f"1F4{i:02X}", "Objects") for i in range(100)] + [entry("1F3FB", "Component")]
     people = [entry(f"1F9{i:02X}", tones=True) for i in range(0x30, 0x60)]
+    flags = [entry(f"1F1FA-1F1{i:02X}", "Flags") for i in (0xF8, 0xF2, *range(0xD0, 0xF0))]
     tested = set()
     for seed in range(20):
-        side = emoji.split([*runners, *old, *cooks, *others, *people], seed)
-        for family in (runners, old, cooks):
+        side = emoji.split([*runners, *old, *cooks, *others, *people, *flags], seed)
+        for family in (runners, old, cooks, flags[:2]):  # the United States and their outlying islands
             assert len({side[e["image"]] for e in family}) == 1
             tested |= {e["image"] for e in family if side[e["image"]][0] == "test"}
         assert "1f3fb.png" not in side
         assert not any("-1f3f" in image for image, (part, _) in side.items() if part == "test")
         objects = [part for part, category in side.values() if category == "objects"]
         assert objects.count("test") == 20
-    assert len(tested) == 7  # each family was tested under some seed
+    assert len(tested) == 9  # each family was tested under some seed
 
 
 def test_gpu_suite_runs_and_its_checks_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
