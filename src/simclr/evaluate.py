@@ -32,14 +32,14 @@ from simclr.run import RunFolder, open_run
 from simclr.weights import load
 
 if TYPE_CHECKING:
-    from simclr import cli
+    from simclr import commands
 
 ENCODER = "encoder"
 """Name of the row of RUN itself."""
 ACCURACIES: tuple[Protocol, ...] = get_args(Protocol)
 
 
-def evaluate(args: "cli.Evaluate", finetune_over: Callable[[FinetuneConfig], FinetuneConfig]) -> None:
+def evaluate(args: "commands.Evaluate", finetune_over: Callable[[FinetuneConfig], FinetuneConfig]) -> None:
     """The command: what can be checked is checked first, and each result is kept as soon as it is there.
 
     Args:
@@ -80,7 +80,7 @@ def evaluate(args: "cli.Evaluate", finetune_over: Callable[[FinetuneConfig], Fin
 class Session:
     """The images and what is to be judged on them."""
 
-    args: "cli.Evaluate"
+    args: "commands.Evaluate"
     protocols: list[str]
     train: Images
     test: Images | None
@@ -93,7 +93,7 @@ class Session:
     world: World
 
     @classmethod
-    def open(cls, args: "cli.Evaluate", protocols: list[str], world: World) -> "Session":
+    def open(cls, args: "commands.Evaluate", protocols: list[str], world: World) -> "Session":
         """Open everything that can be wrong."""
         run = Path(args.run)
         described = load(run) if _is_folder(args.run) else None
@@ -264,7 +264,7 @@ def _protocols(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _transfer_set(args: "cli.Evaluate", source: str, seed: int, world: World) -> TransferSet:
+def _transfer_set(args: "commands.Evaluate", source: str, seed: int, world: World) -> TransferSet:
     side = side_of(Path(args.run), source, args.pack_side)
     with counting("Reading images", main=world.is_main) as progress:
         how = Reading(
@@ -278,14 +278,14 @@ def _is_folder(run: str) -> bool:
     return run not in (RANDOM, PIXELS) and not run.startswith((TIMM, TORCHVISION))
 
 
-def _folder(args: "cli.Evaluate") -> Path | None:
+def _folder(args: "commands.Evaluate") -> Path | None:
     """Where results are kept for a second call."""
     if args.out is not None:
         return args.out
     return Path(args.run) / "evaluation" if (Path(args.run) / "run.json").is_file() else None
 
 
-def _shape(args: "cli.Evaluate", images: Images, world: World) -> tuple[EncoderConfig, Semantics]:
+def _shape(args: "commands.Evaluate", images: Images, world: World) -> tuple[EncoderConfig, Semantics]:
     """The shape of the network that a name stands for: the recipe's for `random` and `pixels`."""
     if args.run in (RANDOM, PIXELS):
         recipe, _ = choose_recipe(images, on_gpu=world.device.type == "cuda")

@@ -12,10 +12,10 @@ from simclr.progress import say
 from simclr.weights import save_classifier, save_encoder
 
 if TYPE_CHECKING:
-    from simclr import cli
+    from simclr import commands
 
 
-def import_checkpoint(args: "cli.Import") -> None:
+def import_checkpoint(args: "commands.Import") -> None:
     """Read, write, and say what was found and what was left out.
 
     Raises:
@@ -46,7 +46,7 @@ def import_checkpoint(args: "cli.Import") -> None:
     say(f'The encoder is in {args.out}: `simclr evaluate {args.out} DATA`, or simclr.load("{args.out}").')
 
 
-def _origin(args: "cli.Import", imported: Imported) -> dict[str, Any]:
+def _origin(args: "commands.Import", imported: Imported) -> dict[str, Any]:
     return {
         "imported_from": str(args.checkpoint),
         "format": "TensorFlow 1 checkpoint",

@@ -29,12 +29,12 @@ from simclr.train import Outcome
 from simclr.weights import load
 
 if TYPE_CHECKING:
-    from simclr import cli
+    from simclr import commands
 
 FlagsOver = Callable[[PretrainConfig], PretrainConfig]
 
 
-def pretrain(args: "cli.Pretrain", flags_over: FlagsOver) -> None:
+def pretrain(args: "commands.Pretrain", flags_over: FlagsOver) -> None:
     """`simclr pretrain DATA`: open the images, settle the settings, train."""
     out = args.out or Path("runs") / Path(args.data).resolve().stem.replace(":", "-")
     RunFolder(out).refuse_existing()
@@ -62,7 +62,7 @@ def pretrain(args: "cli.Pretrain", flags_over: FlagsOver) -> None:
     _leave(outcome, world)
 
 
-def resume(args: "cli.Resume", flags_over: FlagsOver) -> None:
+def resume(args: "commands.Resume", flags_over: FlagsOver) -> None:
     """`simclr resume RUN`: go on, refusing whatever would change the result."""
     run = open_run(args.run)
     saved = run.config
@@ -91,7 +91,7 @@ def resume(args: "cli.Resume", flags_over: FlagsOver) -> None:
     _leave(outcome, world)
 
 
-def plan(args: "cli.Plan", flags_over: FlagsOver) -> None:
+def plan(args: "commands.Plan", flags_over: FlagsOver) -> None:
     """`simclr plan DATA`: a table on standard output, and a JSON file on request."""
     if args.json is not None:
         require_writable(args.json)
@@ -112,7 +112,7 @@ def plan(args: "cli.Plan", flags_over: FlagsOver) -> None:
         write(args.json, (json.dumps(planned.to_dict(), indent=2) + "\n").encode())
 
 
-def embed(args: "cli.Embed") -> None:
+def embed(args: "commands.Embed") -> None:
     """`simclr embed RUN DATA --out FILE.npz`: features, keys and labels of every image of every split."""
     require_writable(args.out)
     model = load(args.run, device=_device(args.device))
@@ -133,7 +133,7 @@ def embed(args: "cli.Embed") -> None:
     say(f"{len(images):,} features of width {features.shape[1]} are in {args.out}.")
 
 
-def views(args: "cli.Views", flags_over: FlagsOver) -> None:
+def views(args: "commands.Views", flags_over: FlagsOver) -> None:
     """`simclr views DATA`: images and their views as a picture."""
     from simclr.report import draw_views
 
@@ -151,7 +151,7 @@ def views(args: "cli.Views", flags_over: FlagsOver) -> None:
     say(f"The picture is in {args.out}.")
 
 
-def recipes(args: "cli.Recipes") -> None:
+def recipes(args: "commands.Recipes") -> None:
     """`simclr recipes`: every recipe, complete."""
     for recipe in [find_recipe(args.name)] if args.name else RECIPES.values():
         print(f"{recipe.name}: {recipe.summary}")
