@@ -13,6 +13,7 @@ from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.finetune_config import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
+from simclr.evaluation.knn import knn
 from simclr.evaluation.ledger import Ledger
 from simclr.evaluation.measure import Settings, measure
 from simclr.evaluation.split import Split, split_data
@@ -62,6 +63,20 @@ def run(split: Split, opened: list[Subject], protocols=PROTOCOLS, *, ledger=None
             ledger=ledger or Ledger(None), folder=folder, world=World(), say=lambda _: None,
         )
     )  # fmt: skip
+
+
+def test_leave_one_out_equals_leaving_out_one_by_one(digits):
+    images = digits.test.subset(np.arange(60))
+    split = split_data(images, None, seed=0, leave_one_out=True)
+    (found,) = run(split, subjects("pixels"), ["knn"])
+    features = subjects("pixels")[0].features(images)
+    right = []
+    for left_out in range(60):
+        others = np.delete(np.arange(60), left_out)
+        (predicted,) = knn(features[others], images.labels[others], features[[left_out]])
+        right.append(predicted == images.labels[left_out])
+    assert found.figures["top1"] == pytest.approx(np.mean(right), abs=1e-12)
+    assert "leave-one-out" in found.how
 
 
 def test_who_is_measured_how(digits, folder):

@@ -108,6 +108,9 @@ class Evaluate:
     size: int = 224
     """Pixels a side that models of timm and torchvision are given."""
 
+    leave_one_out: bool = False
+    """Of nearest neighbours: each labelled image is judged by all the others, instead of a split."""
+
     linear: Literal["auto", "sgd", "optimum"] = "auto"
     """The linear protocol by SGD on crops, as in the papers, or as the exact optimum on features of the central crop;
     auto: the latter up to 100,000 images."""

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -55,12 +55,14 @@ def evaluate(args: "commands.Evaluate", finetune_over: Callable[[FinetuneConfig]
             require_writable(path)
     if args.finetune_recipe is not None:
         find_finetune_recipe(args.finetune_recipe)
-    settings = Settings(
-        linear=args.linear, recipe=args.finetune_recipe, over=finetune_over, flip=_flip_of(Path(args.run))
-    )
+    if args.leave_one_out and protocols != ["knn"]:
+        raise UserError(
+            f"--leave-one-out is about nearest neighbours; --protocol was {args.protocol!r}, give knn alone."
+        )
     world = distributed.start(args.device)
     try:
         session = Session.open(args, protocols, world)
+        settings = Settings(linear=args.linear, recipe=args.finetune_recipe, over=finetune_over, flip=session.flip)
         measured = session.measure([cast(Protocol, name) for name in protocols if name in ACCURACIES], settings)
         reports = {name: REPORTS[name](session) for name in protocols if name in REPORTS}
         picture = _picture(session, measured) if args.picture else None
@@ -91,6 +93,7 @@ class Session:
     cache: FeatureCache
     ledger: Ledger
     world: World
+    _opened: dict[tuple[str, int | None], Subject] = field(default_factory=dict)
 
     @classmethod
     def open(cls, args: "commands.Evaluate", protocols: list[str], world: World) -> "Session":
@@ -123,8 +126,9 @@ class Session:
 
     @property
     def flip(self) -> float | None:
-        """Of training on labels."""
-        return _flip_of(Path(self.args.run))
+        """Of training on labels: where mirror images mean something else in pretraining, they do so with labels too."""
+        run = Path(self.args.run)
+        return open_run(run).config.flip if (run / "run.json").is_file() else None
 
     @property
     def folder(self) -> Path | None:
@@ -137,27 +141,36 @@ class Session:
 
     def split(self, seed: int, *, every: bool = False) -> Split:
         """The images of a seed; with `every`, all labels whatever --labels says."""
-        return split_data(self.train, self.test, seed=seed, labels=None if every else self.args.labels)
+        labels = None if every else self.args.labels
+        return split_data(self.train, self.test, seed=seed, labels=labels, leave_one_out=self.args.leave_one_out)
 
     def sets(self, seed: int) -> list[TransferSet]:
         """The sets to transfer to."""
         found = [_transfer_set(self.args, source, seed, self.world) for source in self.args.data]
         for one in found:
             self.tell(f"{one.name}: {one.how}.")
+            for note in dict.fromkeys([*one.train.notes, *one.test.notes]):
+                self.tell(f"{one.name}: {note}")
         return found
 
     def subjects(self, seed: int | None = None) -> list[Subject]:
         """What is judged, and then what stands beside it; `random` has the weights of the seed."""
         seed = self.args.seed if seed is None else seed
         names = [self.args.run, *(name for name in self.args.compare if name != self.args.run)]
-        opened = [
-            open_subject(
-                name, like=self.like, preprocessing=self.preprocessing, seed=seed, cache=self.cache, world=self.world,
-                size=self.args.size, pretrained=self.protocols != [SUPERVISED],
-            )
-            for name in names
-        ]  # fmt: skip
+        opened = [self._subject(name, seed) for name in names]
         return [replace(opened[0], name=ENCODER), *opened[1:]] if _is_folder(self.args.run) else opened
+
+    def _subject(self, name: str, seed: int) -> Subject:
+        """Opened once; only random weights depend on the seed."""
+        pretrained = self.protocols != [SUPERVISED]
+        foreign = name.startswith((TIMM, TORCHVISION))
+        key = name, seed if name == RANDOM or (foreign and not pretrained) else None
+        if key not in self._opened:
+            self._opened[key] = open_subject(
+                name, like=self.like, preprocessing=self.preprocessing, seed=seed, cache=self.cache, world=self.world,
+                size=self.args.size, pretrained=pretrained,
+            )  # fmt: skip
+        return self._opened[key]
 
     def measure(self, protocols: list[Protocol], settings: Settings) -> list[Measurement]:
         """The accuracies that are asked for, some of which an earlier call may have left."""
@@ -210,18 +223,22 @@ def _tell(session: Session, measured: list[Measurement], reports: dict[str, Repo
 
 
 def _rows(measured: list[Measurement]) -> list[Row]:
-    values: dict[str, dict[str, list[float]]] = {}
-    for one in measured:
-        values.setdefault(one.subject, {}).setdefault(TITLES[one.protocol], []).append(one.figures["top1"])
-    return [Row(name, columns, baseline=name in BASELINES) for name, columns in values.items()]
+    columns = _top1_by(measured, lambda one: TITLES[one.protocol])
+    return [Row(name, values, baseline=name in BASELINES) for name, values in columns.items()]
 
 
 def _means(measured: list[Measurement]) -> dict[str, dict[str, float]]:
     """Subject -> protocol -> mean top-1 accuracy, in [0, 1]."""
+    found = _top1_by(measured, lambda one: one.protocol)
+    return {name: {p: mean_and_spread(v)[0] for p, v in row.items()} for name, row in found.items()}
+
+
+def _top1_by(measured: list[Measurement], column: Callable[[Measurement], str]) -> dict[str, dict[str, list[float]]]:
+    """Subject -> column -> top-1 accuracies, in [0, 1]."""
     found: dict[str, dict[str, list[float]]] = {}
     for one in measured:
-        found.setdefault(one.subject, {}).setdefault(one.protocol, []).append(one.figures["top1"])
-    return {name: {p: mean_and_spread(v)[0] for p, v in row.items()} for name, row in found.items()}
+        found.setdefault(one.subject, {}).setdefault(column(one), []).append(one.figures["top1"])
+    return found
 
 
 def _print_legend(measured: list[Measurement], rows: list[Row], num_test: int) -> None:
@@ -296,11 +313,6 @@ def _shape(args: "commands.Evaluate", images: Images, world: World) -> tuple[Enc
         )  # fmt: skip
         return shape, config.views
     return EncoderConfig(name=args.run, channels=3, size=args.size), "torchvision"
-
-
-def _flip_of(run: Path) -> float | None:
-    """Where mirror images mean something else in pretraining, they do so with labels too."""
-    return open_run(run).config.flip if (run / "run.json").is_file() else None
 
 
 def _warn_if_seen(run: Path, images: Images, world: World) -> None:

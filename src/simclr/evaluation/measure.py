@@ -151,8 +151,10 @@ def _run(
         return _train(protocol, subject, split, seed, config, place, world)
     train, test = subject.features(split.train), subject.features(split.test)
     if protocol == "knn":
-        votes = knn_votes(train, labels, test, device=world.device)
-        return _figures(votes.scores, votes.classes, asked), f"k {votes.k}, temperature {KNN_TEMPERATURE}, cosine"
+        alone = split.test is split.train
+        votes = knn_votes(train, labels, test, leave_one_out=alone, device=world.device)
+        how = f"k {votes.k}, temperature {KNN_TEMPERATURE}, cosine{', leave-one-out' if alone else ''}"
+        return _figures(votes.scores, votes.classes, asked), how
     classes, targets = np.unique(labels, return_inverse=True)  # (K,), (n,)
     if protocol == "linear":
         fitted, how = optimum_probe(train, targets, test, seed=seed, device=world.device), "exact optimum, n x l2"

@@ -18,13 +18,16 @@ class Split:
 
     train: Images
     test: Images
+    """The very `train` where each image is left out in turn."""
     how: str
     """In words."""
     num_labelled: int
     """Images to learn from before a part of the labels was chosen."""
 
 
-def split_data(train: Images, test: Images | None, *, seed: int, labels: str | None = None) -> Split:
+def split_data(
+    train: Images, test: Images | None, *, seed: int, labels: str | None = None, leave_one_out: bool = False
+) -> Split:
     """Training and test images: the data's own split where it has one, else 80/20, stratified by class.
 
     Args:
@@ -32,12 +35,15 @@ def split_data(train: Images, test: Images | None, *, seed: int, labels: str | N
         seed: Of the 80/20 split and of the choice of labelled images.
         labels: Which labels the classifiers may use: a share such as "1%", a number such as "10/class", or a file with
             the names of the images, one a line, as the authors publish them for ImageNet. None: all.
+        leave_one_out: Each labelled image of `train` is to be judged by all the others; both parts are then one object.
 
     Raises:
         UserError: There are no labels, fewer than two classes, or a class of the test images that none teaches.
     """
     train, test = _labelled(train), None if test is None else _labelled(test)
-    if test is not None:
+    if leave_one_out:
+        test, how = train, f"each of {len(train):,} labelled images by the others"
+    elif test is not None:
         how = f"the data's own split, {len(train):,} to learn from and {len(test):,} to test"
     else:
         assert train.labels is not None
@@ -54,8 +60,9 @@ def split_data(train: Images, test: Images | None, *, seed: int, labels: str | N
         else:
             chosen, drawn = label_subset(train.labels, labels, seed=seed), f"{labels}, seed {seed}"
         train = train.subset(chosen)
+        test = train if leave_one_out else test
         how += f", {len(train):,} labels used ({drawn})"
-    assert train.labels is not None
+    assert train.labels is not None and test.labels is not None
     known = np.unique(train.labels)
     if len(known) < 2:
         raise UserError(f"{train.name} has a single class among the images to learn from; evaluation needs two.")
