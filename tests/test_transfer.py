@@ -14,6 +14,7 @@ from simclr.data.presets import TransferSet
 from simclr.distributed import World
 from simclr.errors import Diverged, UserError
 from simclr.evaluation import grid as grid_module
+from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.finetune import finetune
 from simclr.evaluation.grid import (
     PAPER_GRID,
@@ -24,7 +25,9 @@ from simclr.evaluation.grid import (
     finetune_transfer,
     settings,
 )
+from simclr.evaluation.knn import knn
 from simclr.evaluation.ledger import Ledger
+from simclr.evaluation.subjects import open_subject
 from simclr.evaluation.transfer import Transferred, differences, judge, linear_transfer, rows, shown, summary, transfer
 from simclr.features import extract, pixels_of
 from simclr.methods.classify import many_classes, share_right
@@ -50,9 +53,9 @@ class Standin:
     def identity(self) -> str:
         return f"{self.name} {self.noise}"
 
-    def features(self, images):
+    def features(self, images, *, crop=None):
         self.calls += 1
-        found = pixels_of(images, size=8) if self.encoder is None else extract(self.encoder, images)
+        found = pixels_of(images, size=8, crop=crop) if self.encoder is None else extract(self.encoder, images)
         return (found + self.noise * np.random.default_rng(len(images)).normal(size=found.shape)).astype(np.float32)
 
 
@@ -165,6 +168,26 @@ def test_linear_transfer_is_looked_up(tmp_path):
     assert again == first and subject.calls == 3
     linear_transfer(subject, poisoned(data), seed=0, ledger=Ledger(tmp_path / "cells.jsonl"))
     assert subject.calls == 6
+
+
+def test_linear_transfer_sees_the_border():
+    """What tells the classes apart lies outside the central 0.875 that other protocols show above 32 pixels."""
+    random = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    pixels = random.integers(0, 60, (60, 48, 48), dtype=np.uint8)
+    pixels[labels == 1, :2] += 90
+    images = array_images(
+        pixels, labels, name="frames", split="train", has_own_split=False, classes=["no", "yes"], channels="1"
+    )
+    parts = [images.subset(np.arange(begin, begin + 20)) for begin in (0, 20, 40)]
+    data = TransferSet(name="frames", train=parts[0], validation=parts[1], test=parts[2], metric="top-1", how="")
+    config = EncoderConfig("small", channels=1, size=40)
+    pixels_only = open_subject(
+        "pixels", like=config, preprocessing="google", seed=0, cache=FeatureCache(None), world=World()
+    )
+    assert linear_transfer(pixels_only, data, seed=0, strengths=(0.01,)).score == 1
+    cropped = [pixels_only.features(part) for part in parts[::2]]
+    assert (knn(cropped[0], parts[0].labels, cropped[1], k=5) == parts[2].labels).mean() < 0.9
 
 
 # ---- the table and the permutation test

@@ -22,6 +22,7 @@ def extract(
     images: Images,
     *,
     semantics: Semantics = "google",
+    crop: float | None = None,
     batch_size: int = 256,
     world: World = ALONE,
     progress: Callable[[int, int], None] | None = None,
@@ -31,6 +32,7 @@ def extract(
     Args:
         encoder: On the device where the work is to be done; its mode is restored afterwards.
         semantics: Whose evaluation preprocessing: the one that the encoder was trained with.
+        crop: Share of the shorter side that is kept; None: the authors' rule (`eval_images`).
         world: The processes that share the work; all must call.
         progress: Called with (done, total) images.
 
@@ -44,7 +46,7 @@ def extract(
     require_channels(config.channels, images)
     return outputs(
         encoder, images, encoder.num_features,
-        size=config.size, semantics=semantics, batch_size=batch_size, world=world, progress=progress,
+        size=config.size, semantics=semantics, crop=crop, batch_size=batch_size, world=world, progress=progress,
     )  # fmt: skip
 
 
@@ -55,6 +57,7 @@ def outputs(
     *,
     size: int,
     semantics: Semantics = "google",
+    crop: float | None = None,
     batch_size: int = 256,
     world: World = ALONE,
     progress: Callable[[int, int], None] | None = None,
@@ -67,6 +70,7 @@ def outputs(
     Args:
         network: (B, C, size, size) -> (B, width), on the device where the work is to be done.
         images: Of the channels that it takes; arrays are (H, W, C) uint8.
+        crop: As in `extract`.
         world: The processes that share the work; all must call.
         progress: Called with (done, total) images.
 
@@ -82,7 +86,7 @@ def outputs(
             mine = torch.zeros(batch_size, width, device=device)
             if begin < end:
                 some = images.peek(np.arange(begin, end)) if isinstance(images, Images) else images[begin:end]
-                pixels = eval_images(some, size, semantics, device=device)  # (B, C, size, size)
+                pixels = eval_images(some, size, semantics, crop=crop, device=device)  # (B, C, size, size)
                 mine[: end - begin] = network(pixels)
             end = min(first + world.size * batch_size, len(images))
             result[first:end] = world.all_gather_rows(mine)[: end - first].cpu().numpy()
@@ -91,12 +95,14 @@ def outputs(
     return result
 
 
-def pixels_of(images: Images, *, size: int, semantics: Semantics = "google", batch_size: int = 256) -> np.ndarray:
+def pixels_of(
+    images: Images, *, size: int, semantics: Semantics = "google", crop: float | None = None, batch_size: int = 256
+) -> np.ndarray:
     """The evaluation pixels themselves as features: the baseline of every table. (n, C*S*S) float32."""
     batches = []
     for begin in range(0, len(images), batch_size):
         rows = np.arange(begin, min(begin + batch_size, len(images)))
-        batches.append(eval_images(images.peek(rows), size, semantics).flatten(1).numpy())  # (B, C*S*S)
+        batches.append(eval_images(images.peek(rows), size, semantics, crop=crop).flatten(1).numpy())  # (B, C*S*S)
     return np.concatenate(batches)
 
 

@@ -45,22 +45,25 @@ class Subject:
     cache: FeatureCache = field(default_factory=lambda: FeatureCache(None))
     world: World = field(default_factory=World)
 
-    def features(self, images: Images) -> np.ndarray:
+    def features(self, images: Images, *, crop: float | None = None) -> np.ndarray:
         """(n, F) float32 in the order of the images, from the cache where they were made before.
+
+        Args:
+            crop: Share of the shorter side that is seen; None: the authors' rule (`eval_images`).
 
         Raises:
             UserError: Colour images for an encoder of gray ones, or features that are not finite.
         """
         images = self.fitted(images)
         if self.encoder is None:
-            return pixels_of(images, size=self.size, semantics=self.preprocessing)
+            return pixels_of(images, size=self.size, semantics=self.preprocessing, crop=crop)
         encoder = self.encoder
-        key = "\n".join([__version__, self.identity, images.fingerprint])
+        key = "\n".join([__version__, self.identity, images.fingerprint, *([] if crop is None else [f"crop {crop}"])])
 
         def make() -> np.ndarray:
             with counting(f"Features of {self.name}", main=self.world.is_main) as progress:
                 return extract(
-                    encoder, images, semantics=self.preprocessing, world=self.world, progress=progress
+                    encoder, images, semantics=self.preprocessing, crop=crop, world=self.world, progress=progress
                 )  # (n, F)
 
         found = self.cache.get(key, make, self.world)
