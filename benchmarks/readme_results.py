@@ -1,9 +1,12 @@
 """The README's table of accuracies: pretrain and evaluate with several seeds, print mean and spread.
 
-    python benchmarks/readme_results.py digits fashion-mnist --seeds 3 --out runs/readme
+    python examples/emoji.py --out data/emoji
+    python benchmarks/readme_results.py digits fashion-mnist data/emoji --seeds 3 --out runs/readme
+    python benchmarks/readme_results.py fashion-mnist data/emoji --alexnet --out runs/readme
 
 Each run is the plain commands a user would type, with --seed, --labels and --protocol; accuracy is that of the last
-checkpoint. Runs that are finished are not repeated, so the script can be stopped and called again.
+checkpoint. Runs that are finished are not repeated, so the script can be stopped and called again. `--alexnet` adds the row
+of torchvision's AlexNet (57 million parameters) trained from scratch on the same few labels at 64 pixels, minutes a run.
 """
 
 import argparse
@@ -13,37 +16,49 @@ import subprocess
 import sys
 from pathlib import Path
 
-LABELS = {"digits": (None, "5/class"), "fashion-mnist": (None, "10%", "1%")}
+LABELS = {"digits": (None, "5/class"), "fashion-mnist": (None, "10%", "1%"), "emoji": (None, "10%", "1%")}
 FROZEN, TRAINED = ("knn", "linear"), ("finetune", "supervised")
 """Protocols; those that train a network are left to the few labels, as long as they take minutes."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("data", nargs="+", choices=sorted(LABELS))
+    parser.add_argument("data", nargs="+", help=f"of {', '.join(LABELS)}, or a folder of one of these names")
+    parser.add_argument("--alexnet", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only-seed", type=int, help="make this seed's runs and print no table")
     parser.add_argument("--out", type=Path, default=Path("runs/readme"))
     args = parser.parse_args()
+    if unknown := [data for data in args.data if Path(data).name not in LABELS]:
+        parser.error(f"{unknown[0]} is none of {', '.join(LABELS)}")
     for data in args.data:
         for seed in range(args.seeds) if args.only_seed is None else [args.only_seed]:
             run_once(args.out, data, seed)
+            for labels in LABELS[Path(data).name][1:] if args.alexnet else ():
+                alexnet_once(args.out, data, seed, labels)
     if args.only_seed is None:
         for data in args.data:
             print_table(args.out, data, args.seeds)
 
 
 def run_once(out: Path, data: str, seed: int) -> None:
-    run = out / f"{data}-{seed}"
+    run = run_of(out, data, seed)
     if not (run / "config.json").exists():
         simclr("pretrain", data, "--out", run, "--seed", seed)
     elif not (run / "summary.json").exists():
         simclr("resume", run)
-    for labels in LABELS[data]:
+    for labels in LABELS[Path(data).name]:
         result = result_file(out, data, seed, labels)
         if not result.exists():
             asked = ["--protocol", ",".join(protocols_of(labels)), *([] if labels is None else ["--labels", labels])]
             simclr("evaluate", run, data, "--seed", seed, "--json", result, *asked)
+
+
+def alexnet_once(out: Path, data: str, seed: int, labels: str) -> None:
+    result = result_file(out, data, seed, labels, kind="alexnet")
+    if not result.exists():
+        how = ["--protocol", "supervised", "--size", 64, "--compare", "--labels", labels, "--seed", seed]
+        simclr("evaluate", "torchvision/alexnet", data, *how, "--out", result.with_suffix(""), "--json", result)
 
 
 def protocols_of(labels: str | None) -> tuple[str, ...]:
@@ -54,21 +69,31 @@ def simclr(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "simclr", *map(str, arguments)], check=True)
 
 
-def result_file(out: Path, data: str, seed: int, labels: str | None) -> Path:
-    return out / f"{data}-{seed}" / f"evaluation-{(labels or 'all').replace('/', '-').replace('%', 'pc')}.json"
+def run_of(out: Path, data: str, seed: int) -> Path:
+    return out / f"{Path(data).name}-{seed}"
+
+
+def result_file(out: Path, data: str, seed: int, labels: str | None, kind: str = "evaluation") -> Path:
+    return run_of(out, data, seed) / f"{kind}-{(labels or 'all').replace('/', '-').replace('%', 'pc')}.json"
 
 
 def print_table(out: Path, data: str, seeds: int) -> None:
-    summaries = [json.loads((out / f"{data}-{seed}" / "summary.json").read_text()) for seed in range(seeds)]
+    summaries = [json.loads((run_of(out, data, seed) / "summary.json").read_text()) for seed in range(seeds)]
     minutes = [summary["seconds_of_this_call"] / 60 for summary in summaries]
     print(f"\n{data}: {statistics.mean(minutes):.1f} minutes a run, {seeds} seeds\n")
     print("| labels | features | kNN, % | linear, % | trained whole, % |")
     print("|---|---|---|---|---|")
-    for labels in LABELS[data]:
+    for labels in LABELS[Path(data).name]:
         results = [json.loads(result_file(out, data, seed, labels).read_text()) for seed in range(seeds)]
-        for name in dict.fromkeys(name for name in ("encoder", "random", "pixels", "supervised") if name in results[0]):
+        names = ["encoder", "random", "pixels", "supervised"]
+        files = [result_file(out, data, seed, labels, kind="alexnet") for seed in range(seeds)]
+        if all(file.exists() for file in files):
+            names.append("alexnet")
+            for result, file in zip(results, files, strict=True):
+                result["alexnet"] = json.loads(file.read_text())["supervised"]
+        for name in (name for name in names if name in results[0]):
             figures = [result[name] for result in results]
-            whole = TRAINED[1] if name == TRAINED[1] else TRAINED[0]
+            whole = TRAINED[1] if name in (TRAINED[1], "alexnet") else TRAINED[0]
             cells = [spread([100 * row[probe] for row in figures if probe in row]) for probe in (*FROZEN, whole)]
             print(f"| {labels or 'all'} | {name} | {' | '.join(cells)} |")
 
