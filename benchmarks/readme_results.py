@@ -5,8 +5,9 @@
     python benchmarks/readme_results.py fashion-mnist data/emoji --alexnet --out runs/readme
 
 Each run is the plain commands a user would type, with --seed, --labels and --protocol; accuracy is that of the last
-checkpoint. Runs that are finished are not repeated, so the script can be stopped and called again. `--alexnet` adds the row
-of torchvision's AlexNet (57 million parameters) trained from scratch on the same few labels at 64 pixels, minutes a run.
+checkpoint. Runs that are finished are not repeated, so the script can be stopped and called again. `--alexnet` adds the
+row of torchvision's AlexNet (57 million parameters), trained from scratch on the same few labels at 64 pixels: minutes
+a run.
 """
 
 import argparse
@@ -24,7 +25,7 @@ FROZEN, TRAINED = ("knn", "linear"), ("finetune", "supervised")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", nargs="+", help=f"of {', '.join(LABELS)}, or a folder of one of these names")
-    parser.add_argument("--alexnet", action="store_true")
+    parser.add_argument("--alexnet", action="store_true", help="train AlexNet on the few labels too")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only-seed", type=int, help="make this seed's runs and print no table")
     parser.add_argument("--out", type=Path, default=Path("runs/readme"))
