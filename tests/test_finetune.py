@@ -245,7 +245,7 @@ def one_class(images):
     ("change", "message"),
     [
         (lambda train, test: (one_class(train), one_class(test)), "a single class"),
-        (lambda train, test: (train.subset(train.labels != 7), test), r"1 classes .* 9 classes to learn from \(7\)"),
+        (lambda train, test: (train.subset(train.labels != 7), test), r"test images of 1 classes .* learn from \(7\)"),
         (lambda train, test: (replace(train, labels=None), test), "50 of 50 images have no label"),
         (lambda train, test: (train, replace(test, labels=np.where(test.labels == 2, -1, 0))), "10 of 100 images"),
         (lambda train, test: (train, test.subset([])), "0 of 0 images"),

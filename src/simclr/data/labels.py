@@ -35,6 +35,35 @@ def index_labels(names: Sequence[str | None]) -> tuple[np.ndarray, list[str]]:
     return np.array([UNLABELLED if name is None else index[name] for name in names], dtype=np.int64), classes
 
 
+def labelled(images: Images) -> Images:
+    """The images that have a label.
+
+    Raises:
+        UserError: None has.
+    """
+    if images.labels is None or not (images.labels >= 0).any():
+        raise UserError(
+            f"{images.name} has no labels, and evaluation needs them; give a folder with one sub-folder per class "
+            "(or --labels-file with path,label lines), or an .npz file with y."
+        )
+    return images.subset(np.flatnonzero(images.labels >= 0))
+
+
+def require_classes(learn: Images, test: Images) -> None:
+    """Refuse labelled images to learn from that are of one class, or that lack a class of the test images."""
+    assert learn.labels is not None and test.labels is not None
+    known = np.unique(learn.labels)
+    if len(known) < 2:
+        raise UserError(f"{learn.name} has a single class among the images to learn from; evaluation needs two.")
+    unknown = np.setdiff1d(test.labels, known)
+    if len(unknown):
+        names = some([str(label) if test.classes is None else test.classes[label] for label in unknown])
+        raise UserError(
+            f"{test.name} has test images of {len(unknown)} classes of which none is there to learn from ({names}); "
+            "give labelled training images of each class, or more --labels."
+        )
+
+
 def read_label_file(file: Path, folder: Path, wanted: Sequence[str], known: Sequence[str]) -> list[str | None]:
     """Labels of images from a CSV file.
 

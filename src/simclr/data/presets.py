@@ -12,8 +12,8 @@ import numpy as np
 
 from simclr.data.files import Reading
 from simclr.data.images import Images
+from simclr.data.labels import labelled, require_classes
 from simclr.data.layouts import LAYOUTS, open_parts
-from simclr.data.scan import some
 from simclr.data.source import open_data
 from simclr.data.splits import split_indices
 from simclr.errors import UserError
@@ -98,9 +98,9 @@ def open_transfer_set(
         "labels": labels, "strict": how.strict, "channels": how.channels, "workers": how.workers,
         "progress": how.progress, "pack": how.pack, "side": how.side, "say": how.say,
     }  # fmt: skip
-    learn = _labelled(open_data(source, split="train", **options))
+    learn = labelled(open_data(source, split="train", **options))
     if learn.has_own_split:
-        test = _labelled(open_data(source, split="test", **options))
+        test = labelled(open_data(source, split="test", **options))
     else:
         keep, hold = split_indices(_labels(learn), HELD_OUT, seed)
         learn, test = replace(learn.subset(keep), split="train"), replace(learn.subset(hold), split="test")
@@ -112,7 +112,7 @@ def _divide(learn: Images, test: Images, official: np.ndarray, preset: Preset | 
     if not len(learn) or not len(test):
         raise UserError(f"{learn.name} leaves no labelled image to test with; give more images of each class.")
     if learn.targets is None:
-        _require_classes(learn, test)
+        require_classes(learn, test)
     how = "the official validation images"
     if not official.any():
         _, hold = split_indices(len(learn) if learn.targets is not None else _labels(learn), HELD_OUT, seed)
@@ -139,29 +139,6 @@ def _lacking(learn: Images, preset: Preset | None) -> list[str]:
     if found == preset.num_classes:
         return []
     return [f"{learn.name} has {preset.num_classes} classes, and {found} of them are among the training images here."]
-
-
-def _require_classes(learn: Images, test: Images) -> None:
-    known = np.unique(_labels(learn))
-    if len(known) < 2:
-        raise UserError(f"{learn.name} has a single class among the images to learn from; evaluation needs two.")
-    unknown = np.setdiff1d(_labels(test), known)
-    if len(unknown):
-        names = [str(label) if test.classes is None else test.classes[label] for label in unknown]
-        raise UserError(
-            f"{len(unknown)} classes of the test images of {test.name} are not among the {len(known)} classes to learn "
-            f"from ({some(names)}); give at least one training image of each."
-        )
-
-
-def _labelled(images: Images) -> Images:
-    """The images that have a label."""
-    if images.labels is None or not (images.labels >= 0).any():
-        raise UserError(
-            f"{images.name} has no labels, and transfer needs them; give a folder with one sub-folder per class (or a "
-            "file with path,label lines), or an .npz file with y."
-        )
-    return images.subset(np.flatnonzero(images.labels >= 0))
 
 
 def _labels(images: Images) -> np.ndarray:

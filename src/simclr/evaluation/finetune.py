@@ -24,8 +24,8 @@ from simclr.augment.policy import Policy, Semantics
 from simclr.augment.views import has_kernels, make_view
 from simclr.checkpoint import write_atomically
 from simclr.data.images import Images
+from simclr.data.labels import require_classes
 from simclr.data.order import EndlessOrder
-from simclr.data.scan import some
 from simclr.device import choose_kernels, keep_on_gpu, precision_of
 from simclr.distributed import World
 from simclr.errors import UserError
@@ -196,16 +196,8 @@ def _class_targets(train: Images, test: Images) -> tuple[np.ndarray, np.ndarray,
                 "labels needs some, and one for each image; leave the others out."
             )
     assert train.labels is not None and test.labels is not None
+    require_classes(train, test)
     labels, targets = np.unique(train.labels, return_inverse=True)
-    if len(labels) < 2:
-        raise UserError(f"{train.name} has a single class among the images to learn from; a classifier needs two.")
-    unknown = np.setdiff1d(test.labels, labels)
-    if len(unknown):
-        names = [str(label) if test.classes is None else test.classes[label] for label in unknown]
-        raise UserError(
-            f"{len(unknown)} classes of the test images are not among the {len(labels)} classes to learn from "
-            f"({some(names)}); give at least one training image of each."
-        )
     return labels, targets, np.searchsorted(labels, test.labels)
 
 

@@ -3,11 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from simclr.data.images import Images
-from simclr.data.labels import read_label_list
-from simclr.data.scan import some
+from simclr.data.labels import labelled, read_label_list, require_classes
 from simclr.data.splits import label_subset, split_indices
 from simclr.errors import UserError
 
@@ -40,7 +37,7 @@ def split_data(
     Raises:
         UserError: There are no labels, fewer than two classes, or a class of the test images that none teaches.
     """
-    train, test = _labelled(train), None if test is None else _labelled(test)
+    train, test = labelled(train), None if test is None else labelled(test)
     if leave_one_out:
         test, how = train, f"each of {len(train):,} labelled images by the others"
     elif test is not None:
@@ -62,25 +59,5 @@ def split_data(
         train = train.subset(chosen)
         test = train if leave_one_out else test
         how += f", {len(train):,} labels used ({drawn})"
-    assert train.labels is not None and test.labels is not None
-    known = np.unique(train.labels)
-    if len(known) < 2:
-        raise UserError(f"{train.name} has a single class among the images to learn from; evaluation needs two.")
-    unknown = np.setdiff1d(test.labels, known)
-    if len(unknown):
-        names = some([str(label) if test.classes is None else test.classes[label] for label in unknown])
-        raise UserError(
-            f"{train.name} has test images of {len(unknown)} classes of which none is there to learn from ({names}); "
-            "give labelled training images of each class, or more --labels."
-        )
+    require_classes(train, test)
     return Split(train, test, how, num_labelled)
-
-
-def _labelled(images: Images) -> Images:
-    """The images that have a label."""
-    if images.labels is None or not (images.labels >= 0).any():
-        raise UserError(
-            f"{images.name} has no labels, and evaluation needs them; give a folder with one sub-folder per class "
-            "(or --labels-file with path,label lines), or an .npz file with y."
-        )
-    return images.subset(np.flatnonzero(images.labels >= 0))
