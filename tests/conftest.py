@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small tensors, and other processes beside us
 
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from simclr import cli
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
@@ -17,3 +20,20 @@ if not torch.cuda.is_available():
 def reference() -> Path:
     """Folder of vectors computed by the authors' own code; SIMCLR_REFERENCE names another of the same format."""
     return Path(os.environ.get("SIMCLR_REFERENCE", Path(__file__).parent / "reference"))
+
+
+@pytest.fixture
+def simclr(monkeypatch, capsys):
+    """Run a command in this process; returns (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["simclr", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -19,23 +19,6 @@ from simclr.evaluation.finetune_config import FINETUNE_RECIPES
 FAST = ["--recipe", "digits", "--epochs", "1", "--batch-size", "64", "--width", "0.5", "--workers", "0"]
 
 
-@pytest.fixture
-def simclr(monkeypatch, capsys):
-    """Run a command in this process; returns (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["simclr", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Thirty small colour photographs, so to speak, in two classes, and three files that are no images."""

@@ -9,7 +9,8 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,21 @@ _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Give `path` this content, or leave it untouched: temporary file, fsync, rename, fsync of the folder."""
+    """Give `path` this content, or leave it untouched."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to be written, which takes its place at the end: fsync, rename, fsync of the folder.
+
+    After an exception `path` is untouched and the other file gone.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

@@ -162,6 +162,87 @@ class Evaluate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Turn an encoder into a classifier by training all of it on labelled images, and say how good that is.
+
+    RUN is a run's folder, an encoder's folder, timm/NAME or torchvision/NAME (with their pretrained weights), or random
+    for a network from scratch. Settings that no flag gives come from the recipe; the defaults below are those without
+    one. After a stop the same command goes on. `simclr.load("OUT").classify(images)` and `simclr predict` use the
+    result. Several processes: `torchrun --nproc-per-node K -m simclr finetune ...`.
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Where training begins."""
+
+    data: Positional[Annotated[str, arg(metavar="DATA")]]
+    """Labelled images: folder, .npz file or name. Without test images of their own a fifth of each class is kept to
+    test with."""
+
+    out: Path
+    """Folder of the training and of the classifier."""
+
+    labels: str | None = None
+    """Labels that may be used, as in `simclr evaluate`: 1%, 10/class, or a file with names of images; unset: all."""
+
+    seed: int = 0
+    """Of the 80/20 split, the choice of labels, the order of the images and the views."""
+
+    finetune_recipe: str | None = None
+    """How to train: v1-1%, v1-10%, v1-100%, v2-1%, ..., small; unset: by the number of labels and the head."""
+
+    size: int = 224
+    """Pixels a side that models of timm and torchvision are given."""
+
+    labels_file: Path | None = None
+    """CSV of path,label lines for a folder of images."""
+
+    pack: str = "auto"
+    """Where a folder's images are kept decoded, as in `simclr pretrain`."""
+
+    pack_side: int | None = None
+    """Shrink larger images, as in `simclr pretrain`; unset: as the run did."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
+
+    config: Annotated[FinetuneConfig, arg(name="")] = field(default_factory=FinetuneConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict:
+    """Write the class of every image, and how sure the classifier is, to a .csv or .parquet file.
+
+    MODEL is a folder of `simclr finetune` or `simclr import`, or any other that holds an encoder with a classifier.
+    Rows are in the order of the keys; files that cannot be read are left out and counted. However many images there
+    are, a few of them are in memory at a time.
+    """
+
+    model: Positional[Annotated[Path, arg(metavar="MODEL")]]
+    """The classifier."""
+
+    images: Positional[Annotated[str, arg(metavar="IMAGES")]]
+    """Images: folder, .npz file or name; every split."""
+
+    out: Path
+    """The file to write, with columns key, class, probability; one that is there is replaced at the end."""
+
+    top: int = 1
+    """Likeliest classes to write: class_2, probability_2 and so on beside the first."""
+
+    probabilities: bool = False
+    """Also one column for each class."""
+
+    pack_side: int | None = None
+    """Shrink larger images of a folder first, where the classifier was trained so."""
+
+    batch_size: int = 256
+    """Images at a time; changes no class."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Embed:
     """Put an encoder to work: write the features of images to an .npz file (features, keys, labels)."""
 
@@ -293,6 +374,8 @@ COMMANDS: dict[str, Command] = {
     "pretrain": Command(Pretrain, "simclr.jobs:pretrain", "config"),
     "resume": Command(Resume, "simclr.jobs:resume", "config"),
     "evaluate": Command(Evaluate, "simclr.evaluate:evaluate", "finetune"),
+    "finetune": Command(Finetune, "simclr.finetuning:finetune_run", "config"),
+    "predict": Command(Predict, "simclr.predicting:predict"),
     "embed": Command(Embed, "simclr.jobs:embed"),
     "import": Command(Import, "simclr.importing:import_checkpoint"),
     "views": Command(Views, "simclr.jobs:views", "config"),

@@ -51,3 +51,16 @@ def keep_on_gpu(images: Images, world: World) -> tuple[DeviceImages | None, str]
     if decoded_bytes(images) > RESIDENT_SHARE * free:
         return None, f"{taken}: more than {RESIDENT_SHARE:.0%}, so each batch is sent there."
     return DeviceImages.of(images, world.device), f"{taken}: they stay there."
+
+
+def device_named(name: str) -> str:
+    """cpu or cuda, where `name` may also be auto.
+
+    Raises:
+        UserError: Another name, or no GPU where one is asked for.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device was {name}; it must be auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device was cuda, but torch sees no GPU here; use cpu or auto.")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

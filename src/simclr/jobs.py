@@ -15,6 +15,7 @@ from simclr import pretrain as pretraining
 from simclr.config import PretrainConfig, changed_on_resume
 from simclr.data.images import Images
 from simclr.data.named import NAMES
+from simclr.device import device_named
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.subjects import fit_channels
@@ -115,7 +116,7 @@ def plan(args: "commands.Plan", flags_over: FlagsOver) -> None:
 def embed(args: "commands.Embed") -> None:
     """`simclr embed RUN DATA --out FILE.npz`: features, keys and labels of every image of every split."""
     require_writable(args.out)
-    model = load(args.run, device=_device(args.device))
+    model = load(args.run, device=device_named(args.device))
     side = side_of(args.run, args.data, args.pack_side)
     labels = str(args.labels_file) if args.labels_file else None
     images = open_aloud(args.data, World(), split="all", labels=labels, pack=args.pack, side=side)
@@ -198,14 +199,6 @@ def _same_threads(origin: dict[str, Any], world: World) -> None:
     if world.device.type == "cpu" and torch.get_num_threads() != began:
         say(f"Using {began} CPU threads, as the run did when it began.", main=world.is_main)
         torch.set_num_threads(began)
-
-
-def _device(name: str) -> str:
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device was {name}; it must be auto, cpu or cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device was cuda, but torch sees no GPU here; use cpu or auto.")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _lasting_pack(pack: str) -> str:

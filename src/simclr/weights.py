@@ -4,9 +4,9 @@ The folder holds `model.safetensors` and a `config.json` that states what the en
 range, preprocessing, and where the features are taken. So a saved encoder cannot be fed wrongly without an error.
 
 The projection head travels with its encoder, because fine-tuning may begin inside it (SimCLR v2). A fine-tuned network
-is the same folder with a classifier in it: `simclr.load(PATH).classify(images)`. All tensors lie in the one file, under
-`backbone.`, `head.` and `classifier.`, with a digest of what config.json says of them: two files that were not written
-together are refused.
+is the same folder with a classifier in it: `simclr.load(PATH).classify(images)`; for more images than memory holds
+there is `simclr predict`. All tensors lie in the one file, under `backbone.`, `head.` and `classifier.`, with a digest
+of what config.json says of them: two files that were not written together are refused.
 """
 
 import json

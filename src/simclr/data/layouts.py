@@ -135,7 +135,7 @@ def _found(place: Path, path: str) -> Found | Skipped:
         return Skipped(path, f"cannot be reached: {(error.strerror or str(error)).lower()}")
     if not stat.S_ISREG(status.st_mode):
         return Skipped(path, "not a regular file")
-    return Found(path, place / path, status.st_size, status.st_mtime_ns)
+    return Found(path, place, path, status.st_size, status.st_mtime_ns)
 
 
 def _food101(place: Path) -> Listing:

@@ -15,12 +15,21 @@ from simclr.data.images import Skipped
 
 
 class Found(NamedTuple):
-    """A regular file with an image's ending. `key` is its path below the folder, with forward slashes."""
+    """A regular file with an image's ending, in few bytes: there may be millions."""
 
     key: str
-    path: Path
+    """Its path below the folder, with forward slashes, as it can be printed."""
+    root: Path
+    """The folder, one object for all of its files."""
+    below: str
+    """Its path below the folder; nearly always the very string that is the key."""
     num_bytes: int
     mtime_ns: int
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.root / self.below
 
 
 class Scan(NamedTuple):
@@ -78,7 +87,7 @@ def scan_folder(root: Path, besides: Path | None = None) -> Scan:
             elif ending not in ENDINGS:
                 endings[ending] += besides is None or not _same_file(path, besides)
             elif found is not None and stat.S_ISREG(mode):
-                files.append(Found(_text(below), path, found.st_size, found.st_mtime_ns))
+                files.append(Found(_text(below), root, below, found.st_size, found.st_mtime_ns))
             else:
                 skipped.append(Skipped(_text(below), problem))
     return Scan(sorted(files), sorted(skipped), _notes(+endings, hidden))
@@ -108,7 +117,8 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 def _text(key: str) -> str:
     """A key that can be printed and saved: bytes of a name that are not UTF-8 become \\x escapes."""
-    return os.fsencode(key).decode("utf-8", "backslashreplace")
+    text = os.fsencode(key).decode("utf-8", "backslashreplace")
+    return key if text == key else text  # the one string, where it can be
 
 
 def _why(error: OSError) -> str:

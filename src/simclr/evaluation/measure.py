@@ -212,8 +212,20 @@ def _training(protocol: Protocol, subject: Subject, split: Split, settings: Sett
         return recipe_for("supervised", num_images, settings.flip)
     if protocol != "finetune":
         return None
-    recipe = settings.recipe or ("small" if num_images <= SMALL else _papers_recipe(subject, split))
-    return settings.over(_flipped(find_finetune_recipe(recipe), settings.flip))
+    return how_to_finetune(subject, split, settings)
+
+
+def how_to_finetune(subject: Subject, split: Split, settings: Settings) -> FinetuneConfig:
+    """What a user asks for, over the recipe that is named, else over the one for these weights and so many labels."""
+    num_images = len(split.train)
+    if settings.recipe is not None:
+        config = _flipped(find_finetune_recipe(settings.recipe), settings.flip)
+    elif subject.name == RANDOM:
+        config = recipe_for("supervised", num_images, settings.flip)
+    else:
+        recipe = "small" if num_images <= SMALL else _papers_recipe(subject, split)
+        config = _flipped(find_finetune_recipe(recipe), settings.flip)
+    return settings.over(config)
 
 
 def recipe_for(protocol: Literal["linear", "supervised"], num_images: int, flip: float | None) -> FinetuneConfig:

@@ -1,0 +1,88 @@
+"""A table in a file that grows batch by batch and appears whole or not at all: .csv or .parquet, by its name."""
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from simclr.checkpoint import replacing
+from simclr.errors import UserError
+
+ROW_GROUP = 16_384
+"""Rows that are kept until they are written, in .parquet, whose readers want them in groups."""
+
+Columns = Mapping[str, type[str] | type[float]]
+"""Name -> kind, in order; numbers are float32."""
+Write = Callable[[Sequence[Sequence[Any]]], None]
+"""Takes the values of each column for some more rows."""
+
+
+def require_table(path: Path) -> None:
+    """Refuse a name, or an installation, that no table can come from.
+
+    Raises:
+        UserError: Another ending than .csv and .parquet, or the latter without pyarrow.
+    """
+    if path.suffix.lower() not in (".csv", ".parquet"):
+        raise UserError(f"--out was {path}; its name must end in .csv or .parquet.")
+    if path.suffix.lower() == ".parquet":
+        try:
+            import pyarrow  # noqa: F401, an extra
+        except ImportError:
+            raise UserError(
+                f"{path} needs pyarrow, which is not installed: `pip install simclr-torch[parquet]`, or write a .csv "
+                "file."
+            ) from None
+
+
+@contextmanager
+def open_table(path: Path, columns: Columns) -> Iterator[Write]:
+    """A function that adds rows; at the end they are in `path`, after an exception nothing is.
+
+    In .csv text is quoted and numbers are not, lines end in a line feed, and the encoding is UTF-8; a number has as
+    many digits as tell it from its neighbours.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    kind = _parquet if path.suffix.lower() == ".parquet" else _csv
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, kind(temporary, columns) as add:
+            yield add
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}; give another path.") from None
+
+
+@contextmanager
+def _csv(path: Path, columns: Columns) -> Iterator[Write]:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        lines.writerow(columns)
+        yield lambda values: lines.writerows(zip(*values, strict=True))
+
+
+@contextmanager
+def _parquet(path: Path, columns: Columns) -> Iterator[Write]:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    schema = pa.schema([(name, pa.string() if kind is str else pa.float32()) for name, kind in columns.items()])
+    waiting: list[pa.RecordBatch] = []
+
+    with ParquetWriter(path, schema) as file:
+
+        def write() -> None:
+            if waiting:
+                file.write_table(pa.Table.from_batches(waiting))
+                waiting.clear()
+
+        def add(values: Sequence[Sequence[Any]]) -> None:
+            arrays = [pa.array(column, field.type) for column, field in zip(values, schema, strict=True)]
+            waiting.append(pa.record_batch(arrays, schema=schema))
+            if sum(map(len, waiting)) >= ROW_GROUP:
+                write()
+
+        yield add
+        write()

@@ -1,0 +1,140 @@
+"""`simclr finetune`: what it reports is what the saved classifier does; it goes on after a stop, to the same bits."""
+
+import json
+import os
+import re
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+from torch import nn
+
+from simclr import load
+from simclr.data.source import open_data
+from simclr.evaluation import finetune as finetuning
+from simclr.evaluation.finetune_config import FINETUNE_RECIPES
+from simclr.models.config import EncoderConfig
+from simclr.models.encoder import build_encoder
+from simclr.weights import save_encoder
+
+QUICK = ["--labels", "5/class", "--epochs", 0, "--least-steps", 12, "--workers", 0, "--save-every", 4]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """An untrained encoder of 8-pixel gray images, its residual branches switched on."""
+    module = build_encoder(EncoderConfig("small", channels=1, size=8, width=0.5), seed=3)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.ones_(part.weight)
+    folder = tmp_path_factory.mktemp("encoder")
+    save_encoder(module, folder, preprocessing="google", origin={})
+    return folder
+
+
+def test_the_figures_are_those_of_the_saved_classifier(simclr, encoder, tmp_path):
+    out = tmp_path / "classifier"
+    code, table, said = simclr("finetune", encoder, "digits", "--out", out, *QUICK, "--lr", 0.02)
+    assert code == 0, said
+    summary = json.loads((out / "summary.json").read_text())
+    recipe = FINETUNE_RECIPES["small"]
+    assert summary["settings"]["lr"] == 0.02, "the flag"
+    assert summary["settings"]["crop_min"] == recipe.crop_min != 0.08, "the recipe, where no flag says otherwise"
+    assert (summary["images"], summary["test_images"], summary["steps"]) == (50, 359, 12)
+
+    test = open_data("digits", split="test")
+    model = load(out)
+    probabilities = model.probabilities(test)
+    assert model.classes == summary["classes"] == [str(i) for i in range(10)]
+    accuracy, beside = summary["accuracy"], summary["baselines"]
+    predicted = probabilities.argmax(1)
+    assert accuracy["top-1"] == pytest.approx((predicted == test.labels).mean())
+    assert accuracy["top-5"] == pytest.approx(top_k_accuracy_score(test.labels, probabilities, k=5))
+    assert accuracy["mean per class"] == pytest.approx(balanced_accuracy_score(test.labels, predicted))
+    assert summary["by_class"]["7"] == pytest.approx((predicted[test.labels == 7] == 7).mean())
+    assert beside["always the commonest class"] == pytest.approx((test.labels == 0).mean()), "five of each: the first"
+    assert 0.5 < beside["kNN on raw pixels"] < 1
+    assert f"{100 * accuracy['top-1']:.1f}" in table and re.search(r"kNN on raw pixels +\d", table)
+
+    assert simclr("finetune", encoder, "digits", "--out", out, *QUICK, "--lr", 0.02)[1] == table, "done: told again"
+    code, _, said = simclr("finetune", encoder, "digits", "--out", out, *QUICK, "--lr", 0.03)
+    assert code == 2 and "holds a training of other settings" in said
+
+
+def test_it_trains_as_evaluate_does(simclr, encoder, tmp_path, monkeypatch):
+    for name in ("small", "small-supervised"):
+        monkeypatch.setitem(FINETUNE_RECIPES, name, replace(FINETUNE_RECIPES[name], epochs=0, least_steps=6))
+    for run, protocol, row in ((encoder, "finetune", "encoder"), ("random", "supervised", "supervised")):
+        result, out = tmp_path / f"{protocol}.json", tmp_path / protocol
+        shared = ["digits", "--labels", "5/class", "--seed", 1]
+        code, _, said = simclr("evaluate", run, *shared, "--protocol", protocol, "--compare", "--json", result)
+        assert code == 0, said
+        code, _, said = simclr("finetune", run, *shared, "--out", out)
+        assert code == 0, said
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["accuracy"]["top-1"] == pytest.approx(json.loads(result.read_text())[row][protocol])
+        assert summary["settings"]["weight_decay"] == (0 if protocol == "finetune" else 1e-4)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(simclr, encoder, tmp_path, monkeypatch):
+    def command(name):
+        return "finetune", encoder, "digits", "--out", tmp_path / name, *QUICK
+
+    assert simclr(*command("whole"))[0] == 0
+    with monkeypatch.context() as patch:
+        real, calls = finetuning.make_view, []
+
+        def view(*args, **kwargs):
+            calls.append(0)
+            if len(calls) == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(*args, **kwargs)
+
+        patch.setattr(finetuning, "make_view", view)
+        code, out, said = simclr(*command("parted"))
+    assert code == 130 and "the same command goes on" in said and not out
+    assert simclr(*command("parted"))[0] == 0
+    whole, parted = (load_file(tmp_path / name / "encoder" / "model.safetensors") for name in ("whole", "parted"))
+    assert whole.keys() == parted.keys()
+    assert all(np.array_equal(whole[name], parted[name]) for name in whole)
+
+
+def test_many_classes_are_told_by_the_worst(simclr, encoder, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (24 * 5, 8, 8), dtype=np.uint8)
+    names = np.array([f"class {i:02}" for i in range(24)]).repeat(5)
+    np.savez(tmp_path / "many.npz", x=pixels, y=names)
+    code, table, said = simclr(
+        "finetune", encoder, tmp_path / "many.npz", "--out", tmp_path / "out", "--epochs", 0, "--least-steps", 1,
+        "--workers", 0,
+    )  # fmt: skip
+    assert code == 0, said
+    assert "The worst of 24 classes" in table and len(re.findall(r"class \d\d", table)) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["pixels", "digits"], "pixels are no network"),
+        (["RUN", "digits", "--finetune-recipe", "v9"], "no fine-tuning recipe 'v9'"),
+        (["RUN", "digits", "--seed", "-1"], "--seed was -1"),
+        (["RUN", "digits", "--lr", "0"], "--lr was 0.0; it must be greater than 0"),
+        (["RUN", "UNLABELLED"], "no labels"),
+        (["RUN", "digits", "--head-layer", "1"], "came without a projection head"),
+        (["RUN", "COLOUR"], "expects 1-channel images"),
+        (["/no/such/run", "digits"], "holds no encoder"),
+        (["RUN", "digits", "--out", "RUN"], "already holds a run"),
+        (["RUN", "digits", "--out", "/proc/none/x"], "/proc/none/x/summary.json cannot be written"),
+    ],
+)
+def test_mistakes_are_one_sentence(simclr, encoder, tmp_path, arguments, expected):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "unlabelled.npz", x=pixels[..., 0])
+    np.savez(tmp_path / "colour.npz", x=pixels, y=np.arange(20) % 2)
+    places = {"RUN": encoder, "UNLABELLED": tmp_path / "unlabelled.npz", "COLOUR": tmp_path / "colour.npz"}
+    given = [places.get(word, word) for word in arguments]
+    code, out, said = simclr("finetune", *given, *([] if "--out" in given else ["--out", tmp_path / "out"]))
+    assert code == 2 and not out and re.search(expected, said), said
+    assert "Traceback" not in said and not (tmp_path / "out" / "summary.json").exists()
