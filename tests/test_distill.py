@@ -12,12 +12,10 @@ from zlib import crc32
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision import models
 
 import simclr
 from simclr import UserError, cli
@@ -121,33 +119,6 @@ def test_the_method_is_the_formula_and_only_the_student_moves():
     without, metrics = method(x, x, torch.full((12,), -1), 0, detail=True)
     torch.testing.assert_close(without, 0.3 * Distill(network, taught, temperature=0.5, world=World())(x, x)[0])
     assert "accuracy" not in metrics
-
-
-def test_two_processes_have_the_loss_and_the_gradient_of_one(tmp_path):
-    in_processes(2, tmp_path, check_gradients)
-
-
-def check_gradients(world: World) -> None:
-    """Labelled images lie unevenly, in one case all with the first process; batch norm is over both."""
-    x = batch(12, seed=3)
-    for targets in ([3, 4, 1, 0, 9, -1, -1, -1, 2, -1, -1, -1], [3, 4, -1, 0, -1, -1, *[-1] * 6]):
-        targets, mine = torch.tensor(targets), world.local_slice(12)
-        labelled = int((targets >= 0).sum())
-        alone, shared, taught = student().double(), student().double(), teacher().classifier.double()
-        expected, all_metrics = Distill(alone, taught, temperature=2.0, alpha=0.4, world=World())(
-            x, x, targets, labelled, detail=True
-        )
-        expected.backward()
-        method = Distill(shared, taught, temperature=2.0, alpha=0.4, world=world)
-        set_global_batch_norm(method, world.group)
-        parallel = DistributedDataParallel(method)
-        loss, metrics = parallel(x[mine], x[mine], targets[mine], labelled, detail=True)
-        loss.backward()
-        torch.testing.assert_close(world.all_reduce_mean(loss), expected.detach(), rtol=1e-10, atol=0)
-        for name in ("agreement", "accuracy", "loss"):
-            torch.testing.assert_close(metrics[name], all_metrics[name], rtol=1e-10, atol=0)
-        for ours, theirs in zip(shared.parameters(), alone.parameters(), strict=True):
-            assert (ours.grad - theirs.grad).norm() <= 1e-10 * theirs.grad.norm() + 1e-14
 
 
 def test_a_student_learns_its_teacher(images, test, tmp_path):
@@ -263,12 +234,41 @@ def test_a_loss_that_explodes_is_one_sentence(images, tmp_path):
         distill(teacher(), student(), images, replace(CONFIG, lr=1e30, log_every=1), tmp_path / "run", seed=0)
 
 
-def test_two_processes_end_where_one_does(tmp_path):
+def test_two_processes_equal_one(tmp_path):
     in_processes(2, tmp_path, partial(check_processes, tmp_path))
     assert simclr.load(tmp_path / "shared").classes == [str(i) for i in range(10)]
 
 
 def check_processes(folder, world: World) -> None:
+    check_gradients(world)
+    check_training(folder, world)
+
+
+def check_gradients(world: World) -> None:
+    """Labelled images lie unevenly, in one case all with the first process; batch norm is over both."""
+    x = batch(12, seed=3)
+    for targets in ([3, 4, 1, 0, 9, -1, -1, -1, 2, -1, -1, -1], [3, 4, -1, 0, -1, -1, *[-1] * 6]):
+        targets, mine = torch.tensor(targets), world.local_slice(12)
+        labelled = int((targets >= 0).sum())
+        alone, shared, taught = student().double(), student().double(), teacher().classifier.double()
+        expected, all_metrics = Distill(alone, taught, temperature=2.0, alpha=0.4, world=World())(
+            x, x, targets, labelled, detail=True
+        )
+        expected.backward()
+        method = Distill(shared, taught, temperature=2.0, alpha=0.4, world=world)
+        set_global_batch_norm(method, world.group)
+        parallel = DistributedDataParallel(method)
+        loss, metrics = parallel(x[mine], x[mine], targets[mine], labelled, detail=True)
+        loss.backward()
+        torch.testing.assert_close(world.all_reduce_mean(loss), expected.detach(), rtol=1e-10, atol=0)
+        for name in ("agreement", "accuracy", "loss"):
+            torch.testing.assert_close(metrics[name], all_metrics[name], rtol=1e-10, atol=0)
+        for ours, theirs in zip(shared.parameters(), alone.parameters(), strict=True):
+            assert (ours.grad - theirs.grad).norm() <= 1e-10 * theirs.grad.norm() + 1e-14
+
+
+def check_training(folder, world: World) -> None:
+    """A whole run: the same views, the same weights up to rounding."""
     found = open_data("digits", split="train").subset(np.arange(200))
     sparse = replace(found, labels=np.where(np.arange(200) % 5 == 0, found.labels, -1))
     asked = open_data("digits", split="test").subset(np.arange(33))
@@ -300,6 +300,9 @@ def filled(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("name", ["timm/resnet10t", "timm/test_vit", "torchvision/mobilenet_v3_small"])
 def test_pretrained_models_teach_with_their_own_classifier(monkeypatch, name):
     """Logits are those of the whole model on normalised pixels."""
+    import timm
+    from torchvision import models
+
     create, get = timm.create_model, models.get_model
     monkeypatch.setattr(timm, "create_model", lambda n, pretrained, **more: filled(create(n, **more)))
     monkeypatch.setattr(models, "get_model", lambda n, weights: filled(get(n)))
@@ -317,6 +320,8 @@ def test_pretrained_models_teach_with_their_own_classifier(monkeypatch, name):
 
 
 def test_a_model_that_ends_otherwise_is_one_sentence(monkeypatch):
+    import timm
+
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda n, pretrained, **more: create(n, **more))
     with pytest.raises(UserError, match="deit_tiny_distilled_patch16_224 does not end in a linear classifier"):
