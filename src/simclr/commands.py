@@ -10,7 +10,30 @@ from typing import Annotated, Literal, NamedTuple
 from tyro.conf import Positional, arg
 
 from simclr.config import PretrainConfig
+from simclr.distill_config import DistillConfig
 from simclr.evaluation.finetune_config import FinetuneConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Say before a run what fits the memory, how long it takes and how much disk, from a few measured steps.
+
+    Takes the flags of `simclr pretrain`, trains a few steps on the images in well under a minute, and writes nothing.
+    """
+
+    data: Positional[Annotated[str, arg(metavar="DATA")]]
+    """Folder, .npz file or name of the images."""
+
+    recipe: str | None = None
+    """As in `simclr pretrain`."""
+
+    memory_budget: str | None = None
+    """What training may take of the device's memory (of a process), such as 2GB; unset: nearly all that is free."""
+
+    json: Path | None = None
+    """Also write the plan to this file."""
+
+    config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +232,82 @@ class Finetune:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distill:
+    """Let a student learn a classifier's probabilities on images without labels, as in SimCLR v2.
+
+    TEACHER is the folder of a fine-tuned, distilled or imported classifier, or timm/NAME or torchvision/NAME with their
+    pretrained weights. DATA is what `simclr pretrain` takes; if it brings labelled test images, teacher and student are
+    tested at the end. After a stop the same command goes on, to the same bits as if it had never stopped. Several
+    processes: `torchrun --nproc-per-node K -m simclr distill ...`.
+    """
+
+    teacher: Positional[Annotated[str, arg(metavar="TEACHER")]]
+    """Who teaches."""
+
+    data: Positional[Annotated[str, arg(metavar="DATA")]]
+    """Images to learn on: folder, .npz file or name. No label is needed."""
+
+    out: Path
+    """Folder of the run."""
+
+    student: str = "same"
+    """Where the student starts: same (fresh weights in the teacher's shape: self-distillation), or the folder of a run
+    or an encoder, such as the pretrained one that teacher and student share. Its classifier always starts anew."""
+
+    encoder: str | None = None
+    """A student of another shape with fresh weights: small, resnet50, timm/NAME, ...; instead of --student."""
+
+    width: float = 1.0
+    """With --encoder: multiplier on every channel count of a ResNet."""
+
+    stem: Literal["auto", "cifar", "strided", "imagenet"] = "auto"
+    """With --encoder: first layers of a ResNet."""
+
+    sk: bool = False
+    """With --encoder: selective kernels."""
+
+    size: int | None = None
+    """With --encoder: pixels a side of the student's images; unset: the teacher's."""
+
+    head_layer: int | None = None
+    """Layers of the projection head under the student's classifier; unset: the teacher's where the student has its
+    shape, else 0."""
+
+    teacher_size: int = 224
+    """Pixels a side that a teacher of timm or torchvision is given."""
+
+    labels: str | None = None
+    """Labels that count beside the teacher (with --alpha): a share such as 1%, a number such as 10/class, or a file
+    with the names of images, one a line; unset: none."""
+
+    only_labels: str | None = None
+    """Learn on these images alone, named as in --labels; unset: on all."""
+
+    seed: int = 0
+    """Of fresh weights, the choice of labels, the order of the images and every view."""
+
+    test: bool = True
+    """Test both at the end where DATA brings labelled test images."""
+
+    recipe: str | None = None
+    """Where the settings start from: v2-distill (the paper's) or small-distill; unset: by the number of images."""
+
+    labels_file: Path | None = None
+    """CSV of path,label lines for a folder of images."""
+
+    pack: str = "auto"
+    """Where a folder's images are kept decoded, as in `simclr pretrain`."""
+
+    pack_side: int | None = None
+    """Shrink larger images, as in `simclr pretrain`; unset: every pixel is kept."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
+
+    config: Annotated[DistillConfig, arg(name="")] = field(default_factory=DistillConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Predict:
     """Write the class of every image, and how sure the classifier is, to a .csv or .parquet file.
 
@@ -269,56 +368,6 @@ class Embed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Views:
-    """Draw rows of images with their views, to look at the policy before spending a night on it.
-
-    Takes the flags of `simclr pretrain`; those of size, colour, crop, flip and blur make a difference.
-    """
-
-    data: Positional[Annotated[str, arg(metavar="DATA")]]
-    """Folder, .npz file or name of the images."""
-
-    out: Path = Path("views.png")
-    """The picture to write."""
-
-    recipe: str | None = None
-    """As in `simclr pretrain`."""
-
-    pack: str = "auto"
-    """As in `simclr pretrain`."""
-
-    images: int = 8
-    """Rows."""
-
-    columns: int = 8
-    """Views of each image."""
-
-    config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Say before a run what fits the memory, how long it takes and how much disk, from a few measured steps.
-
-    Takes the flags of `simclr pretrain`, trains a few steps on the images in well under a minute, and writes nothing.
-    """
-
-    data: Positional[Annotated[str, arg(metavar="DATA")]]
-    """Folder, .npz file or name of the images."""
-
-    recipe: str | None = None
-    """As in `simclr pretrain`."""
-
-    memory_budget: str | None = None
-    """What training may take of the device's memory (of a process), such as 2GB; unset: nearly all that is free."""
-
-    json: Path | None = None
-    """Also write the plan to this file."""
-
-    config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Import:
     """Turn the authors' TensorFlow 1 checkpoint (SimCLR v1, v2) into an encoder's folder; needs no TensorFlow.
 
@@ -345,6 +394,34 @@ class Import:
     classes: Path | None = None
     """Text file with the names of the supervised head's classes, one a line; unset: ImageNet's identifiers for 1,000
     classes, else numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """Draw rows of images with their views, to look at the policy before spending a night on it.
+
+    Takes the flags of `simclr pretrain`; those of size, colour, crop, flip and blur make a difference.
+    """
+
+    data: Positional[Annotated[str, arg(metavar="DATA")]]
+    """Folder, .npz file or name of the images."""
+
+    out: Path = Path("views.png")
+    """The picture to write."""
+
+    recipe: str | None = None
+    """As in `simclr pretrain`."""
+
+    pack: str = "auto"
+    """As in `simclr pretrain`."""
+
+    images: int = 8
+    """Rows."""
+
+    columns: int = 8
+    """Views of each image."""
+
+    config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,6 +452,7 @@ COMMANDS: dict[str, Command] = {
     "resume": Command(Resume, "simclr.jobs:resume", "config"),
     "evaluate": Command(Evaluate, "simclr.evaluate:evaluate", "finetune"),
     "finetune": Command(Finetune, "simclr.finetuning:finetune_run", "config"),
+    "distill": Command(Distill, "simclr.distilling:distill", "config"),
     "predict": Command(Predict, "simclr.predicting:predict"),
     "embed": Command(Embed, "simclr.jobs:embed"),
     "import": Command(Import, "simclr.importing:import_checkpoint"),

@@ -10,6 +10,7 @@ from simclr.data.images import Images
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.malloc import keep_freed_memory
+from simclr.progress import say
 
 RESIDENT_SHARE = 0.25  # of a GPU's free memory that the decoded images may take for good
 
@@ -23,6 +24,13 @@ def choose_kernels(world: World, *, deterministic: bool) -> None:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(deterministic)
         torch.backends.cudnn.benchmark = not deterministic
+
+
+def same_threads(began: int, world: World) -> None:
+    """Sums on a CPU depend on the number of threads: take the number that a run began with."""
+    if world.device.type == "cpu" and torch.get_num_threads() != began:
+        say(f"Using {began} CPU threads, as the run did when it began.", main=world.is_main)
+        torch.set_num_threads(began)
 
 
 def precision_of(precision: Literal["auto", "fp32", "bf16"], world: World) -> torch.dtype:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from simclr import distributed
 from simclr import pretrain as pretraining
 from simclr.config import PretrainConfig, changed_on_resume
 from simclr.data.images import Images
 from simclr.data.named import NAMES
-from simclr.device import device_named
+from simclr.device import device_named, same_threads
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.subjects import fit_channels
@@ -81,7 +80,7 @@ def resume(args: "commands.Resume", flags_over: FlagsOver) -> None:
         return
     world = distributed.start(config.device)
     try:
-        _same_threads(origin, world)
+        same_threads(int(origin["machine"]["cpu_threads"]), world)
         source = lasting(args.data) if args.data else _known_place(origin, args.run)
         options = origin["data"]["options"] | ({"pack": args.pack} if args.pack else {})
         images = open_aloud(source, world, channels=config.channels, **options)
@@ -191,14 +190,6 @@ def _settle(recipe: Recipe | None, images: Images, flags_over: FlagsOver, world:
         )
         config = replace(config, warmup_epochs=longest)
     return config
-
-
-def _same_threads(origin: dict[str, Any], world: World) -> None:
-    """Sums on a CPU depend on the number of threads: take the number that the run began with."""
-    began = int(origin["machine"]["cpu_threads"])
-    if world.device.type == "cpu" and torch.get_num_threads() != began:
-        say(f"Using {began} CPU threads, as the run did when it began.", main=world.is_main)
-        torch.set_num_threads(began)
 
 
 def _lasting_pack(pack: str) -> str:

@@ -68,6 +68,8 @@ class Progress:
         parts = [f"loss {record['loss']:.4f}"]
         if "contrastive_accuracy" in record:
             parts.append(f"accuracy {record['contrastive_accuracy']:.1%}")
+        if "agreement" in record:
+            parts.append(f"agreement {record['agreement']:.1%}")
         if "effective_rank" in record:
             parts.append(f"rank {record['effective_rank']:.1f}")
         if "knn" in record:

@@ -172,3 +172,16 @@ class Policy:
                 f"saturation {self.saturation}, hue {self.hue}, gray {self.gray}: "
                 "images of one channel have no colour; set all three to 0."
             )
+
+
+def crop_and_flip(semantics: Semantics, size: int, *, channels: int, crop_min: float, flip: float) -> Policy:
+    """What training on labels and distillation see: random crops and flips, nothing else (SimCLR B.5, SimCLR v2).
+
+    Args:
+        crop_min: Smallest share of the image's area that a crop may take.
+        flip: Probability of a horizontal flip.
+    """
+    preset = Policy.google if semantics == "google" else Policy.torchvision
+    return preset(
+        size, strength=0.0, channels=channels, crop_area=(crop_min, 1.0), flip=flip, jitter=0.0, gray=0.0, blur=0.0
+    )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simclr.augment.policy import Policy, Semantics
+from simclr.augment.policy import Semantics, crop_and_flip
 from simclr.augment.views import has_kernels, make_view
 from simclr.checkpoint import write_atomically
 from simclr.data.images import Images
@@ -248,16 +248,12 @@ def _batches(
     world: World,
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
     """step -> this process's views (B, C, S, S) and targets (B,), on its device."""
-    preset = Policy.google if semantics == "google" else Policy.torchvision
-    policy = preset(
+    policy = crop_and_flip(
+        semantics,
         network.encoder.config.size,
-        strength=0.0,
         channels=train.channels,
-        crop_area=(config.crop_min, 1.0),
+        crop_min=config.crop_min,
         flip=config.flip,
-        jitter=0.0,
-        gray=0.0,
-        blur=0.0,
     )
     order = EndlessOrder(len(train), seed)
     resident = keep_on_gpu(train, world)[0] if has_kernels(world.device) else None
@@ -284,18 +280,23 @@ def _identity(
     semantics: Semantics,
 ) -> str:
     """What a training depends on, as JSON: one that is resumed must have the same."""
-    weights = sha256()
-    for tensor in network.state_dict().values():
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     identity = {
         "config": config.deciding(),
         "seed": seed,
         "semantics": semantics,
         "images": train.fingerprint,
         "targets": sha256(targets.astype("<i8").tobytes()).hexdigest(),
-        "weights": weights.hexdigest(),
+        "weights": digest_of(network),
     }
     return json.dumps(identity, indent=2) + "\n"
+
+
+def digest_of(network: nn.Module) -> str:
+    """SHA-256 (hexadecimal) of all weights and buffers."""
+    digest = sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from simclr.errors import UserError
-from simclr.models.encoder import Encoder
+from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
+from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import LinearClassifier, ProjectionHead
 
 
@@ -47,6 +48,37 @@ class Classifier(nn.Module):
         """What the linear classifier reads."""
         h = self.encoder(x)  # (B, F)
         return h if self.head is None else self.head.first_layers(h, self.head_layer)
+
+
+def pretrained_classifier(name: str, *, size: int) -> Classifier:
+    """A pretrained model of timm or torchvision, encoder and linear classifier, in inference mode.
+
+    Args:
+        name: timm/NAME or torchvision/NAME.
+        size: Of the images that it is given, in pixels.
+
+    Raises:
+        UserError: There is no such model, its weights cannot be had, or it does not end in a linear classifier.
+    """
+    encoder = build_encoder(EncoderConfig(name, channels=3, size=size), pretrained=True)
+    if name.startswith(TIMM):
+        from simclr.models.timm_bridge import timm_classifier  # timm takes a second to import
+
+        last = timm_classifier(name.removeprefix(TIMM), channels=3, size=size)
+    else:
+        from simclr.models.torchvision_bridge import torchvision_classifier
+
+        last = torchvision_classifier(name.removeprefix(TORCHVISION), channels=3)
+    if last.in_features != encoder.num_features:
+        raise UserError(
+            f"{name} does not classify by a linear layer on its {encoder.num_features} features; take another model."
+        )
+    network = Classifier(encoder, None, last.out_features)
+    with torch.no_grad():
+        network.linear.weight.copy_(last.weight)
+        if last.bias is not None:
+            network.linear.bias.copy_(last.bias)
+    return network.eval()
 
 
 def require_head_layer(head: ProjectionHead | None, layer: int) -> None:

@@ -1,4 +1,4 @@
-"""Any model of timm as an encoder: `timm/NAME` -> `timm.create_model(NAME, num_classes=0)`."""
+"""Any model of timm as an encoder, `timm/NAME` -> `timm.create_model(NAME, num_classes=0)`, or with its classifier."""
 
 import difflib
 from typing import Any
@@ -28,19 +28,7 @@ def build_timm(name: str, *, channels: int, size: int, pretrained: bool) -> tupl
     Raises:
         UserError: No such model, no or unreachable weights, or the model cannot take images of this size.
     """
-    _check_name(name)
-    described = get_pretrained_cfg(name)
-    fixed_size: dict[str, Any] = {"img_size": size} if described and described.fixed_input_size else {}
-    if pretrained and not is_model_pretrained(name):
-        raise UserError(f"timm has no pretrained weights for {name}; begin from random weights, or take another model.")
-    try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=channels, **fixed_size)
-    except Exception as error:  # whatever timm, the download or the model's own checks raise
-        what = "its pretrained weights could not be fetched or fitted" if pretrained else "timm could not build it"
-        raise UserError(
-            f"The encoder timm/{name} with {channels} channels, {size} pixels: {what} ({first_line(error)}); "
-            f"try {'random weights, ' if pretrained else ''}another size, or another model."
-        ) from error
+    model, described = _create(name, channels=channels, size=size, pretrained=pretrained, num_classes=0)
     width = num_features(model, f"timm/{name}", channels, size)
     if not pretrained or described is None:
         return model, width, None
@@ -48,6 +36,38 @@ def build_timm(name: str, *, channels: int, size: int, pretrained: bool) -> tupl
     if channels != len(mean):  # timm sums or repeats the first layer over channels; the colours' average fits it
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
     return model, width, (tuple(mean), tuple(std))
+
+
+def timm_classifier(name: str, *, channels: int, size: int) -> nn.Linear:
+    """The linear classifier at the end of a pretrained model, which stands on what `build_timm` gives.
+
+    Raises:
+        UserError: As `build_timm`, or the model does not end in one.
+    """
+    model, _ = _create(name, channels=channels, size=size, pretrained=True)
+    find: Any = getattr(model, "get_classifier", lambda: None)
+    last = find()
+    if not isinstance(last, nn.Linear):
+        raise UserError(f"timm/{name} does not end in a linear classifier; take another model, such as timm/resnet18.")
+    return last
+
+
+def _create(name: str, *, channels: int, size: int, pretrained: bool, **classes: Any) -> tuple[nn.Module, Any]:
+    """The model, and what timm says of its weights."""
+    _check_name(name)
+    described = get_pretrained_cfg(name)
+    fixed_size: dict[str, Any] = {"img_size": size} if described and described.fixed_input_size else {}
+    if pretrained and not is_model_pretrained(name):
+        raise UserError(f"timm has no pretrained weights for {name}; begin from random weights, or take another model.")
+    try:
+        model = timm.create_model(name, pretrained=pretrained, in_chans=channels, **classes, **fixed_size)
+    except Exception as error:  # whatever timm, the download or the model's own checks raise
+        what = "its pretrained weights could not be fetched or fitted" if pretrained else "timm could not build it"
+        raise UserError(
+            f"The encoder timm/{name} with {channels} channels, {size} pixels: {what} ({first_line(error)}); "
+            f"try {'random weights, ' if pretrained else ''}another size, or another model."
+        ) from error
+    return model, described
 
 
 def _check_name(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Any classifier of torchvision as an encoder: `torchvision/NAME` -> the model without its last linear layer."""
+"""Any classifier of torchvision as an encoder, `torchvision/NAME` -> the model up to its last linear layer, or that."""
 
 import difflib
 
@@ -28,6 +28,27 @@ def build_torchvision(
     Raises:
         UserError: No such model, other channels than 3, unreachable weights, or the model cannot take the size.
     """
+    model, last = _create(name, channels=channels, pretrained=pretrained)
+    parent, _, child = last.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Identity())
+    width = num_features(model, f"torchvision/{name}", channels, size)
+    return model, width, IMAGENET if pretrained else None
+
+
+def torchvision_classifier(name: str, *, channels: int) -> nn.Linear:
+    """The last linear layer of a pretrained model, which stands on what `build_torchvision` gives.
+
+    Raises:
+        UserError: As `build_torchvision`.
+    """
+    model, last = _create(name, channels=channels, pretrained=True)
+    layer = model.get_submodule(last)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _create(name: str, *, channels: int, pretrained: bool) -> tuple[nn.Module, str]:
+    """The whole model, and where in it the last linear layer is."""
     known = [model for model in models.list_models(module=models) if model not in AUXILIARY]
     if name not in known:
         close = [f"torchvision/{model}" for model in difflib.get_close_matches(name, known, n=3, cutoff=0.5)]
@@ -45,11 +66,7 @@ def build_torchvision(
             f"torchvision/{name}: its pretrained weights could not be fetched ({first_line(error)}); connect to the "
             "network once, or put the file into torch's cache folder."
         ) from error
-    last = _last_linear(model, name)
-    parent, _, child = last.rpartition(".")
-    setattr(model.get_submodule(parent), child, nn.Identity())
-    width = num_features(model, f"torchvision/{name}", channels, size)
-    return model, width, IMAGENET if pretrained else None
+    return model, _last_linear(model, name)
 
 
 def _last_linear(model: nn.Module, name: str) -> str:

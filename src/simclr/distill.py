@@ -1,0 +1,295 @@
+"""Distillation, put together: teacher, student and images become a task for the loop, a folder keeps what comes of it.
+
+Teacher and student see the same view of an image: the same crop and flip, each at its own size. Both are made as the
+teacher's preprocessing makes them, because the teacher cannot adapt to another; the student keeps that preprocessing.
+
+OUT/
+  distill.json     what the run depends on (a run that goes on must have the same), and where that came from
+  metrics.jsonl, timing.jsonl, checkpoints/   as of any run (run.py)
+  encoder/         the student with its classifier: what `simclr.load` reads
+  summary.json     written when the run ends
+"""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from simclr.augment.policy import crop_and_flip
+from simclr.augment.views import has_kernels, make_view
+from simclr.checkpoint import write_atomically
+from simclr.data.images import Images
+from simclr.data.order import EndlessOrder
+from simclr.device import choose_kernels, keep_on_gpu, precision_of, same_threads
+from simclr.distill_config import DistillConfig
+from simclr.distributed import World
+from simclr.errors import UserError
+from simclr.evaluation.finetune import Stopped, digest_of
+from simclr.evaluation.metrics import accuracy
+from simclr.features import outputs, require_channels
+from simclr.methods.distill import Distill
+from simclr.models.batchnorm import set_global_batch_norm
+from simclr.models.classifier import Classifier
+from simclr.optim import build_optimizer
+from simclr.progress import Progress, say
+from simclr.run import RunFolder, describe_machine
+from simclr.schedule import learning_rate, peak_lr, total_steps, warmup_steps
+from simclr.teacher import teachers_columns
+from simclr.train import Inputs, Outcome, Task, restore, train
+from simclr.weights import Embedder, save_classifier
+
+
+@dataclass(frozen=True, eq=False)
+class Distilled:
+    """A student at the end of its training."""
+
+    network: Classifier
+    """The student, in inference mode."""
+    steps: int
+    accuracy: float | None
+    """The student's on the test images, in [0, 1]; None where there were none."""
+    teacher_accuracy: float | None
+    """The teacher's, likewise."""
+
+
+def distill(
+    teacher: Embedder,
+    student: Classifier,
+    images: Images,
+    config: DistillConfig,
+    run: Path,
+    *,
+    seed: int,
+    test: Images | None = None,
+    world: World | None = None,
+    origin: dict[str, Any] | None = None,
+) -> Distilled:
+    """Train a copy of the student until the end or a signal, then test it and its teacher.
+
+    Args:
+        teacher: With a classifier; put into inference mode and on the device, else left as it is.
+        student: Where training begins; its logits are the teacher's classes.
+        images: To learn on. Their labels, -1 for none, only count where `config.alpha` is below 1.
+        run: Folder for records, checkpoints and the student; where it holds an unfinished distillation of the same
+            images, weights, settings and seed, that goes on bit for bit.
+        seed: Of the order of the images and of the views.
+        test: Labelled images that both are tested on at the end.
+        world: The processes that share each batch; None: this one.
+        origin: Free facts for distill.json.
+
+    Raises:
+        UserError: Images, networks and settings do not go together, or memory, disk or the loss gave out.
+        Stopped: A signal asked to stop; called again with the same folder, the training goes on.
+    """
+    world = World() if world is None else world
+    taught_by = teacher.classifier
+    assert taught_by is not None, "open_teacher sees to it"
+    assert student.linear.out_features == len(teacher.classes), (student.linear, len(teacher.classes))
+    for network in (taught_by, student):
+        require_channels(network.encoder.config.channels, images)
+    targets = _targets(teacher, images, config)
+    test_targets = None if test is None else teachers_columns(teacher, test)
+    precision_of(config.precision, world)
+    world.local_slice(config.batch_size)
+
+    folder = RunFolder(run, how_to_resume="run the same command again")
+    student = deepcopy(student)
+    identity = {
+        "config": config.deciding(),
+        "seed": seed,
+        "images": images.fingerprint,
+        "targets": None if targets is None else sha256(targets.astype("<i8").tobytes()).hexdigest(),
+        "teacher": digest_of(taught_by),
+        "preprocessing": teacher.preprocessing,
+        "student": digest_of(student),
+    }
+    _claim(folder, identity, origin or {}, world)
+    choose_kernels(world, deterministic=config.deterministic)
+    teacher.to(str(world.device))
+    student = student.to(world.device).to(memory_format=torch.channels_last)
+    task = build_task(teacher, student, images, targets, config, folder, seed=seed, world=world)
+    outcome = _run(task, folder, config, world)
+    if outcome.signal is not None:
+        say(f"Stopped at step {outcome.step}, saved; the same command goes on.", main=world.is_main)
+        raise Stopped(outcome)
+    tested: dict[str, float] = {}
+    if test is not None and test_targets is not None:
+        for name, network in (("student", student), ("teacher", taught_by)):
+            logits = outputs(
+                network, test, len(teacher.classes),
+                size=network.encoder.config.size, semantics=teacher.preprocessing, world=world,
+            )  # fmt: skip
+            tested[name] = accuracy(logits.argmax(axis=1), test_targets)
+    if world.is_main:
+        _report_end(folder, outcome, images, config, tested, test)
+    return Distilled(student.eval(), outcome.step, tested.get("student"), tested.get("teacher"))
+
+
+def build_task(
+    teacher: Embedder,
+    student: Classifier,
+    images: Images,
+    targets: np.ndarray | None,
+    config: DistillConfig,
+    run: RunFolder,
+    *,
+    seed: int,
+    world: World,
+) -> Task:
+    """The task of these settings; networks are on the device of this process.
+
+    Args:
+        targets: (n,) int64 columns of the logits, -1 for an image without a label; None: labels do not count.
+    """
+    assert teacher.classifier is not None
+    method = Distill(student, teacher.classifier, temperature=config.temperature, alpha=config.alpha, world=world)
+    if world.size > 1:
+        set_global_batch_norm(method, world.group)
+    n, batch_size = len(images), config.batch_size
+    total = max(total_steps(n, config.epochs, batch_size), config.least_steps)
+    warmup = warmup_steps(n, config.warmup_epochs, batch_size)
+    peak = peak_lr(config.lr, batch_size, config.lr_scaling)
+    return Task(
+        method=method,
+        batch=_batches(teacher, student, images, targets, config, seed, world),
+        optimizer=build_optimizer(
+            config.optimizer, method, lr=peak, weight_decay=config.weight_decay, momentum=config.momentum
+        ),
+        learning_rate=lambda step: learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=total),
+        total_steps=total,
+        images_per_step=batch_size,
+        views_per_image=1,
+        seed=seed,
+        precision=precision_of(config.precision, world),
+        publish=partial(
+            save_classifier, student, run.encoder,
+            classes=teacher.classes, preprocessing=teacher.preprocessing,
+            origin={"method": "distill", "run": str(run.path)},
+        ),
+        remedy="Try a lower --lr, or a longer --warmup-epochs.",
+    )  # fmt: skip
+
+
+def _targets(teacher: Embedder, images: Images, config: DistillConfig) -> np.ndarray | None:
+    """The column of each image's label where labels count."""
+    if config.alpha == 1:
+        return None
+    if images.labels is None or not (images.labels >= 0).any():
+        raise UserError(
+            f"--alpha was {config.alpha}, so that labels count, and no image of {images.name} has one; give --labels, "
+            "or leave --alpha at 1."
+        )
+    return teachers_columns(teacher, images)
+
+
+def _batches(
+    teacher: Embedder,
+    student: Classifier,
+    images: Images,
+    targets: np.ndarray | None,
+    config: DistillConfig,
+    seed: int,
+    world: World,
+) -> Callable[[int], Inputs]:
+    """step -> this process's views for student and teacher, its targets, and the labelled images of the whole batch."""
+    size, teachers_size = student.encoder.config.size, teacher.encoder.config.size
+    order = EndlessOrder(len(images), seed)
+    resident = keep_on_gpu(images, world)[0] if has_kernels(world.device) else None
+    dtype = precision_of(config.precision, world)
+
+    def view(pixels: Any, side: int, epochs: np.ndarray, indices: np.ndarray) -> torch.Tensor:
+        policy = crop_and_flip(
+            teacher.preprocessing, side, channels=images.channels, crop_min=config.crop_min, flip=config.flip
+        )  # what is drawn depends on no size
+        return make_view(
+            pixels, policy, seed=seed, epoch=epochs, indices=indices, device=world.device, dtype=dtype
+        )  # (B, C, side, side)
+
+    def batch(step: int) -> Inputs:
+        positions = np.arange(step * config.batch_size, (step + 1) * config.batch_size)
+        every_epoch, every_index = order.at(positions)  # of all processes
+        mine = world.local_slice(config.batch_size)
+        epochs, indices = every_epoch[mine], every_index[mine]  # (B,), (B,)
+        pixels = images.peek(indices) if resident is None else resident[indices]
+        seen = view(pixels, size, epochs, indices)
+        seen_by_teacher = seen if size == teachers_size else view(pixels, teachers_size, epochs, indices)
+        if targets is None:
+            return seen, seen_by_teacher
+        labelled = int((targets[every_index] >= 0).sum())
+        return seen, seen_by_teacher, torch.from_numpy(targets[indices]).to(world.device), labelled
+
+    return batch
+
+
+def _claim(folder: RunFolder, identity: dict[str, Any], origin: dict[str, Any], world: World) -> None:
+    """Make the folder of a new run, or see that it holds the same one, and take as many threads as that began with."""
+    described = folder.path / "distill.json"
+    if described.is_file():
+        try:
+            found = json.loads(described.read_bytes())
+            same, threads = found["identity"] == identity, int(found["machine"]["cpu_threads"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{described} is damaged; restore it, or give another --out.") from None
+        if not same:
+            raise UserError(
+                f"{folder.path} holds a distillation of other images, networks or settings; give another --out."
+            )
+        same_threads(threads, world)
+    else:
+        folder.refuse_existing()
+    world.barrier()  # all have looked before one writes
+    if world.is_main and not described.is_file():
+        content = {"identity": identity, "origin": origin, "machine": describe_machine()}
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(described, (json.dumps(content, indent=2) + "\n").encode())
+        except OSError as error:
+            raise UserError(f"The folder {folder.path} cannot be made: {error.strerror}; give another --out.") from None
+    if world.is_main:
+        folder.checkpoints.mkdir(exist_ok=True)
+    world.barrier()
+
+
+def _run(task: Task, folder: RunFolder, config: DistillConfig, world: World) -> Outcome:
+    start = restore(task, folder, world)
+    if start:
+        say(f"Going on from step {start} of {task.total_steps}.", main=world.is_main)
+    with Progress(task.total_steps, start, config.batch_size, main=world.is_main) as progress:
+        try:
+            return train(
+                task, folder, world,
+                start_step=start, workers=config.workers, log_every=config.log_every, save_every=config.save_every,
+                keep=config.keep, progress=progress,
+            )  # fmt: skip
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"Distilling {config.batch_size} images at a time does not fit the GPU's memory; give a smaller "
+                "--batch-size, or more processes."
+            ) from None
+
+
+def _report_end(
+    folder: RunFolder, outcome: Outcome, images: Images, config: DistillConfig, tested: dict[str, float],
+    test: Images | None,
+) -> None:  # fmt: skip
+    if not folder.summary.exists():
+        summary = {
+            "steps": outcome.step,
+            "epochs": round(outcome.step * config.batch_size / len(images), 3),
+            "images": len(images),
+            "images_left_out": len(images.skipped),
+            "seconds_of_this_call": round(outcome.seconds, 1),
+            "steps_of_this_call": outcome.steps_run,
+            "final": outcome.last,
+            "test_images": None if test is None else len(test),
+            "test_accuracy": tested,
+        }
+        write_atomically(folder.summary, (json.dumps(summary, indent=2) + "\n").encode())
+    say(f"Done: {outcome.step} steps. The student is in {folder.encoder}.")

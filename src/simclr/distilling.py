@@ -1,0 +1,181 @@
+"""`simclr distill TEACHER DATA --out OUT`: name, open and check what takes part, distil, say how good it is."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from simclr import distributed
+from simclr.data.images import Images
+from simclr.data.labels import read_label_list
+from simclr.data.splits import label_subset
+from simclr.distill import Distilled
+from simclr.distill import distill as run_distillation
+from simclr.distill_config import SELF, SMALL, SMALLER, DistillConfig, find_distill_recipe
+from simclr.distributed import World
+from simclr.errors import UserError
+from simclr.evaluation.finetune import Stopped
+from simclr.evaluation.subjects import fit_channels
+from simclr.models.classifier import Classifier
+from simclr.models.config import EncoderConfig
+from simclr.models.encoder import Encoder, build_encoder
+from simclr.models.heads import ProjectionHead
+from simclr.opening import lasting, open_parts
+from simclr.progress import say
+from simclr.teacher import open_teacher
+from simclr.weights import Embedder, load
+
+if TYPE_CHECKING:
+    from simclr import commands
+
+SAME = "same"
+
+
+def distill(args: "commands.Distill", over: Callable[[DistillConfig], DistillConfig]) -> None:
+    """The command.
+
+    Args:
+        over: Puts the flags that were given on top of a recipe.
+    """
+    _check(args, over(DistillConfig()))
+    world = distributed.start(args.device)
+    try:
+        teacher = open_teacher(args.teacher, size=args.teacher_size)
+        assert teacher.classifier is not None
+        student, how = open_student(args, teacher)
+        images, test = _open_images(args, teacher, world)
+        config = _settle(args, over, images, student, teacher, world)
+        origin = {
+            "teacher": args.teacher, "student": how, "data": lasting(args.data), "labels": args.labels,
+            "only_labels": args.only_labels,
+        }  # fmt: skip
+        size = {name: sum(p.numel() for p in n.parameters()) for name, n in (("t", teacher.classifier), ("s", student))}
+        say(
+            f"The student ({how}, {size['s']:,} parameters) learns from {args.teacher} ({size['t']:,}) on "
+            f"{len(images):,} images at temperature {config.temperature:g}; the run is in {args.out}.",
+            main=world.is_main,
+        )
+        result = run_distillation(
+            teacher, student, images, config, args.out, seed=args.seed, test=test, world=world, origin=origin
+        )
+    except Stopped as stopped:
+        if world.size == 1:
+            raise SystemExit(128 + (stopped.signal or 15)) from None
+        return
+    finally:
+        distributed.stop()
+    if world.is_main:
+        _print(result, test)
+
+
+def open_student(args: "commands.Distill", teacher: Embedder) -> tuple[Classifier, str]:
+    """The network that is to learn, and what it is in words.
+
+    Raises:
+        UserError: It cannot be built or loaded, has no such head layer, or takes other channels than the teacher.
+    """
+    expected = teacher.encoder.config
+    if args.encoder is not None:
+        config = EncoderConfig(
+            name=args.encoder, width=args.width, stem=args.stem, sk=args.sk, channels=expected.channels,
+            size=args.size or expected.size,
+        )  # fmt: skip
+        encoder, head, how = build_encoder(config, seed=args.seed), None, f"a fresh {args.encoder}"
+    elif args.student == SAME:
+        encoder, how = build_encoder(expected, seed=args.seed), "fresh weights in the teacher's shape"
+        head = _fresh_head(teacher.head, encoder, args.seed)
+    else:
+        loaded = load(Path(args.student))
+        encoder, head, how = loaded.encoder, loaded.head, f"starting from {args.student}"
+    if encoder.config.channels != expected.channels:
+        raise UserError(
+            f"The student {args.student} takes {encoder.config.channels}-channel images and the teacher {args.teacher} "
+            f"{expected.channels}-channel ones; take a student of the teacher's channels."
+        )
+    layer = args.head_layer
+    if layer is None:
+        assert teacher.classifier is not None
+        layer = teacher.classifier.head_layer if args.student == SAME and args.encoder is None else 0
+    return Classifier(encoder, head, len(teacher.classes), head_layer=layer), how
+
+
+def _fresh_head(like: ProjectionHead | None, encoder: Encoder, seed: int) -> ProjectionHead | None:
+    return None if like is None else ProjectionHead(encoder.num_features, **like.to_dict(), seed=seed)
+
+
+def _check(args: "commands.Distill", asked: DistillConfig) -> None:
+    """Fail before anything is opened where flags do not go together."""
+    if args.seed < 0:
+        raise UserError(f"--seed was {args.seed}; it must be at least 0.")
+    if args.encoder is None:
+        given = {"width": args.width != 1, "stem": args.stem != "auto", "sk": args.sk, "size": args.size is not None}
+        if any(given.values()):
+            names = ", ".join(f"--{name}" for name, is_given in given.items() if is_given)
+            raise UserError(
+                f"{names} go with --encoder, which builds a fresh student; name one, such as --encoder small."
+            )
+    elif args.student != SAME:
+        raise UserError(
+            f"--encoder {args.encoder} builds a fresh student and --student {args.student} names one; give one."
+        )
+    if args.labels is None and asked.alpha < 1:
+        raise UserError(
+            f"--alpha was {asked.alpha:g}, which leaves {1 - asked.alpha:g} to labels, and none were named; give "
+            "--labels, such as 1%, or leave --alpha at 1."
+        )
+    if args.labels is not None and asked.alpha == 1:
+        raise UserError(f"--labels {args.labels} would not count, because --alpha is 1; give a lower one, such as 0.5.")
+    if args.recipe is not None:
+        find_distill_recipe(args.recipe)
+
+
+def _open_images(args: "commands.Distill", teacher: Embedder, world: World) -> tuple[Images, Images | None]:
+    """Images to learn on, with the labels that may be used, and labelled ones to test on, if there are any."""
+    train, test = open_parts(args.data, world, labels=args.labels_file, pack=args.pack, side=args.pack_side)
+    channels = teacher.encoder.config.channels
+    train = fit_channels(train, channels)
+    if args.only_labels is not None:
+        train = train.subset(_chosen(train, args.only_labels, args.seed))
+    if args.labels is not None:
+        chosen = _chosen(train, args.labels, args.seed)
+        assert train.labels is not None
+        labels = np.full(len(train), -1)
+        labels[chosen] = train.labels[chosen]
+        train = replace(train, labels=labels)
+        say(f"Labels of {len(chosen):,} images count beside the teacher.", main=world.is_main)
+    if test is None or not args.test or test.labels is None or not (test.labels >= 0).any():
+        return train, None
+    return train, fit_channels(test.subset(np.flatnonzero(test.labels >= 0)), channels)
+
+
+def _chosen(images: Images, labels: str, seed: int) -> np.ndarray:
+    """Indices of the images that a flag names."""
+    if Path(labels).is_file():
+        return read_label_list(Path(labels), images)
+    if images.labels is None:
+        raise UserError(f"{images.name} has no labels, so {labels} of them cannot be taken; leave the flag out.")
+    return label_subset(images.labels, labels, seed=seed)
+
+
+def _settle(
+    args: "commands.Distill", over: Callable[[DistillConfig], DistillConfig], images: Images, student: Classifier,
+    teacher: Embedder, world: World,
+) -> DistillConfig:  # fmt: skip
+    """The complete settings: recipe, the temperature that suits the student, the flags on top."""
+    name = args.recipe or ("small-distill" if len(images) <= SMALL else "v2-distill")
+    if args.recipe is None:
+        say(f"Recipe {name} ({len(images):,} images); --recipe chooses another.", main=world.is_main)
+    itself = student.encoder.config == teacher.encoder.config
+    return over(replace(find_distill_recipe(name), temperature=SELF if itself else SMALLER))
+
+
+def _print(result: Distilled, test: Images | None) -> None:
+    if test is None or result.accuracy is None or result.teacher_accuracy is None:
+        return
+    print(f"{'teacher':<9}{result.teacher_accuracy:.1%}\n{'student':<9}{result.accuracy:.1%}")
+    print(
+        f"Top-1 accuracy on {len(test):,} test images, last checkpoint; the standard error of an accuracy is at most "
+        f"{50 / len(test) ** 0.5:.1f} points."
+    )
