@@ -14,6 +14,25 @@ from simclr.malloc import keep_freed_memory
 RESIDENT_SHARE = 0.25  # of a GPU's free memory that the decoded images may take for good
 
 
+def find_device(name: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one.
+
+    Raises:
+        UserError: torch knows no such device, or sees no such GPU here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise UserError(f"The device was {name!r}; it must be auto, cpu, cuda, or one GPU such as cuda:1.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"The device was {name}, and torch sees {torch.cuda.device_count()} GPUs here; use cpu or auto."
+        )
+    return device
+
+
 def choose_kernels(world: World, *, deterministic: bool) -> None:
     """On a GPU: the fastest kernels, or, if asked for, only those that give the same bits each time."""
     if world.device.type == "cpu":
