@@ -230,7 +230,7 @@ def test_what_fails_in_the_middle_leaves_the_old_file(simclr, gray_model, tmp_pa
         (["MODEL", "digits", "--top", "0"], "--top was 0; it must be between 1 and 6"),
         (["MODEL", "digits", "--top", "7"], "--top was 7"),
         (["MODEL", "digits", "--batch-size", "0"], "--batch-size was 0"),
-        (["MODEL", "digits", "--device", "tpu"], "--device was tpu"),
+        (["MODEL", "digits", "--device", "tpu"], "device was .tpu"),
         (["MODEL", "EMPTY", "--pack-side", "3"], "--pack-side was 3; it must be at least 16"),
         (["TWINS", "digits", "--probabilities"], "several are called crane"),
         (["MODEL", "digits", "--out", "x.parquet"], r"needs pyarrow.*pip install simclr-torch\[parquet\]"),

@@ -6,11 +6,12 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "__version__", "load"]
+__all__ = ["SimCLR", "UserError", "__version__", "load"]
 
 from simclr.errors import UserError
 
 if TYPE_CHECKING:
+    from simclr.estimator import SimCLR
     from simclr.weights import load
 
 
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from simclr.weights import load
 
         return load
+    if name == "SimCLR":
+        from simclr.estimator import SimCLR
+
+        return SimCLR
     raise AttributeError(f"module 'simclr' has no attribute {name!r}")

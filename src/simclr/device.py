@@ -15,6 +15,25 @@ from simclr.progress import say
 RESIDENT_SHARE = 0.25  # of a GPU's free memory that the decoded images may take for good
 
 
+def find_device(name: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one.
+
+    Raises:
+        UserError: torch knows no such device, or sees no such GPU here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        raise UserError(f"The device was {name!r}; it must be auto, cpu, cuda, or one GPU such as cuda:1.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"The device was {name!r}, and torch sees {torch.cuda.device_count()} GPUs here; use cpu or auto."
+        )
+    return device
+
+
 def choose_kernels(world: World, *, deterministic: bool) -> None:
     """On a GPU: the fastest kernels, or, if asked for, only those that give the same bits each time."""
     if world.device.type == "cpu":
@@ -59,16 +78,3 @@ def keep_on_gpu(images: Images, world: World) -> tuple[DeviceImages | None, str]
     if decoded_bytes(images) > RESIDENT_SHARE * free:
         return None, f"{taken}: more than {RESIDENT_SHARE:.0%}, so each batch is sent there."
     return DeviceImages.of(images, world.device), f"{taken}: they stay there."
-
-
-def device_named(name: str) -> str:
-    """cpu or cuda, where `name` may also be auto.
-
-    Raises:
-        UserError: Another name, or no GPU where one is asked for.
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device was {name}; it must be auto, cpu or cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device was cuda, but torch sees no GPU here; use cpu or auto.")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

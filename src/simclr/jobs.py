@@ -3,7 +3,8 @@
 import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from simclr import pretrain as pretraining
 from simclr.config import PretrainConfig, changed_on_resume
 from simclr.data.images import Images
 from simclr.data.named import NAMES
-from simclr.device import device_named, same_threads
+from simclr.device import same_threads
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.subjects import fit_channels
@@ -23,7 +24,7 @@ from simclr.memory import parse_bytes
 from simclr.opening import lasting, open_aloud, require_writable, side_of, write
 from simclr.plan import plan as plan_run
 from simclr.progress import counting, say
-from simclr.recipes import RECIPES, Recipe, choose_recipe, find_recipe, fit_recipe
+from simclr.recipes import RECIPES, Recipe, choose_recipe, find_recipe, settings_for
 from simclr.run import RunFolder, describe_machine, open_run
 from simclr.train import Outcome
 from simclr.weights import load
@@ -54,7 +55,7 @@ def pretrain(args: "commands.Pretrain", flags_over: FlagsOver) -> None:
         asked = flags_over(recipe.config if recipe else PretrainConfig())
         pretraining.check_settings(asked, world)
         images = open_aloud(source, world, channels=asked.channels, **options)
-        config = _settle(recipe, images, flags_over, world)
+        config = _settled(recipe, images, flags_over, world)
         origin = pretraining.origin_of(images, source, options, describe_machine())
         outcome = pretraining.pretrain(images, config, RunFolder(out), world, origin=origin, memory_budget=budget)
     finally:
@@ -103,7 +104,7 @@ def plan(args: "commands.Plan", flags_over: FlagsOver) -> None:
         pretraining.check_settings(asked, world)
         images = open_aloud(args.data, world, channels=asked.channels)
         name = (recipe or choose_recipe(images, on_gpu=world.device.type == "cuda")[0]).name
-        config = _settle(recipe, images, flags_over, world)
+        config = _settled(recipe, images, flags_over, world)
         planned = plan_run(images, config, world, recipe=name, budget=budget)
     finally:
         distributed.stop()
@@ -115,7 +116,7 @@ def plan(args: "commands.Plan", flags_over: FlagsOver) -> None:
 def embed(args: "commands.Embed") -> None:
     """`simclr embed RUN DATA --out FILE.npz`: features, keys and labels of every image of every split."""
     require_writable(args.out)
-    model = load(args.run, device=device_named(args.device))
+    model = load(args.run, device=args.device)
     side = side_of(args.run, args.data, args.pack_side)
     labels = str(args.labels_file) if args.labels_file else None
     images = open_aloud(args.data, World(), split="all", labels=labels, pack=args.pack, side=side)
@@ -145,7 +146,7 @@ def views(args: "commands.Views", flags_over: FlagsOver) -> None:
     world = World()
     channels = flags_over(recipe.config if recipe else PretrainConfig()).channels
     images = open_aloud(args.data, world, channels=channels, pack=args.pack)
-    config = _settle(recipe, images, flags_over, world)
+    config = _settled(recipe, images, flags_over, world)
     policy = pretraining.policy_of(config, images.channels)
     write(args.out, draw_views(images, policy, rows=args.images, columns=args.columns, seed=config.seed))
     say(f"The picture is in {args.out}.")
@@ -161,35 +162,9 @@ def recipes(args: "commands.Recipes") -> None:
         print()
 
 
-def _settle(recipe: Recipe | None, images: Images, flags_over: FlagsOver, world: World) -> PretrainConfig:
-    """The complete settings: recipe, bent to the images where no flag says otherwise, under the flags."""
-    if recipe is None:
-        recipe, why = choose_recipe(images, on_gpu=world.device.type == "cuda")
-        say(f"Recipe {recipe.name} ({why}); --recipe chooses another.", main=world.is_main)
-    if images.channels == 1 and flags_over(recipe.config).channels == "auto":
-        say(
-            "Gray views: no hue, no saturation, no grayscale. --channels 3 makes three equal channels.",
-            main=world.is_main,
-        )
-    fitted, sentences = fit_recipe(recipe, images)
-    config = flags_over(fitted)
-    for name, sentence in sentences.items():
-        if getattr(config, name) == getattr(fitted, name):
-            say(sentence, main=world.is_main)
-    if config.optimizer != fitted.optimizer and config.lr == fitted.lr:
-        say(
-            f"The rate of {config.lr:g} (scaling {config.lr_scaling}) was chosen for {fitted.optimizer}, not for "
-            f"{config.optimizer}; give --lr and --lr-scaling.",
-            main=world.is_main,
-        )
-    longest = config.epochs / 10
-    if config.epochs < fitted.epochs and config.warmup_epochs == fitted.warmup_epochs > longest:
-        say(
-            f"Warm-up of {longest:g} epochs: a tenth of this short run.",
-            main=world.is_main,
-        )
-        config = replace(config, warmup_epochs=longest)
-    return config
+def _settled(recipe: Recipe | None, images: Images, flags_over: FlagsOver, world: World) -> PretrainConfig:
+    aloud = partial(say, main=world.is_main)
+    return settings_for(recipe, images, flags_over, on_gpu=world.device.type == "cuda", say=aloud)
 
 
 def _lasting_pack(pack: str) -> str:

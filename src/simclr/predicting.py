@@ -14,7 +14,6 @@ import numpy as np
 from simclr.data.files import Reading
 from simclr.data.images import Skipped
 from simclr.data.scan import some
-from simclr.device import device_named
 from simclr.errors import UserError
 from simclr.features import inference
 from simclr.opening import require_writable
@@ -38,7 +37,7 @@ def predict(args: "commands.Predict") -> None:
             written.
     """
     _check(args)
-    model = load(args.model, device=device_named(args.device))
+    model = load(args.model, device=args.device)
     if model.classifier is None:
         raise UserError(
             f"{args.model} has no classifier; `simclr finetune {args.model} DATA --out FOLDER` makes one from labelled "

@@ -117,7 +117,8 @@ def pretrain(
     task, steps_per_epoch = build_task(images, config, run, world)
     if origin is not None and world.is_main:
         create_run(run.path, config, origin)
-        say(f"Training {config.encoder} at {config.size} pixels for {config.epochs} epochs; the run is in {run.path}.")
+        where = f"; the run is in {run.path}" if run.lasting else ""
+        say(f"Training {config.encoder} at {config.size} pixels for {config.epochs} epochs{where}.")
     world.barrier()
     start = restore(task, run, world)
     if start:
@@ -247,7 +248,8 @@ def _report_end(
     views_per_step: int,
 ) -> None:
     if not outcome.finished:
-        say(f"Stopped at step {outcome.step}, saved; `simclr resume {run.path}` goes on.")
+        saved = f", saved; {run.resuming} goes on" if run.lasting else ""
+        say(f"Stopped at step {outcome.step}{saved}.")
         return
     summary: dict[str, Any] = {
         "steps": outcome.step,
@@ -264,7 +266,7 @@ def _report_end(
     write_atomically(run.summary, (json.dumps(summary, indent=2) + "\n").encode())
     say(
         f"Done: {outcome.step} steps, {summary['views_per_second']:,.0f} views/s, {summary['wait_share']:.0%} of the "
-        f"time waiting for views. The encoder is in {run.encoder}."
+        "time waiting for views." + (f" The encoder is in {run.encoder}." if run.lasting else "")
     )
 
 

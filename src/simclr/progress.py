@@ -4,15 +4,29 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from simclr.train import Outcome
 
 
+_HUSHED: ContextVar[bool] = ContextVar("hushed", default=False)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Say nothing and show no bar: a library's caller, unlike a command's, reads what is returned."""
+    token = _HUSHED.set(True)
+    try:
+        yield
+    finally:
+        _HUSHED.reset(token)
+
+
 def say(sentence: str, *, main: bool = True) -> None:
     """One line to the person, on standard error, so that standard output stays for results."""
-    if main:
+    if main and not _HUSHED.get():
         print(sentence, file=sys.stderr, flush=True)
 
 
@@ -28,7 +42,7 @@ class Progress:
 
     def __init__(self, total_steps: int, start_step: int, views_per_step: int, *, main: bool) -> None:
         self._total, self._start, self._views = total_steps, start_step, views_per_step
-        self._main = main
+        self._main = main and not _HUSHED.get()
         self._begun = time.perf_counter()
         self._bar: Any = None
         self._warned: set[str] = set()

@@ -3,6 +3,7 @@
 A recipe is data: `simclr recipes` prints it, `--recipe NAME` starts from it, every flag given beside it wins.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -268,6 +269,43 @@ def fit_recipe(recipe: Recipe, images: ImageFacts) -> tuple[PretrainConfig, dict
             config, epochs=epochs, warmup_epochs=config.warmup_epochs * longer, knn_every=config.knn_every * longer
         )
     return config, said
+
+
+def settings_for(
+    recipe: Recipe | None,
+    images: ImageFacts,
+    flags_over: Callable[[PretrainConfig], PretrainConfig],
+    *,
+    on_gpu: bool,
+    say: Callable[[str], None],
+) -> PretrainConfig:
+    """The complete settings: recipe, bent to the images where no flag says otherwise, under the flags.
+
+    Args:
+        recipe: None: `choose_recipe` decides.
+        flags_over: Settings -> those with what the user asks for on top.
+        say: Told what was decided, and what seems odd.
+    """
+    if recipe is None:
+        recipe, why = choose_recipe(images, on_gpu=on_gpu)
+        say(f"Recipe {recipe.name} ({why}); --recipe chooses another.")
+    if images.channels == 1 and flags_over(recipe.config).channels == "auto":
+        say("Gray views: no hue, no saturation, no grayscale. --channels 3 makes three equal channels.")
+    fitted, sentences = fit_recipe(recipe, images)
+    config = flags_over(fitted)
+    for name, sentence in sentences.items():
+        if getattr(config, name) == getattr(fitted, name):
+            say(sentence)
+    if config.optimizer != fitted.optimizer and config.lr == fitted.lr:
+        say(
+            f"The rate of {config.lr:g} (scaling {config.lr_scaling}) was chosen for {fitted.optimizer}, not for "
+            f"{config.optimizer}; give --lr and --lr-scaling."
+        )
+    longest = config.epochs / 10
+    if config.epochs < fitted.epochs and config.warmup_epochs == fitted.warmup_epochs > longest:
+        say(f"Warm-up of {longest:g} epochs: a tenth of this short run.")
+        config = replace(config, warmup_epochs=longest)
+    return config
 
 
 def _typical_side(images: ImageFacts) -> int:

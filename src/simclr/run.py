@@ -30,6 +30,8 @@ class RunFolder:
     path: Path
     how_to_resume: str = ""
     """For sentences; by default the command `simclr resume`."""
+    lasting: bool = True
+    """Whether it stays when the work is done, and is worth naming."""
 
     @property
     def resuming(self) -> str:

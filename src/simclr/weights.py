@@ -11,23 +11,25 @@ of what config.json says of them: two files that were not written together are r
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from simclr.augment.policy import Semantics
 from simclr.checkpoint import write_atomically
-from simclr.data.decode import decode_image
+from simclr.data.forms import ImagesLike, Pixels
 from simclr.data.images import Images
+from simclr.device import find_device
 from simclr.errors import UserError
-from simclr.features import extract, outputs, require_channels
+from simclr.features import outputs, require_channels
 from simclr.models.classifier import Classifier
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
@@ -35,8 +37,6 @@ from simclr.models.heads import ProjectionHead
 
 FORMAT = "simclr-encoder-1"
 _HEAD, _CLASSIFIER = "head.", "classifier."  # names in model.safetensors; the encoder's begin with "backbone."
-
-ImagesLike = Images | np.ndarray | Tensor | Image.Image | str | Path | Sequence[Any]
 
 
 def save_encoder(
@@ -80,7 +80,7 @@ def save_classifier(
     _save(folder, network.encoder, head, network.linear, described)
 
 
-def load(path: str | Path, *, device: str = "cpu") -> "Embedder":
+def load(path: str | PathLike[str], *, device: str | torch.device = "cpu") -> "Embedder":
     """Load an encoder from a run's folder or an encoder's folder, with the head and the classifier that it has.
 
     Example:
@@ -88,10 +88,14 @@ def load(path: str | Path, *, device: str = "cpu") -> "Embedder":
         >>> encoder = simclr.load("runs/digits")          # doctest: +SKIP
         >>> features = encoder.embed(["a.png", "b.png"])  # doctest: +SKIP
 
+    Args:
+        path: The folder.
+        device: "cpu", "cuda", "cuda:1", ..., or "auto": a GPU where there is one.
+
     Raises:
-        UserError: There is no encoder at `path`, or its files do not fit together.
+        UserError: There is no encoder at `path`, its files do not fit together, or there is no such device.
     """
-    path = Path(path)
+    path, device = Path(path), find_device(device)
     folder = path / "encoder" if (path / "encoder" / "config.json").is_file() else path
     try:
         described = json.loads((folder / "config.json").read_bytes())
@@ -138,8 +142,9 @@ class Embedder:
         self.classifier = classifier
         self.classes = list(classes)
 
-    def to(self, device: str) -> "Embedder":
-        """Move all parts."""
+    def to(self, device: str | torch.device) -> "Embedder":
+        """Move all parts to a device, named as in `load`; itself is returned."""
+        device = find_device(device)
         for part in (self.encoder, self.head, self.classifier):
             if part is not None:
                 part.to(device)
@@ -148,21 +153,24 @@ class Embedder:
     def embed(self, images: ImagesLike, *, batch_size: int = 256) -> np.ndarray:
         """Features of images of any size.
 
+        The encoder's own preprocessing takes the central square and resizes it to the encoder's size, whatever the
+        size of the image. Gray images are shown in colour to an encoder of colour; the reverse is refused.
+
         Args:
-            images: Paths, PIL images or arrays (one or a sequence); an array (n, H, W), (n, H, W, C) or (H, W, C),
-                uint8, or floats in [0, 1]; a tensor (n, C, H, W), uint8 or floats in [0, 1]; or opened `Images`.
+            images: A path, a PIL image, an array (H, W, C) or a sequence of them, mixed as they come (arrays in a
+                sequence may be (H, W), tensors are (C, H, W)); an array (n, H, W) or (n, H, W, C); a tensor
+                (n, C, H, W); or opened `Images`. Numbers are integers in 0..255 or floats in [0, 1], rounded to
+                bytes. Files are read a batch at a time.
             batch_size: Images at a time.
 
         Returns:
             (n, F) float32; n is 1 for a single image.
 
         Raises:
-            UserError: An image is unreadable, has other channels than the encoder, or floats outside [0, 1].
+            UserError: There is no image, one is unreadable, has other channels than the encoder, or numbers beyond
+                that range.
         """
-        if isinstance(images, Images):
-            return extract(self.encoder, images, semantics=self.preprocessing, batch_size=batch_size)
-        arrays = [self._fit_channels(array) for array in _arrays(images)]
-        return self._outputs(self.encoder, arrays, self.encoder.num_features, batch_size)
+        return self._outputs(self.encoder, images, self.encoder.num_features, batch_size)
 
     def classify(self, images: ImagesLike, *, batch_size: int = 256) -> list[str]:
         """The likeliest class of each image, by name.
@@ -186,31 +194,21 @@ class Embedder:
         """
         if self.classifier is None:
             raise UserError("This encoder has no classifier; fine-tune it on labelled images, then load the result.")
-        if isinstance(images, Images):
-            require_channels(self.encoder.config.channels, images)
-        else:
-            images = [self._fit_channels(array) for array in _arrays(images)]
         logits = self._outputs(self.classifier, images, len(self.classes), batch_size)
         return torch.from_numpy(logits).softmax(dim=1).numpy()
 
-    def _outputs(
-        self, network: nn.Module, images: Images | Sequence[np.ndarray], width: int, batch_size: int
-    ) -> np.ndarray:
-        size = self.encoder.config.size
-        return outputs(network, images, width, size=size, semantics=self.preprocessing, batch_size=batch_size)
-
-    def _fit_channels(self, image: np.ndarray) -> np.ndarray:
-        wanted, given = self.encoder.config.channels, image.shape[2]
-        if given == wanted:
-            return image
-        if given not in (1, 3):
-            raise UserError(f"An image has shape {image.shape}; give height, width and 1 or 3 channels, in that order.")
-        if given == 1:
-            return image.repeat(wanted, axis=2)  # gray shown in colour loses nothing
-        raise UserError(
-            f"The encoder was trained on {wanted}-channel images and was given one with {given} channels; "
-            "convert it first (gray: PIL's convert('L'))."
-        )
+    def _outputs(self, network: nn.Module, images: ImagesLike, width: int, batch_size: int) -> np.ndarray:
+        if batch_size < 1:
+            raise UserError(f"batch_size was {batch_size}; it must be at least 1.")
+        size, channels = self.encoder.config.size, self.encoder.config.channels
+        if not isinstance(images, Images):
+            fitting = Pixels(images, channels=channels)
+        elif images.channels < channels:
+            fitting = replace(images, channels=channels)  # gray shown in colour loses nothing
+        else:
+            require_channels(channels, images)
+            fitting = images
+        return outputs(network, fitting, width, size=size, semantics=self.preprocessing, batch_size=batch_size)
 
 
 def _describe(encoder: Encoder, head: ProjectionHead | None, preprocessing: Semantics) -> dict[str, Any]:
@@ -270,53 +268,3 @@ def _digest(described: dict[str, Any]) -> str:
     """Of what gives the tensors their meaning; where they come from is free to be edited."""
     meaning = {key: value for key, value in described.items() if key != "origin"}
     return sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
-
-
-def _arrays(images: Any) -> list[np.ndarray]:
-    """Any accepted form as a list of (H, W, C) uint8 arrays."""
-    if isinstance(images, str | Path | Image.Image):
-        return [_one(images)]
-    if isinstance(images, Tensor):
-        if images.ndim != 4:
-            raise UserError(f"A tensor of images has shape {tuple(images.shape)}; give (n, channels, height, width).")
-        images = _numpy(images).transpose(0, 2, 3, 1)  # (n, H, W, C)
-    if isinstance(images, np.ndarray):
-        if images.ndim == 3:
-            images = images[None] if images.shape[2] in (1, 3) else images[..., None]
-        if images.ndim != 4:
-            raise UserError(f"An array of images has shape {images.shape}; give (n, H, W) or (n, H, W, C).")
-        return list(_bytes(images))
-    return [_one(image) for image in images]
-
-
-def _one(image: Any) -> np.ndarray:
-    if isinstance(image, str | Path):
-        return decode_image(Path(image))
-    if isinstance(image, Image.Image):
-        return decode_image(image)
-    if isinstance(image, Tensor):
-        image = _numpy(image).transpose(1, 2, 0) if image.ndim == 3 else _numpy(image)
-    image = np.asarray(image)
-    if image.ndim not in (2, 3):
-        raise UserError(f"An image has shape {image.shape}; give (H, W) or (H, W, C).")
-    return _bytes(image if image.ndim == 3 else image[..., None])
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-
-
-def _bytes(pixels: np.ndarray) -> np.ndarray:
-    if pixels.dtype == np.uint8:
-        return pixels
-    if not np.issubdtype(pixels.dtype, np.floating) and pixels.dtype != np.bool_:
-        raise UserError(f"Pixels have type {pixels.dtype}; give uint8, or floats in [0, 1].")
-    if pixels.size == 0:
-        raise UserError(f"There are no pixels in an array of shape {pixels.shape}; give at least one image.")
-    if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
-        raise UserError(
-            f"Pixels lie in [{pixels.min():.3g}, {pixels.max():.3g}]; give uint8, or floats in [0, 1] that are not "
-            "normalised (the encoder does that itself)."
-        )
-    return np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
