@@ -239,8 +239,9 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 def _open_paths(paths: Sequence[Path], channels: Channels) -> Images:
     stats = [path.stat() for path in paths]
     files = [
-        Found(str(path), path.parent, path.name, stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)
-    ]  # fmt: skip
+        Found(str(path), path.parent, path.name, stat.st_size, stat.st_mtime_ns)
+        for path, stat in zip(paths, stats, strict=True)
+    ]
     opened = open_files(
         Path(os.path.commonpath([path.absolute().parent for path in paths])), files, unreachable=[], every=files,
         label=lambda _: Labelling(), name="the list of files", split="all", has_own_split=False, notes=[],
