@@ -1,10 +1,12 @@
 """`simclr predict`: the rows are those of `probabilities`, every name survives, and memory does not grow."""
 
 import csv
+import errno
 import re
 import sys
 import tracemalloc
 import weakref
+from contextlib import contextmanager
 from threading import RLock
 
 import numpy as np
@@ -204,13 +206,38 @@ def test_parquet_is_written_in_groups(monkeypatch, tmp_path):
     assert file.read().to_pydict() == {"key": [str(i) for i in range(25)], "p": list(range(25))}
 
 
-def test_what_fails_in_the_middle_leaves_the_old_file(simclr, gray_model, tmp_path):
+def test_what_fails_in_the_middle_leaves_the_old_file(simclr, gray_model, tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     for i in range(5):
         Image.new("L" if i < 4 else "RGB", (9, 9), i).save(tmp_path / "images" / f"{i}.png")
     (tmp_path / "out.csv").write_text("old")
-    code, _, said = simclr("predict", gray_model, tmp_path / "images", "--out", tmp_path / "out.csv", "--batch-size", 2)
+    command = "predict", gray_model, tmp_path / "images", "--out", tmp_path / "out.csv", "--batch-size", 2
+    code, _, said = simclr(*command)
     assert code == 2 and re.search(r"takes 1-channel images and \S+4.png is in colour", said), said
+
+    real, ready = tables._csv, []
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def asked_to_stop(*_):
+        raise KeyboardInterrupt
+
+    for failure, ends in (
+        (full, (2, "out.csv cannot be written: No space left")),
+        (asked_to_stop, (130, "stopped")),
+    ):
+
+        @contextmanager
+        def failing(*args, failure=failure):
+            with real(*args) as add:
+                yield lambda rows: failure() if ready else ready.append(add(rows))
+
+        ready.clear()
+        monkeypatch.setattr(tables, "_csv", failing)
+        code, _, said = simclr(*command)
+        assert code == ends[0] and ends[1] in said, said
+        assert ready, "the first rows were written"
     assert (tmp_path / "out.csv").read_text() == "old"
     assert {path.name for path in tmp_path.iterdir()} == {"images", "out.csv"}
 
