@@ -160,6 +160,7 @@ def test_names_reach_pandas():
         ({"image_shape": (16, 4, 2)}, np.zeros((9, 128)), "1 or 3 channels"),
         ({"image_shape": 8}, np.zeros((9, 64)), "image_shape was 8"),
         ({"pixel_range": (0, 8)}, load_digits().data, r"beyond pixel_range=\(0, 8\)"),
+        ({"pixel_range": (0, 16)}, list(GRAY), "goes with rows or one array"),
         ({"pixel_range": (1, 0)}, GRAY, "black, white"),
         ({}, np.full((9, 8, 8), np.nan), "nan"),
         ({}, GRAY[:1], "at least two"),

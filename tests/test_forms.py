@@ -166,8 +166,9 @@ def test_images_to_train_on_are_those_given(tmp_path):
         np.testing.assert_array_equal(first, COLOUR)
         np.testing.assert_array_equal(second, np.repeat(RAMP[..., None], 3, axis=-1))
         np.testing.assert_array_equal(third, COLOUR)
-        gray = open_images(given, channels="1").batch([0])[0].squeeze()
-        np.testing.assert_array_equal(gray, np.asarray(Image.fromarray(COLOUR).convert("L")))
+        for again in (given, images):
+            gray = open_images(again, channels="1").batch([0])[0].squeeze()
+            np.testing.assert_array_equal(gray, np.asarray(Image.fromarray(COLOUR).convert("L")))
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpux"])

@@ -233,6 +233,10 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             if fitting:
                 self.n_features_in_ = int(np.prod(X.shape[1:]))
             return self._in_range(X if X.ndim == 4 else X[..., None])
+        if self.pixel_range is not None:
+            raise UserError(
+                f"pixel_range goes with rows or one array of numbers, and X is a {type(X).__name__}; leave it out."
+            )
         return X
 
     def _in_range(self, numbers: np.ndarray) -> np.ndarray:

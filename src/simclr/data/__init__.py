@@ -2,7 +2,7 @@
 
 `open_data("digits")`, `open_data("photos/")` and `open_data("set.npz")` all give `Images`: uint8 pixels,
 batch by batch, labels where there are any, and the sentences that are to be said aloud. Nothing here
-imports torch, except torchvision inside the one function that reads its sets.
+imports torch, except torchvision inside the one function that reads its sets, and `forms.py`, which takes tensors.
 
 Shapes: n images, B of them in a batch, H x W pixels, C = 1 (gray) or 3 (RGB) channels.
 """

@@ -8,6 +8,7 @@ Shapes: n images, H x W pixels, C = 1 (gray) or 3 (RGB) channels.
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -89,7 +90,7 @@ def open_images(images: ImagesLike, *, channels: Channels = "auto") -> Images:
         UserError: As `Pixels`, or an image cannot be used.
     """
     if isinstance(images, Images):
-        return images
+        return images if channels == "auto" else replace(images, channels=int(channels))
     if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] in (1, 3):
         return array_images(
             images, None, name="the array", split="all", has_own_split=False, classes=None, channels=channels
