@@ -1,10 +1,14 @@
 """Three claims of Nguyen, Nguyen & Le 2021 (arXiv:2108.00587) about SimCLR v2, each as a comparison on your own runs.
 
     python benchmarks/claims.py depth   data/emoji --runs runs/emoji-0 runs/emoji-1 runs/emoji-2
+    python benchmarks/claims.py base    data/emoji --runs runs/emoji-0 runs/emoji-1 runs/emoji-2
     python benchmarks/claims.py classes data/emoji fashion-mnist --runs runs/emoji-0 runs/emoji-1 runs/emoji-2
 
 depth    How much of the network should be fine-tuned, and from which layer of the projection head, with 1 %, 10 % and
          100 % of the labels? Rows: what is trained x head layer.
+base     Does distillation work better where student and teacher come from the same pretrained base? A teacher that was
+         fine-tuned on 10 % of the labels teaches, on all images and for equally many steps, students that begin at its
+         own base, at the base of the next run, at fresh weights, and at fresh weights of half the width.
 classes  Is transfer better where the target has fewer classes? One frozen encoder, a linear probe, equally many labels
          a class, 2, 5, ... and all classes, mean over ten draws of them. Kappa is the accuracy corrected for chance,
          (a - 1/K) / (1 - 1/K); accuracy is the mean over classes, whose sizes differ from draw to draw.
@@ -24,21 +28,29 @@ from typing import Any
 import numpy as np
 
 from common import machine, write_json
+from simclr.data.images import Images
 from simclr.data.source import open_data
+from simclr.distill import distill
+from simclr.distill_config import DISTILL_RECIPES
 from simclr.distributed import World
 from simclr.evaluation.cache import FeatureCache
-from simclr.evaluation.finetune import finetune
+from simclr.evaluation.finetune import digest_of, finetune
 from simclr.evaluation.finetune_config import FINETUNE_RECIPES
-from simclr.evaluation.ledger import Ledger
+from simclr.evaluation.ledger import Ledger, name_of
 from simclr.evaluation.logistic import optimum_probe
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import PIXELS, RANDOM, Subject, open_subject
 from simclr.evaluation.table import BASELINES, Row, markdown_table, seeds_note
-from simclr.weights import load
+from simclr.models.classifier import Classifier
+from simclr.models.encoder import Encoder, build_encoder
+from simclr.weights import Embedder, load
 
 DEPTHS = ("none", 4, 3, 2, 1, "all")
 """What is trained besides the classifier, as `--finetune.tune-from` takes it."""
 LABELS = ("1%", "10%", "100%")
+TEACHERS_LABELS = "10%"
+DISTILLATION = replace(DISTILL_RECIPES["small-distill"], temperature=1.0)
+"""The same for all, so that only the student's beginning differs."""
 LABELS_A_CLASS = 20
 DRAWS = 10
 
@@ -95,6 +107,53 @@ def named(tune_from: int | str) -> str:
     """What is trained, in words."""
     words = {"none": "classifier alone", "all": "whole network", 4: "head and classifier"}
     return words.get(tune_from, f"from block group {tune_from + 1 if isinstance(tune_from, int) else tune_from} on")
+
+
+# ---- which base
+
+
+def base(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
+    """Rows: the teacher, and where its students begin; one column."""
+    train, test = open_data(data), open_data(data, split="test")
+    table: dict[str, list[float]] = {}
+    for seed, run in enumerate(args.runs):
+        own, other = (load(place) for place in (run, args.runs[(seed + 1) % len(args.runs)]))
+        split = split_data(train, test, seed=seed, labels=TEACHERS_LABELS)
+        shape, preprocessing = own.encoder.config, own.preprocessing
+        teacher = finetune(
+            own.encoder, own.head, split.train, split.test, FINETUNE_RECIPES["small"], seed=seed,
+            semantics=preprocessing,
+        )  # fmt: skip
+        table.setdefault("teacher", []).append(teacher.accuracy)
+        taught_by = Embedder(
+            teacher.network.encoder, preprocessing, classifier=teacher.network, classes=teacher.classes
+        )
+        students = {
+            "the same base": own.encoder,
+            "the base of another run": other.encoder,
+            "fresh weights": build_encoder(shape, seed=seed),
+            "fresh weights, half as wide": build_encoder(replace(shape, width=shape.width / 2), seed=seed),
+        }
+        for name, encoder in students.items():
+            key = {
+                "claim": "base", "teacher": digest_of(teacher.network), "student": digest_of(encoder), "seed": seed,
+                "config": DISTILLATION.deciding(), "train": train.fingerprint, "test": split.test.fingerprint,
+            }  # fmt: skip
+
+            place = args.out / f"student-{name_of(key)[:12]}"
+            value = kept(ledger, key, partial(taught, taught_by, encoder, train, split.test, seed, place))
+            print(f"{data}, student from {name}, seed {seed}: {100 * value:.1f}", flush=True)
+            table.setdefault(f"student from {name}", []).append(value)
+    return [Row(name, {"accuracy": values}) for name, values in table.items()]
+
+
+def taught(teacher: Embedder, encoder: Encoder, train: Images, test: Images, seed: int, place: Path) -> float:
+    """Test accuracy of a student that begins at this encoder."""
+    found = distill(
+        teacher, Classifier(encoder, None, len(teacher.classes)), train, DISTILLATION, place, seed=seed, test=test
+    )
+    assert found.accuracy is not None
+    return found.accuracy
 
 
 # ---- how many classes
@@ -163,7 +222,7 @@ def kept(ledger: Ledger, key: dict[str, Any], make: Callable[[], float]) -> floa
     return ledger.get(key, lambda: {"accuracy": make()})["accuracy"]
 
 
-CLAIMS = {"depth": depth, "classes": classes}
+CLAIMS = {"depth": depth, "base": base, "classes": classes}
 
 if __name__ == "__main__":
     main()
