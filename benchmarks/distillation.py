@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("data", help="images with labels: what `simclr evaluate` takes")
     parser.add_argument("--runs", nargs="+", type=Path, required=True, help="pretrained runs; the k-th is seed k")
     parser.add_argument("--labels", default="1%", help="labels of the teacher: 1%%, 10/class, ...")
-    parser.add_argument("--epochs", type=float, default=12, help="of distillation, over all images")
+    parser.add_argument("--epochs", type=float, default=6, help="of distillation, over all images")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--width", type=float, default=0.5, help="of the student, as a share of the teacher's")
     parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
@@ -128,11 +128,10 @@ def one_seed(
             lambda: {"accuracy": of_pixels(few, base.encoder.config, seed), "parameters": None, "steps": None},
         ),
     }
-    found = [
+    return [
         {"what": what, **ledger.get({**key, "what": what, **settings}, lambda make=make: timed(make))}
         for what, (settings, make) in work.items()
     ]
-    return found
 
 
 def of_pixels(split: Split, like: EncoderConfig, seed: int) -> float:
