@@ -3,7 +3,7 @@
     python benchmarks/distillation.py fashion-mnist --runs runs/fashion-mnist-{0,1,2} --out runs/distillation
 
 For each pretrained run, which is one seed: the teacher is the run fine-tuned on a few labels; the student has half its
-width, and so at most a quarter of its parameters (checked). The student learns from the labels alone (the supervised
+width, and so about a quarter of its parameters. The student learns from the labels alone (the supervised
 recipe), from the teacher on the labelled images, and from the teacher on all training images; both distillations
 make equally many steps. Beside them a linear classifier on the raw pixels of the labelled images. Accuracy is that of
 the last checkpoint on the test images. What is measured is kept: the script can be stopped and called again.
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("data", help="images with labels: what `simclr evaluate` takes")
     parser.add_argument("--runs", nargs="+", type=Path, required=True, help="pretrained runs; the k-th is seed k")
     parser.add_argument("--labels", default="1%", help="labels of the teacher: 1%%, 10/class, ...")
-    parser.add_argument("--epochs", type=float, default=12, help="of distillation, over all images")
+    parser.add_argument("--epochs", type=float, default=6, help="of distillation, over all images")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--width", type=float, default=0.5, help="of the student, as a share of the teacher's")
     parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
@@ -84,9 +84,7 @@ def one_seed(
     shape = replace(base.encoder.config, width=args.width * base.encoder.config.width)
     on_all = replace(DISTILL_RECIPES["small-distill"], epochs=args.epochs, temperature=args.temperature, flip=flip)
     steps = total_steps(len(everything.train), on_all.epochs, on_all.batch_size)
-    on_few = replace(
-        on_all, epochs=0, least_steps=steps, warmup_epochs=on_all.warmup_epochs * len(everything.train) / len(few.train)
-    )
+    on_few = replace(on_all, epochs=0, least_steps=steps)
     key = {
         "run": digest_of(base.encoder), "seed": seed, "few": few.train.fingerprint, "all": everything.train.fingerprint,
         "test": few.test.fingerprint, "tuning": tuning.deciding(),
@@ -130,12 +128,10 @@ def one_seed(
             lambda: {"accuracy": of_pixels(few, base.encoder.config, seed), "parameters": None, "steps": None},
         ),
     }
-    found = [
+    return [
         {"what": what, **ledger.get({**key, "what": what, **settings}, lambda make=make: timed(make))}
         for what, (settings, make) in work.items()
     ]
-    assert found[1]["parameters"] <= found[0]["parameters"] / 4, "the student has at most a quarter of the parameters"
-    return found
 
 
 def of_pixels(split: Split, like: EncoderConfig, seed: int) -> float:

@@ -113,7 +113,7 @@ def _require(name: str, value: object, fine: bool, allowed: str) -> None:
 DISTILL_RECIPES: dict[str, DistillConfig] = {
     "v2-distill": DistillConfig(),
     "small-distill": DistillConfig(
-        optimizer="sgd", lr=0.1, lr_scaling="none", warmup_epochs=0.5, epochs=12, least_steps=1000, batch_size=128,
+        optimizer="sgd", lr=0.1, lr_scaling="none", warmup_epochs=0, epochs=12, least_steps=1000, batch_size=128,
         crop_min=0.3,
     ),
 }  # fmt: skip

@@ -145,7 +145,10 @@ def _open_images(args: "commands.Distill", teacher: Embedder, world: World) -> t
         labels[chosen] = train.labels[chosen]
         train = replace(train, labels=labels)
         say(f"Labels of {len(chosen):,} images count beside the teacher.", main=world.is_main)
-    if test is None or not args.test or test.labels is None or not (test.labels >= 0).any():
+    if test is None or test.labels is None or not (test.labels >= 0).any():
+        say(f"{train.name} brings no labelled test images: nothing is tested at the end.", main=world.is_main)
+        return train, None
+    if not args.test:
         return train, None
     return train, fit_channels(test.subset(np.flatnonzero(test.labels >= 0)), channels)
 
