@@ -30,11 +30,10 @@ def build_timm(name: str, *, channels: int, size: int, pretrained: bool) -> tupl
     """
     _check_name(name)
     described = get_pretrained_cfg(name)
-    fixed_size: dict[str, Any] = {"img_size": size} if described and described.fixed_input_size else {}
     if pretrained and not is_model_pretrained(name):
         raise UserError(f"timm has no pretrained weights for {name}; begin from random weights, or take another model.")
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0, in_chans=channels, **fixed_size)
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0, **input_arguments(name, channels, size))
     except Exception as error:  # whatever timm, the download or the model's own checks raise
         what = "its pretrained weights could not be fetched or fitted" if pretrained else "timm could not build it"
         raise UserError(
@@ -48,6 +47,12 @@ def build_timm(name: str, *, channels: int, size: int, pretrained: bool) -> tupl
     if channels != len(mean):  # timm sums or repeats the first layer over channels; the colours' average fits it
         mean, std = (sum(mean) / len(mean),) * channels, (sum(std) / len(std),) * channels
     return model, width, (tuple(mean), tuple(std))
+
+
+def input_arguments(name: str, channels: int, size: int) -> dict[str, Any]:
+    """What `timm.create_model` is told of the input: channels and, if the model is built for one size, that."""
+    described = get_pretrained_cfg(name)
+    return {"in_chans": channels} | ({"img_size": size} if described and described.fixed_input_size else {})
 
 
 def _check_name(name: str) -> None:

@@ -45,15 +45,20 @@ def build_torchvision(
             f"torchvision/{name}: its pretrained weights could not be fetched ({first_line(error)}); connect to the "
             "network once, or put the file into torch's cache folder."
         ) from error
-    last = _last_linear(model, name)
+    last = last_linear(model, name, CLASSES)
     parent, _, child = last.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())
     width = num_features(model, f"torchvision/{name}", channels, size)
     return model, width, IMAGENET if pretrained else None
 
 
-def _last_linear(model: nn.Module, name: str) -> str:
+def last_linear(model: nn.Module, name: str, num_classes: int) -> str:
+    """The path of the layer that names so many classes, such as `fc`.
+
+    Raises:
+        UserError: The model does not end in one.
+    """
     layers = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    if not layers or model.get_submodule(layers[-1]).out_features != CLASSES:  # squeezenet classifies by convolution
+    if not layers or model.get_submodule(layers[-1]).out_features != num_classes:  # squeezenet's is a convolution
         raise UserError(f"torchvision/{name} does not end in a linear classifier; take another model, such as alexnet.")
     return layers[-1]
