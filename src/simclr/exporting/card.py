@@ -109,7 +109,7 @@ def _training(origin: dict[str, Any], run: dict[str, Any] | None, config: dict[s
     if origin.get("method") not in (None, "simclr"):
         lines.append(f"- after that: {origin['method']}, with labels")
     table = ["| setting | value |", "|---|---|"]
-    table += [f"| {key} | {config[key]} |" for key in SETTINGS if key in config]
+    table += [f"| {key} | {config[key]} |" for key in SETTINGS if config.get(key) is not None]
     return "\n".join(lines) + "\n\n" + "\n".join(table)
 
 

@@ -44,13 +44,16 @@ def write_card(source: Path, model: Embedder, out: Path, *, licence: str | None)
     run = source if (source / "run.json").is_file() else source.parent.parent  # RUN/evaluation/finetune-...
     described, config = read_json(run / "run.json"), read_json(run / "config.json")
     mine = described is not None and config is not None and (run == source or source.parent.name == "evaluation")
+    tables = results_of(source, model)
     card = model_card(
         out.resolve().name, model,
         preprocessing=preprocessing_of(model.encoder.config, model.preprocessing, normalised="inside"),
         origin=_public(origin_of(source)), run=described if mine else None, config=config if mine else None,
-        tables=results_of(source, model), licence=licence,
+        tables=tables, licence=licence,
     )  # fmt: skip
     write(out / CARD, card)
+    if mine and not tables and (run / "evaluation" / "results.jsonl").is_file():
+        say("The run's results are of other weights, or of another version's; `simclr evaluate` measures these.")
 
 
 def origin_of(source: Path) -> dict[str, Any]:
@@ -77,7 +80,6 @@ def push(args: "commands.Push") -> None:
     load(args.folder)  # what cannot be loaded here cannot be loaded there
     try:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError:
         raise UserError(
             "Pushing needs the package huggingface_hub; install it with pip install 'simclr-torch[hub]'."
@@ -88,11 +90,10 @@ def push(args: "commands.Push") -> None:
         commit = api.upload_folder(
             repo_id=args.repo_id, folder_path=args.folder, allow_patterns=list(FILES), commit_message=args.message
         )
-    except HFValidationError as error:
-        raise UserError(f"{args.repo_id!r} is no name of a repository ({error}); give USER/NAME.") from None
-    except (HfHubHTTPError, OSError) as error:  # refused; or no network, which is httpx's or requests' kind of OSError
+    except Exception as error:  # refused, not reached, not logged in, no such name: of several libraries, by version
         raise UserError(
-            f"The hub did not take it ({first_line(error)}); log in with `hf auth login`, and look at the name."
+            f"The hub did not take it ({first_line(error)}); log in with `hf auth login`, and look at the name "
+            f"{args.repo_id!r}, which is USER/NAME."
         ) from None
     say(f"Pushed {', '.join(FILES)} to {args.repo_id}: {commit.commit_url}")
 

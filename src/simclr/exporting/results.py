@@ -18,10 +18,10 @@ from simclr.evaluation.ledger import name_of
 from simclr.evaluation.measure import TITLES
 from simclr.evaluation.subjects import Subject
 from simclr.evaluation.table import BASELINES, SUPERVISED, Row
+from simclr.models.config import TIMM, TORCHVISION
 from simclr.weights import Embedder
 
 OWN = "encoder"  # the ledger's name for what was judged
-FINETUNED = "finetune"
 
 
 @dataclass
@@ -32,14 +32,15 @@ class Table:
     """Name of the images, if any file tells."""
     split: str
     """How they were divided, in words."""
-    values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """Row -> protocol's title -> one accuracy a seed, in [0, 1]."""
+    values: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
+    """Row -> protocol's title -> seed -> accuracy in [0, 1], the one that was measured last."""
 
     @property
     def rows(self) -> list[Row]:
         """The encoder's first, then what it has to beat."""
         names = sorted(self.values, key=lambda name: name in BASELINES)
-        return [Row(name, self.values[name], baseline=name in BASELINES) for name in names]
+        columns = {name: {title: list(seeds.values()) for title, seeds in self.values[name].items()} for name in names}
+        return [Row(name, columns[name], baseline=name in BASELINES) for name in names]
 
 
 def results_of(folder: Path, model: Embedder) -> list[Table]:
@@ -85,9 +86,15 @@ def _add(found: dict[str, Table], run: Path, entry: dict[str, Any]) -> None:
     key, top1 = entry["key"], entry["value"]["figures"]["top1"]
     split = re.sub(r",? seed \d+", "", key["split"])
     table = found.setdefault(split, Table(None, split))
-    row = SUPERVISED if key["protocol"] == SUPERVISED else key["subject"]
-    table.values.setdefault(row, {}).setdefault(TITLES[key["protocol"]], []).append(top1)
+    row = _row(key)
+    if not row.startswith((TIMM, TORCHVISION)):
+        row = Path(row).name  # another run's folder: where it lies is nobody's business
+    table.values.setdefault(row, {}).setdefault(TITLES[key["protocol"]], {})[key["seed"]] = top1
     table.data = table.data or _data_of(run, entry)
+
+
+def _row(key: dict[str, Any]) -> str:
+    return SUPERVISED if key["protocol"] == SUPERVISED else key["subject"]
 
 
 def _same_images(key: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -112,8 +119,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
 def _data_of(run: Path, entry: dict[str, Any]) -> str | None:
     """The name of the data in a file of --json that holds this very result."""
     key = entry["key"]
-    row = SUPERVISED if key["protocol"] == SUPERVISED else key["subject"]
-    wanted = (row, key["protocol"], key["seed"], entry["value"]["figures"]["top1"], entry["value"]["how"])
+    wanted = (_row(key), key["protocol"], key["seed"], entry["value"]["figures"]["top1"], entry["value"]["how"])
     for file in sorted([*run.glob("*.json"), *(run / "evaluation").glob("*.json")]):
         try:
             summary = json.loads(file.read_bytes())
