@@ -72,7 +72,7 @@ def to_library(library: Literal["torchvision", "timm"], encoder: Encoder, classi
             f"{library}'s max-pool pads every side by 1, the encoder's only the right and the bottom: as it stands, "
             f"{library}'s {name} gives {'features' if classifier is None else 'logits'} that differ by "
             f"{100 * difference:.2g} % (relative L2, 4 smooth random images of {config.size} pixels); with "
-            f"model.maxpool = {POOL} they are the same to {fixed:.0e}."
+            f"model.maxpool = {POOL} they agree."
         )
         code, difference = [*code, f"model.maxpool = {POOL}"], fixed
     if difference > TOLERANCE:
