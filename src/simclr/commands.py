@@ -397,6 +397,45 @@ class Import:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Export:
+    """Hand an encoder on: as a folder, a torchvision or timm state dict, an ONNX file, a folder for the hub.
+
+    What is written was loaded first and compared with the encoder; where a library's own network differs, that is said,
+    or refused. Each export says what it expects of an image, and `simclr evaluate OUT DATA` takes it.
+    """
+
+    run: Positional[Annotated[Path, arg(metavar="RUN")]]
+    """Folder of a run or of an encoder; a classifier goes along."""
+
+    format: Literal["safetensors", "torchvision", "timm", "onnx", "hub-folder"]
+    """safetensors: an encoder's folder; torchvision, timm: a state dict of theirs; onnx: images in [0, 1] to features;
+    hub-folder: an encoder's folder with a model card written from the run."""
+
+    out: Path
+    """Folder or file to write; of torchvision and timm .safetensors or .pth."""
+
+    licence: str | None = None
+    """For the model card: an identifier such as apache-2.0; unset: none is stated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """Upload a folder of `simclr export --format hub-folder` to huggingface.co; nothing else ever uploads anything."""
+
+    folder: Positional[Annotated[Path, arg(metavar="FOLDER")]]
+    """Of files and model card."""
+
+    repo_id: Positional[Annotated[str, arg(metavar="REPO_ID")]]
+    """USER/NAME of the repository, made if there is none."""
+
+    private: bool = False
+    """Make a new repository private."""
+
+    message: str = "Upload an encoder with simclr push"
+    """Of the commit."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Views:
     """Draw rows of images with their views, to look at the policy before spending a night on it.
 
@@ -456,6 +495,8 @@ COMMANDS: dict[str, Command] = {
     "predict": Command(Predict, "simclr.predicting:predict"),
     "embed": Command(Embed, "simclr.jobs:embed"),
     "import": Command(Import, "simclr.importing:import_checkpoint"),
+    "export": Command(Export, "simclr.exporting.export:export"),
+    "push": Command(Push, "simclr.exporting.hub:push"),
     "views": Command(Views, "simclr.jobs:views", "config"),
     "recipes": Command(Recipes, "simclr.jobs:recipes"),
 }

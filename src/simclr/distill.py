@@ -92,8 +92,8 @@ def distill(
     taught_by = teacher.classifier
     assert taught_by is not None, "open_teacher sees to it"
     assert student.linear.out_features == len(teacher.classes), (student.linear, len(teacher.classes))
-    for network in (taught_by, student):
-        require_channels(network.encoder.config.channels, images)
+    for encoder in (teacher.encoder, student.encoder):
+        require_channels(encoder.config.channels, images)
     targets = _targets(teacher, images, config)
     test_targets = None if test is None else teachers_columns(teacher, test)
     precision_of(config.precision, world)
@@ -122,10 +122,11 @@ def distill(
         raise Stopped(outcome)
     tested: dict[str, float] = {}
     if test is not None and test_targets is not None:
-        for name, network in (("student", student), ("teacher", taught_by)):
+        networks = {"student": (student, student.encoder), "teacher": (taught_by, teacher.encoder)}
+        for name, (network, encoder) in networks.items():
             logits = outputs(
                 network, test, len(teacher.classes),
-                size=network.encoder.config.size, semantics=teacher.preprocessing, world=world,
+                size=encoder.config.size, semantics=teacher.preprocessing, world=world,
             )  # fmt: skip
             tested[name] = accuracy(logits.argmax(axis=1), test_targets)
     if world.is_main:

@@ -96,8 +96,8 @@ def open_student(args: "commands.Distill", teacher: Embedder) -> tuple[Classifie
         )
     layer = args.head_layer
     if layer is None:
-        assert teacher.classifier is not None
-        layer = teacher.classifier.head_layer if args.student == SAME and args.encoder is None else 0
+        alike = args.student == SAME and args.encoder is None
+        layer = teacher.classifier.head_layer if alike and isinstance(teacher.classifier, Classifier) else 0
     return Classifier(encoder, head, len(teacher.classes), head_layer=layer), how
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def outputs(
     Returns:
         (n, width) float32.
     """
-    device = next(network.parameters()).device
+    device = device_of(network)
     result = np.empty((len(images), width), dtype=np.float32)
     with inference(network):
         for first in range(0, len(images), batch_size * world.size):
@@ -104,6 +105,11 @@ def pixels_of(
         rows = np.arange(begin, min(begin + batch_size, len(images)))
         batches.append(eval_images(images.peek(rows), size, semantics, crop=crop).flatten(1).numpy())  # (B, C*S*S)
     return np.concatenate(batches)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where it lies; a network that onnxruntime computes has no parameters, only a buffer."""
+    return next(chain(network.parameters(), network.buffers())).device
 
 
 def require_finite(features: np.ndarray, what: str) -> None:

@@ -34,6 +34,7 @@ from simclr.models.classifier import Classifier
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
+from simclr.single_file import read_file
 
 FORMAT = "simclr-encoder-1"
 _HEAD, _CLASSIFIER = "head.", "classifier."  # names in model.safetensors; the encoder's begin with "backbone."
@@ -81,7 +82,9 @@ def save_classifier(
 
 
 def load(path: str | PathLike[str], *, device: str | torch.device = "cpu") -> "Embedder":
-    """Load an encoder from a run's folder or an encoder's folder, with the head and the classifier that it has.
+    """Load an encoder from the folder of a run or an encoder, or from a file that `simclr export` wrote.
+
+    Head and classifier come along where there are any.
 
     Example:
         >>> import simclr
@@ -89,13 +92,18 @@ def load(path: str | PathLike[str], *, device: str | torch.device = "cpu") -> "E
         >>> features = encoder.embed(["a.png", "b.png"])  # doctest: +SKIP
 
     Args:
-        path: The folder.
+        path: The folder or file.
         device: "cpu", "cuda", "cuda:1", ..., or "auto": a GPU where there is one.
 
     Raises:
         UserError: There is no encoder at `path`, its files do not fit together, or there is no such device.
     """
     path, device = Path(path), find_device(device)
+    if path.is_file():
+        parts = read_file(path)
+        return Embedder(
+            parts.encoder, parts.preprocessing, classifier=parts.classifier, classes=parts.classes
+        ).to(device)  # fmt: skip
     folder = path / "encoder" if (path / "encoder" / "config.json").is_file() else path
     try:
         described = json.loads((folder / "config.json").read_bytes())
@@ -105,7 +113,7 @@ def load(path: str | PathLike[str], *, device: str | torch.device = "cpu") -> "E
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path} holds no encoder (config.json and model.safetensors); give the folder of a run that has "
-            "saved a checkpoint, or of an exported encoder."
+            "saved a checkpoint, or of an exported encoder, or a file that `simclr export` wrote."
         ) from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
@@ -123,7 +131,7 @@ class Embedder:
         preprocessing: "google" or "torchvision".
         head: The projection head, (n, F) -> (n, D); None where none was saved.
         classifier: Encoder, head and linear classifier as one network, (n, C, S, S) -> (n, K) logits; None for an
-            encoder that was not fine-tuned.
+            encoder that was not fine-tuned. A `Classifier`, or what onnxruntime computes.
         classes: Names of the K classes; empty without a classifier.
     """
 
@@ -133,7 +141,7 @@ class Embedder:
         preprocessing: Semantics,
         *,
         head: ProjectionHead | None = None,
-        classifier: Classifier | None = None,
+        classifier: nn.Module | None = None,
         classes: Sequence[str] = (),
     ) -> None:
         self.encoder = encoder

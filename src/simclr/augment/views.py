@@ -116,7 +116,7 @@ def eval_images(
     Returns:
         (B, C, size, size) float32 in [0, 1], on `device`; those of the kernels are channels-last.
     """
-    share = (0.875 if size > 32 else 1.0) if crop is None else crop
+    share = eval_crop(size) if crop is None else crop
     if not 0 < share <= 1:
         raise UserError(f"evaluation crop {crop}: a share of the shorter side, above 0 and up to 1; try 0.875.")
     if not len(images):
@@ -146,6 +146,11 @@ def eval_images(
         window = crop_resize(images[rows], boxes[rows], size, semantics, resized=resized[rows], device=device)
         batch[rows] = window.clamp_(0, 1)
     return batch
+
+
+def eval_crop(size: int) -> float:
+    """The authors' share of the shorter side that evaluation keeps."""
+    return 0.875 if size > 32 else 1.0
 
 
 def has_kernels(device: torch.device | str) -> bool:

@@ -30,7 +30,7 @@ from simclr.device import choose_kernels, keep_on_gpu, precision_of
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.finetune_config import FinetuneConfig
-from simclr.features import outputs, require_channels
+from simclr.features import device_of, outputs, require_channels
 from simclr.methods.classify import Classify, share_right
 from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier
@@ -114,7 +114,7 @@ def finetune(
     for images in (train, test):
         require_channels(encoder.config.channels, images)
     if world is None:
-        world = World(device=next(encoder.parameters()).device)
+        world = World(device=device_of(encoder))
     choose_kernels(world, deterministic=config.deterministic)
     network = Classifier(deepcopy(encoder), deepcopy(head), len(labels), head_layer=config.head_layer)
     network = network.to(world.device).to(memory_format=torch.channels_last)

@@ -22,7 +22,7 @@ from simclr.augment.views import make_views
 from simclr.data.images import Images
 from simclr.errors import UserError
 from simclr.evaluation.duplicates import Duplicates, find_duplicates
-from simclr.features import inference, require_channels
+from simclr.features import device_of, inference, require_channels
 from simclr.losses.metrics import alignment, effective_rank, uniformity
 from simclr.models.encoder import Encoder
 
@@ -196,7 +196,7 @@ def view_features(
     if policy is None:
         preset = Policy.google if semantics == "google" else Policy.torchvision
         policy = preset(config.size, channels=config.channels, jitter=0, gray=0, blur=0)
-    device = next(encoder.parameters()).device
+    device = device_of(encoder)
     chosen = _sample(len(images), rows, seed)
     first, second = [], []
     with inference(encoder):

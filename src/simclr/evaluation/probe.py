@@ -25,7 +25,7 @@ from simclr.augment.views import eval_images
 from simclr.data.images import Images
 from simclr.data.splits import split_indices
 from simclr.errors import UserError
-from simclr.features import inference, require_channels
+from simclr.features import device_of, inference, require_channels
 from simclr.models.config import TIMM
 from simclr.models.encoder import Encoder
 from simclr.models.heads import ProjectionHead
@@ -114,7 +114,7 @@ def probe(
         progress(f"{task}: features")
         learn, answers = _features(encoder, head, train, task, layers, seed, semantics)
         asked_of, right = _features(encoder, head, test, task, layers, seed, semantics)
-        device = next(encoder.parameters()).device
+        device = device_of(encoder)
         for layer in layers:
             progress(f"{task}: probing {layer}")
             predicted = fit_predict(learn[layer], answers, asked_of[layer], seed=seed, device=device)
@@ -213,7 +213,7 @@ def _features(
 
     found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     answers = []
-    device = next(encoder.parameters()).device
+    device = device_of(encoder)
     with ExitStack() as stack:
         stack.enter_context(inference(encoder))
         if head is not None:

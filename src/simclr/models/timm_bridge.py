@@ -56,11 +56,10 @@ def _create(name: str, *, channels: int, size: int, pretrained: bool, **classes:
     """The model, and what timm says of its weights."""
     _check_name(name)
     described = get_pretrained_cfg(name)
-    fixed_size: dict[str, Any] = {"img_size": size} if described and described.fixed_input_size else {}
     if pretrained and not is_model_pretrained(name):
         raise UserError(f"timm has no pretrained weights for {name}; begin from random weights, or take another model.")
     try:
-        model = timm.create_model(name, pretrained=pretrained, in_chans=channels, **classes, **fixed_size)
+        model = timm.create_model(name, pretrained=pretrained, **classes, **input_arguments(name, channels, size))
     except Exception as error:  # whatever timm, the download or the model's own checks raise
         what = "its pretrained weights could not be fetched or fitted" if pretrained else "timm could not build it"
         raise UserError(
@@ -68,6 +67,12 @@ def _create(name: str, *, channels: int, size: int, pretrained: bool, **classes:
             f"try {'random weights, ' if pretrained else ''}another size, or another model."
         ) from error
     return model, described
+
+
+def input_arguments(name: str, channels: int, size: int) -> dict[str, Any]:
+    """What `timm.create_model` is told of the input: channels and, if the model is built for one size, that."""
+    described = get_pretrained_cfg(name)
+    return {"in_chans": channels} | ({"img_size": size} if described and described.fixed_input_size else {})
 
 
 def _check_name(name: str) -> None:

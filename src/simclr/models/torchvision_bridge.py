@@ -66,11 +66,16 @@ def _create(name: str, *, channels: int, pretrained: bool) -> tuple[nn.Module, s
             f"torchvision/{name}: its pretrained weights could not be fetched ({first_line(error)}); connect to the "
             "network once, or put the file into torch's cache folder."
         ) from error
-    return model, _last_linear(model, name)
+    return model, last_linear(model, name, CLASSES)
 
 
-def _last_linear(model: nn.Module, name: str) -> str:
+def last_linear(model: nn.Module, name: str, num_classes: int) -> str:
+    """The path of the layer that names so many classes, such as `fc`.
+
+    Raises:
+        UserError: The model does not end in one.
+    """
     layers = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    if not layers or model.get_submodule(layers[-1]).out_features != CLASSES:  # squeezenet classifies by convolution
+    if not layers or model.get_submodule(layers[-1]).out_features != num_classes:  # squeezenet's is a convolution
         raise UserError(f"torchvision/{name} does not end in a linear classifier; take another model, such as alexnet.")
     return layers[-1]
