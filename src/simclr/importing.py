@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from simclr.errors import UserError
 from simclr.models.classifier import Classifier
-from simclr.models.import_tf import EMA, Imported, import_tf1
+from simclr.models.import_tf import EMA, Imported, import_tf
 from simclr.opening import require_writable
 from simclr.progress import say
 from simclr.weights import save_classifier, save_encoder
@@ -24,7 +24,7 @@ def import_checkpoint(args: "commands.Import") -> None:
     if (args.out / "config.json").exists():
         raise UserError(f"{args.out} holds an encoder or a run already; give another folder, or remove it first.")
     require_writable(args.out / "config.json")
-    imported = import_tf1(args.checkpoint, size=args.size, ema=args.ema, head_layer=args.head_layer)
+    imported = import_tf(args.checkpoint, size=args.size, ema=args.ema, head_layer=args.head_layer)
     classifier, origin = imported.classifier, _origin(args, imported)
     if classifier is None and (args.classes or args.head_layer is not None):
         raise UserError("--classes and --head-layer are about the supervised head, and none was taken; leave them out.")
@@ -49,7 +49,7 @@ def import_checkpoint(args: "commands.Import") -> None:
 def _origin(args: "commands.Import", imported: Imported) -> dict[str, Any]:
     return {
         "imported_from": str(args.checkpoint),
-        "format": "TensorFlow 1 checkpoint",
+        "format": f"TensorFlow {imported.version} checkpoint",
         "step": imported.step,
         "ema": args.ema,
         "left_out": list(imported.left_out),
