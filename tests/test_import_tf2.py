@@ -1,6 +1,7 @@
 """TensorFlow 2 checkpoints of the authors' model: TensorFlow's own, and of many shapes and kinds from our writer."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from simclr.importing import import_checkpoint
 from simclr.models import Encoder, EncoderConfig, LinearClassifier, ProjectionHead, build_encoder
 from simclr.models.config import RESNETS
 from simclr.models.import_tf import import_tf
+from simclr.models.object_graph import ObjectGraph
+from simclr.models.tensor_bundle import TensorBundle
+from test_tensor_bundle import MUTATIONS, mutate, peak
 
 REFERENCE = Path(os.environ.get("SIMCLR_TF2_REFERENCE", Path(__file__).parent / "reference" / "tf2_checkpoints"))
 FOLDERS = sorted(path.parent for path in REFERENCE.glob("*/outputs.npz"))
@@ -119,3 +123,34 @@ def endless() -> bytes:
     """One node that is its own child under every name."""
     names = ["model", "resnet_model", "initial_conv_relu_max_pool", *map(str, range(256))]
     return field(1, b"".join(field(1, field(1, 0) + field(2, name.encode())) for name in names))
+
+
+def test_mutated_checkpoints(tmp_path: Path) -> None:
+    """Damage to the object graph under right checksums: each ends in one sentence, or in a network of that shape."""
+    encoder, *_, variables, layout = network("resnet10")
+    paths = write_tf2(tmp_path / "x", variables, **layout)
+    names = {path + VALUE: variables[name] for name, path in paths.items()}
+    graph = object_graph({path: path + VALUE for path in paths.values()})
+    import_tf(tmp_path / "x")  # which compiles the checksum
+    refused, count = 0, MUTATIONS // 4 if MUTATIONS < 1000 else MUTATIONS
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        damaged = mutate(graph, rng)
+        (tmp_path / "y.data-00000-of-00001").unlink(missing_ok=True)
+        content = {"a": np.zeros(1, "float32"), OBJECT_GRAPH: damaged} if seed % 4 else names | {OBJECT_GRAPH: damaged}
+        write_bundle(tmp_path / "y", content)
+        assert peak(lambda: graph_alone(tmp_path / "y")) < 8 * len(graph) + 100_000, seed
+        try:
+            found = import_tf(tmp_path / "y").encoder.state_dict()
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+            refused += 1
+        else:
+            wanted = encoder.state_dict()
+            assert all(value.shape == wanted[key].shape for key, value in found.items())
+    assert refused > 0.5 * count
+
+
+def graph_alone(prefix: Path) -> None:
+    with suppress(UserError):
+        ObjectGraph(TensorBundle(prefix))
