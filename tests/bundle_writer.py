@@ -19,19 +19,32 @@ TYPES = {"float32": 1, "float64": 2, "int32": 3, "int64": 9, "float16": 19}
 
 
 def write_bundle(
-    prefix: Path, variables: Mapping[str, np.ndarray], *, shards: int = 1, block_bytes: int = 512, restart: int = 16
+    prefix: Path,
+    variables: Mapping[str, np.ndarray | bytes],
+    *,
+    shards: int = 1,
+    block_bytes: int = 512,
+    restart: int = 16,
 ) -> None:
-    """Write PREFIX.index and PREFIX.data-*; variables are dealt out to the data files in turn."""
+    """Write PREFIX.index and PREFIX.data-*; variables are dealt out to the data files in turn. Bytes are a text."""
     data = [bytearray() for _ in range(shards)]
     header = field(1, shards) + field(3, field(1, 1))
     table = {b"": header}
     for i, name in enumerate(sorted(variables)):
-        array = np.asarray(variables[name])
-        raw, shard = array.tobytes(), i % shards
-        shape = b"".join(field(2, field(1, size)) for size in array.shape)
+        value, shard = variables[name], i % shards
+        if isinstance(value, bytes):  # a text: its length, the length's checksum, itself
+            memory = len(value).to_bytes(4, "little")
+            checksum = masked(memory).to_bytes(4, "little")
+            kind, shape, raw = 7, b"", varint(len(value)) + checksum + value
+            sealed = masked(memory + checksum + value)
+        else:
+            array = np.asarray(value)
+            kind, raw = TYPES[array.dtype.name], array.tobytes()
+            shape = b"".join(field(2, field(1, size)) for size in array.shape)
+            sealed = masked(raw)
         table[name.encode()] = (
-            field(1, TYPES[array.dtype.name]) + field(2, shape) + field(3, shard) + field(4, len(data[shard]))
-            + field(5, len(raw)) + bytes([6 << 3 | 5]) + masked(raw).to_bytes(4, "little")
+            field(1, kind) + field(2, shape) + field(3, shard) + field(4, len(data[shard]))
+            + field(5, len(raw)) + bytes([6 << 3 | 5]) + sealed.to_bytes(4, "little")
         )  # fmt: skip
         data[shard] += raw
     prefix.parent.mkdir(parents=True, exist_ok=True)

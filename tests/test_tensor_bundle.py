@@ -25,7 +25,7 @@ from bundle_writer import (
 from simclr.errors import UserError
 from simclr.models import EncoderConfig, LinearClassifier, ProjectionHead, build_encoder
 from simclr.models.crc32c import masked_crc32c
-from simclr.models.import_tf import import_tf1
+from simclr.models.import_tf import import_tf
 from simclr.models.tensor_bundle import TensorBundle
 
 MUTATIONS = int(os.environ.get("SIMCLR_MUTATIONS", "200"))  # 10,000 take some minutes
@@ -72,7 +72,7 @@ def test_mutated_checkpoints(small: Path, tmp_path: Path) -> None:
     """Each ends in one sentence, or in the network that was written."""
     files = {file.name: file.read_bytes() for file in sorted(small.parent.iterdir())}
     allowed = BYTES_PER_BYTE * sum(map(len, files.values()))
-    whole = import_tf1(small).encoder.state_dict()
+    whole = import_tf(small).encoder.state_dict()
     refused = 0
     for seed in range(MUTATIONS):
         rng = np.random.default_rng(seed)
@@ -83,7 +83,7 @@ def test_mutated_checkpoints(small: Path, tmp_path: Path) -> None:
             (tmp_path / file).write_bytes(content if file == name else files[file])
         assert peak(lambda: read_all(tmp_path / small.name)) < allowed, seed
         try:
-            found = import_tf1(tmp_path / small.name).encoder.state_dict()
+            found = import_tf(tmp_path / small.name).encoder.state_dict()
         except UserError as error:
             assert "\n" not in str(error) and len(str(error)) < 1000
             refused += 1

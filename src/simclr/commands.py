@@ -369,20 +369,33 @@ class Embed:
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """Turn the authors' TensorFlow 1 checkpoint (SimCLR v1, v2) into an encoder's folder; needs no TensorFlow.
+    """Turn somebody else's checkpoint into an encoder's folder; needs neither TensorFlow nor the library it came from.
 
-    Encoder, projection head and supervised head are taken, whatever of them is there; depth, width and stem follow from
-    the variables. `simclr evaluate OUT DATA`, `simclr embed OUT DATA` and `simclr.load("OUT")` then work.
+    The authors' TensorFlow checkpoints (SimCLR v1, v2; TensorFlow 1, 2, SavedModels): encoder, projection head and
+    supervised head are taken, whatever of them is there. Files of PyTorch or safetensors (lightly, solo-learn, MoCo,
+    torchvision): the ResNet. Depth, width and stem follow from the weights; no pickle is run. `simclr evaluate OUT
+    DATA`, `simclr embed OUT DATA` and `simclr.load("OUT")` then work.
     """
 
-    checkpoint: Positional[Annotated[Path, arg(metavar="CKPT_PREFIX")]]
-    """What the names of its files begin with, such as r50_1x_sk0/model.ckpt-250228, or their folder."""
+    checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
+    """TensorFlow: what the names of its files begin with, such as r50_1x_sk0/model.ckpt-250228, or their folder. Else a
+    file."""
 
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
     """The folder to write."""
 
+    format: Literal["auto", "tensorflow", "lightly", "solo-learn", "moco", "torchvision"] = "auto"
+    """Whose checkpoint it is; auto: found out by its files and names."""
+
     size: int | None = None
     """Pixels a side of the encoder's images; unset: 32 for the small stem, 224 for the other."""
+
+    mean: tuple[float, float, float] | None = None
+    """What was subtracted from pixels in [0, 1] in training, for checkpoints of PyTorch; unset: ImageNet's, and
+    CIFAR-10's for solo-learn's small stem. Give --std too."""
+
+    std: tuple[float, float, float] | None = None
+    """What they were then divided by."""
 
     ema: bool = False
     """Take the moving average that SimCLR v2's checkpoints keep beside the weights; the supervised head is left out."""

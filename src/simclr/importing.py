@@ -1,12 +1,14 @@
 """`simclr import`: somebody else's checkpoint becomes an encoder's folder, and what was inferred is said."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simclr.errors import UserError
 from simclr.models.classifier import Classifier
-from simclr.models.import_tf import EMA, Imported, import_tf1
+from simclr.models.import_tf import EMA, Imported, import_tf
+from simclr.models.import_torch import import_torch
 from simclr.opening import require_writable
 from simclr.progress import say
 from simclr.weights import save_classifier, save_encoder
@@ -24,32 +26,83 @@ def import_checkpoint(args: "commands.Import") -> None:
     if (args.out / "config.json").exists():
         raise UserError(f"{args.out} holds an encoder or a run already; give another folder, or remove it first.")
     require_writable(args.out / "config.json")
-    imported = import_tf1(args.checkpoint, size=args.size, ema=args.ema, head_layer=args.head_layer)
+    tensorflow = args.format == "tensorflow" or (args.format == "auto" and not _is_torch(args.checkpoint))
+    try:
+        (_import_tf if tensorflow else _import_torch)(args)
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be written: {error.strerror}; give another folder.") from None
+    say(f'The encoder is in {args.out}: `simclr evaluate {args.out} DATA`, or simclr.load("{args.out}").')
+
+
+def _is_torch(path: Path) -> bool:
+    return path.is_file() and path.suffix != ".index" and not path.suffix.startswith(".data-")
+
+
+def _import_torch(args: "commands.Import") -> None:
+    if args.ema or args.classes or args.head_layer is not None:
+        raise UserError("--ema, --classes and --head-layer are about TensorFlow checkpoints; leave them out.")
+    if (args.mean is None) != (args.std is None):
+        raise UserError("Only one of --mean and --std was given; give both, or neither.")
+    format = None if args.format in ("auto", "tensorflow") else args.format
+    found = import_torch(args.checkpoint, format=format, size=args.size, mean=args.mean, std=args.std)
+    origin = {
+        "imported_from": str(args.checkpoint),
+        "format": f"PyTorch checkpoint of {found.format}",
+        "left_out": list(found.left_out),
+    }
+    save_encoder(found.encoder, args.out, preprocessing="torchvision", origin=origin)
+    config = found.encoder.config
+    relu = "" if config.stem_relu else " and without a ReLU, as in lightly's example"
+    stem = f"3x3 stem padded by {config.stem_padding}, without max-pool{relu}" if config.stem == "cifar" else "7x7 stem"
+    say(
+        f"Found, in the names of {found.format}: {config.name}, width {config.width:g}, {stem}, "
+        f"{found.encoder.num_features} features; images of {config.size} x {config.size} pixels (--size changes it)."
+    )
+    say(
+        f"Pixels in [0, 1] are normalised by mean {_numbers(config.mean)} and std {_numbers(config.std)}, "
+        f"{'as asked' if args.mean else 'the usual ones of that library (--mean, --std change them)'}; evaluation "
+        "images are resized and cropped as torchvision does."
+    )
+    parts = Counter(name.removeprefix("module.").partition(".")[0] for name in found.left_out)
+    if parts:
+        say(f"Left out: {', '.join(f'{part} ({_tensors(count)})' for part, count in parts.items())}.")
+
+
+def _numbers(values: tuple[float, ...] | None) -> str:
+    return ", ".join(f"{value:g}" for value in values or ())
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'' if count == 1 else 's'}"
+
+
+def _import_tf(args: "commands.Import") -> None:
+    if args.mean is not None or args.std is not None:
+        raise UserError(
+            "--mean and --std are about PyTorch's checkpoints; the authors' networks take pixels in [0, 1]."
+        )
+    imported = import_tf(args.checkpoint, size=args.size, ema=args.ema, head_layer=args.head_layer)
     classifier, origin = imported.classifier, _origin(args, imported)
     if classifier is None and (args.classes or args.head_layer is not None):
         raise UserError("--classes and --head-layer are about the supervised head, and none was taken; leave them out.")
     classes, how = ([], "") if classifier is None else _classes(args.classes, classifier.linear.out_features)
-    try:
-        if classifier is None:
-            save_encoder(imported.encoder, args.out, preprocessing="google", origin=origin, head=imported.head)
-        else:
-            save_classifier(
-                classifier, args.out, classes=classes, preprocessing="google", origin=origin, head=imported.head
-            )
-    except OSError as error:
-        raise UserError(f"{args.out} cannot be written: {error.strerror}; give another folder.") from None
+    if classifier is None:
+        save_encoder(imported.encoder, args.out, preprocessing="google", origin=origin, head=imported.head)
+    else:
+        save_classifier(
+            classifier, args.out, classes=classes, preprocessing="google", origin=origin, head=imported.head
+        )
     _say_what_is_there(imported)
     if classifier is not None:
         _say_how_it_classifies(classifier, imported, how, asked=args.head_layer is not None)
     for sentence in _left_out(imported):
         say(sentence)
-    say(f'The encoder is in {args.out}: `simclr evaluate {args.out} DATA`, or simclr.load("{args.out}").')
 
 
 def _origin(args: "commands.Import", imported: Imported) -> dict[str, Any]:
     return {
         "imported_from": str(args.checkpoint),
-        "format": "TensorFlow 1 checkpoint",
+        "format": f"TensorFlow {imported.version} checkpoint",
         "step": imported.step,
         "ema": args.ema,
         "left_out": list(imported.left_out),

@@ -17,6 +17,9 @@ STEMS: tuple[Stem, ...] = get_args(Stem)
 CIFAR_STEM_UP_TO = 32  # pixels; the authors' run.py takes the small stem at and below this size
 
 
+ADAPTABLE = tuple(f"{TORCHVISION}resnet{depth}" for depth in (18, 34, 50, 101, 152))
+
+
 class ResNetShape(NamedTuple):
     """Blocks of a ResNet before the width multiplier."""
 
@@ -73,6 +76,12 @@ class EncoderConfig:
     std: tuple[float, ...] | None = None
     """Per channel, divides what `mean` left."""
 
+    stem_padding: int = 1
+    """Of an imported torchvision ResNet's cifar stem: pixels that its convolution pads; solo-learn's pads 2."""
+
+    stem_relu: bool = True
+    """Of an imported torchvision ResNet's cifar stem: whether a ReLU follows; lightly's CIFAR-10 example loses it."""
+
     feature: Literal["h"] = "h"
     """Where features are taken: h, after the global average pool (SimCLR section 2.1)."""
 
@@ -91,11 +100,18 @@ class EncoderConfig:
             raise UserError(
                 f"{self.name} was given --sk; selective kernels are made for our ResNets, such as resnet50."
             )
-        if self.is_foreign and (self.width != 1.0 or self.stem != "auto"):
+        if self.is_foreign and (self.width != 1.0 or self.stem != "auto") and not self.is_adapted:
             raise UserError(
                 f"{self.name} was given the width {self.width} and the stem {self.stem!r}; timm and torchvision models "
                 "have their own, so leave the width at 1 and the stem at auto, or take a ResNet."
             )
+        if (self.stem_padding != 1 or not self.stem_relu) and not (self.is_adapted and self.stem == "cifar"):
+            raise UserError(
+                f"{self.name} with the {self.stem} stem was given stem_padding {self.stem_padding} and stem_relu "
+                f"{self.stem_relu}; only the cifar stem of a torchvision ResNet has other than 1 and true."
+            )
+        if type(self.stem_padding) is not int or self.stem_padding not in range(4) or type(self.stem_relu) is not bool:
+            raise UserError("The encoder's stem_padding must be from 0 to 3, and its stem_relu true or false.")
         if self.feature != "h":
             raise UserError(f"The feature layer was {self.feature!r}; it must be h, the encoder's output.")
         self._check_normalisation()
@@ -104,6 +120,11 @@ class EncoderConfig:
     def is_foreign(self) -> bool:
         """Whether the encoder is a model of timm or torchvision."""
         return self.name.startswith((TIMM, TORCHVISION))
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the encoder is a torchvision ResNet of another width or stem, as other libraries train them."""
+        return self.name in ADAPTABLE and self.stem in ("auto", "cifar") and (self.width != 1.0 or self.stem != "auto")
 
     @property
     def resolved_stem(self) -> Stem:

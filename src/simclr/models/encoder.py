@@ -98,6 +98,10 @@ def build_encoder(config: EncoderConfig, *, seed: int = 0, pretrained: bool = Fa
 
 def _build_foreign(config: EncoderConfig, pretrained: bool) -> "tuple[nn.Module, int, Normalisation | None]":
     """The model, its number of features, and the (mean, std) of pretrained weights."""
+    if config.is_adapted:
+        from simclr.models.torchvision_bridge import build_adapted
+
+        return build_adapted(config)
     if config.name.startswith(TIMM):
         from simclr.models.timm_bridge import build_timm as build  # timm takes a second to import
     else:

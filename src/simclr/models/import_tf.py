@@ -1,8 +1,9 @@
-"""The authors' TensorFlow 1 checkpoints of SimCLR v1 and v2 as our networks (google-research/simclr, resnet.py).
+"""The authors' TensorFlow checkpoints of SimCLR v1 and v2 as our networks (google-research/simclr, resnet.py).
 
-Their variables are numbered in the order of creation (`base_model/conv2d_7/kernel`), and so are our modules created:
-within a group's first block the projection shortcut comes first. Depth and width follow from the numbers and shapes;
-then every shape is compared before anything is built, and every variable is either used or listed as left out.
+TensorFlow 1's variables are numbered in the order of creation (`base_model/conv2d_7/kernel`), and so are our modules
+created: within a group's first block the projection shortcut comes first. Depth and width follow from both; then every
+shape is compared before anything is built, and every variable is either used or listed as left out.
+TensorFlow 2's get the same names from the objects that they belong to (`object_graph.py`).
 """
 
 import re
@@ -18,11 +19,14 @@ from simclr.models.classifier import Classifier
 from simclr.models.config import RESNETS, EncoderConfig, Stem
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import LinearClassifier, ProjectionHead
+from simclr.models.object_graph import OBJECT_GRAPH, ObjectGraph
 from simclr.models.tensor_bundle import TensorBundle
 
 ENCODER, HEAD, CLASSIFIER = "base_model/", "head_contrastive/", "head_supervised/"
 EMA = "ema_model/"  # SimCLR v2's moving average of encoder and head, beside the weights themselves
 STEP = "global_step"
+# What TensorFlow 2's keys of the model begin with; those that the model's attributes lead to have TF1's names.
+_TF2_MODEL = ("model/", "resnet_model/", "trainable_variables_list/")
 _LINEAR = f"{CLASSIFIER}linear_layer/dense/"
 _AUTHORS = tuple(name for name in RESNETS if name != "small")
 _MOST_CHANNELS = 1 << 16
@@ -41,6 +45,8 @@ class Imported:
     encoder: Encoder
     head: ProjectionHead | None
     classifier: Classifier | None
+    version: int
+    """Of TensorFlow: 1 or 2."""
     step: int | None
     """Training steps that the checkpoint counts."""
     slots: tuple[str, ...]
@@ -49,11 +55,11 @@ class Imported:
     """All others that were not used."""
 
 
-def import_tf1(path: Path, *, size: int | None = None, ema: bool = False, head_layer: int | None = None) -> Imported:
+def import_tf(path: Path, *, size: int | None = None, ema: bool = False, head_layer: int | None = None) -> Imported:
     """Read a checkpoint.
 
     Args:
-        path: What the names of the checkpoint's files begin with, or their folder.
+        path: What the names of the checkpoint's files begin with, or their folder; or the folder of a SavedModel.
         size: Pixels a side of the encoder's images; None: 32 for the small stem, 224 for the other.
         ema: Take encoder and projection head from `ema_model/`.
         head_layer: Layers of the projection head that come before the supervised head; None: the first whose width
@@ -63,33 +69,59 @@ def import_tf1(path: Path, *, size: int | None = None, ema: bool = False, head_l
         UserError: The files are damaged, or hold another network than the authors'.
     """
     bundle = TensorBundle(path)
-    shapes = {name: entry.shape for name, entry in bundle.entries.items()}
+    graph = ObjectGraph(bundle) if OBJECT_GRAPH in bundle.entries else None
+    keys = _by_authors_name(bundle, graph)
+    shapes = {name: bundle.entries[key].shape for name, key in keys.items()}
     prefix = EMA if ema else ""
     _require_known(shapes, prefix, bundle.prefix)
-    step = _step(bundle)
+    step = _step(bundle, keys)
+    single = next((name for name in ("nl_0", "l_0") if f"{prefix}{HEAD}{name}/dense/kernel" in shapes), "l_0")
     with torch.device("meta"):  # takes no memory until all shapes are known to fit
-        encoder = build_encoder(_infer_encoder(_under(shapes, prefix + ENCODER), size))
+        encoder = build_encoder(_infer_encoder(_under(shapes, prefix + ENCODER), size, graph))
         head = _infer_head(_under(shapes, prefix + HEAD), encoder.num_features)
         classifier = None if ema else _infer_classifier(shapes, encoder, head, head_layer, step)
     linear = None if classifier is None else classifier.linear
-    _require_same(authors_names(encoder, head, linear, prefix=prefix), shapes, prefix)
+    _require_same(authors_names(encoder, head, linear, prefix=prefix, single=single), shapes, prefix)
     parts = [part for part in (encoder, head, linear) if part is not None]
     for part in parts:
         part.to_empty(device="cpu").eval()
-    names = authors_names(encoder, head, linear, prefix=prefix)
-    _fill(names, bundle)
+    names = authors_names(encoder, head, linear, prefix=prefix, single=single)
+    _fill(names, bundle, keys)
     for counter in (b for part in parts for name, b in part.named_buffers() if name.endswith("num_batches_tracked")):
         counter.zero_()  # TensorFlow keeps none
     slots = tuple(name for name in shapes if _is_slot(name, shapes))
-    taken = {*names, *slots, STEP}
-    left_out = tuple(name for name in shapes if name not in taken)
-    return Imported(encoder, head, None if classifier is None else classifier.eval(), step, slots, left_out)
+    taken = {*names, *slots, STEP, OBJECT_GRAPH}
+    return Imported(
+        encoder,
+        head,
+        None if classifier is None else classifier.eval(),
+        version=1 if graph is None else 2,
+        step=step,
+        slots=slots,
+        left_out=tuple(name for name in shapes if name not in taken),
+    )
+
+
+def _by_authors_name(bundle: TensorBundle, graph: ObjectGraph | None) -> dict[str, str]:
+    """The name that a variable has in TensorFlow 1 -> its key in the checkpoint; others keep their key."""
+    if graph is None:
+        return {key: key for key in bundle.entries}
+    used = set(graph.keys.values())
+    return graph.keys | {key: key for key in bundle.entries if key not in used}
 
 
 def authors_names(
-    encoder: Encoder, head: ProjectionHead | None, classifier: LinearClassifier | None, *, prefix: str = ""
+    encoder: Encoder,
+    head: ProjectionHead | None,
+    classifier: LinearClassifier | None,
+    *,
+    prefix: str = "",
+    single: str = "l_0",
 ) -> dict[str, Tensor]:
-    """The authors' name of each of our parameters and running statistics."""
+    """The authors' name of each of our parameters and running statistics.
+
+    A head of one layer has the name `single`: `nl_0` is their nonlinear head of one layer, which is linear.
+    """
     names: dict[str, Tensor] = {}
     convs = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
     norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -99,7 +131,7 @@ def authors_names(
         names |= _norm(f"{prefix}{ENCODER}batch_normalization{_suffix(i)}/", norm)
     if head is not None:
         for j, layer in enumerate(head.layers):
-            place = f"{prefix}{HEAD}{'l' if head.kind == 'linear' else 'nl'}_{j}/"
+            place = f"{prefix}{HEAD}{single if head.kind == 'linear' else f'nl_{j}'}/"
             dense, norm = layer.get_submodule("dense"), layer.get_submodule("norm")
             assert isinstance(dense, nn.Linear) and isinstance(norm, nn.BatchNorm1d)
             names[f"{place}dense/kernel"] = dense.weight
@@ -110,32 +142,34 @@ def authors_names(
 
 
 def _require_known(shapes: Mapping[str, Shape], prefix: str, checkpoint: Path) -> None:
-    """It is a SimCLR checkpoint of TF1, and of a kind that is supported."""
-    if any(name.startswith("_CHECKPOINTABLE_OBJECT_GRAPH") for name in shapes):
-        raise UserError(f"{checkpoint} is a TensorFlow 2 checkpoint; only those of TensorFlow 1 can be imported.")
+    """It is a checkpoint of SimCLR, with what was asked for."""
     if not _under(shapes, prefix + ENCODER):
         if prefix:
             raise UserError(f"{checkpoint} has no moving average ({prefix}{ENCODER}...); leave out --ema.")
         raise UserError(
-            f"{checkpoint} is no checkpoint of SimCLR: its encoder's variables begin with {ENCODER}, and this one has "
-            f"{', '.join(list(shapes)[:3]) or 'none'}."
+            f"{checkpoint} is no checkpoint of SimCLR: its encoder's variables begin with {ENCODER} (TensorFlow 2: "
+            f"model/resnet_model/), and this one has {', '.join(list(shapes)[:3]) or 'none'}."
         )
 
 
-def _step(bundle: TensorBundle) -> int | None:
-    if STEP not in bundle.entries or bundle.entries[STEP].shape:
+def _step(bundle: TensorBundle, keys: Mapping[str, str]) -> int | None:
+    if STEP not in keys or bundle.entries[keys[STEP]].shape:
         return None
-    step = bundle.read(STEP)
+    step = bundle.read(keys[STEP])
     return int(step) if step.dtype.kind == "i" else None
 
 
-def _infer_encoder(shapes: Mapping[str, Shape], size: int | None) -> EncoderConfig:
-    """Depth and stem from the number of convolutions and the first one's kernel, width from the last one's channels."""
+def _infer_encoder(shapes: Mapping[str, Shape], size: int | None, graph: ObjectGraph | None) -> EncoderConfig:
+    """Depth and stem from the number of convolutions and the first one's kernel, width from the last one's channels.
+
+    Basic blocks have no selective kernels that would count; whether they have ResNet-D's shortcuts only TensorFlow 2's
+    objects tell. TensorFlow 1's networks of that kind average by mistake and have no counterpart here.
+    """
     num_convs = sum(re.fullmatch(r"conv2d(_\d+)?/kernel", name) is not None for name in shapes)
     first, last = (shapes.get(f"conv2d{_suffix(i)}/kernel", ()) for i in (0, num_convs - 1))
     if not all(len(shape) == 4 and min(shape) > 0 and max(shape) <= _MOST_CHANNELS for shape in (first, last)):
         raise UserError("The encoder in the checkpoint is no ResNet: its first or its last convolution is missing.")
-    found = _layouts().get((num_convs, first[0]))
+    found = _layouts(graph is not None and graph.averages).get((num_convs, first[0]))
     if found is None:
         raise UserError(
             f"The encoder in the checkpoint has {num_convs} convolutions, the first with a kernel of {first[0]} x "
@@ -147,18 +181,20 @@ def _infer_encoder(shapes: Mapping[str, Shape], size: int | None) -> EncoderConf
     return EncoderConfig(name, channels=first[2], size=size, width=width, stem=stem, sk=sk)
 
 
-def _layouts() -> dict[tuple[int, int], tuple[str, Stem, bool]]:
+def _layouts(averages: bool) -> dict[tuple[int, int], tuple[str, Stem, bool]]:
     """(Number of convolutions, height of the first kernel) -> ResNet, stem, whether with selective kernels."""
     found: dict[tuple[int, int], tuple[str, Stem, bool]] = {}
     for name in _AUTHORS:
         shape = RESNETS[name]
         blocks, shortcuts = sum(shape.blocks), len(shape.blocks)
         after_stem = blocks * (3 if shape.bottleneck else 2) + shortcuts
-        found[1 + after_stem, 7] = name, "imagenet", False
-        found[1 + after_stem, 3] = name, "cifar", False
-        if shape.bottleneck:  # two more convolutions weigh the branches; ResNet-D's stem has three of 3x3
-            found[3 + after_stem + 2 * blocks, 3] = name, "imagenet", True
-            found[1 + after_stem + 2 * blocks, 3] = name, "cifar", True
+        if shape.bottleneck or not averages:
+            found[1 + after_stem, 7] = name, "imagenet", False
+            found[1 + after_stem, 3] = name, "cifar", False
+        if shape.bottleneck or averages:  # two more convolutions weigh branches; ResNet-D's stem has three of 3x3
+            weighing = 2 * blocks if shape.bottleneck else 0
+            found[3 + after_stem + weighing, 3] = name, "imagenet", True
+            found[1 + after_stem + weighing, 3] = name, "cifar", True
     return found
 
 
@@ -182,9 +218,9 @@ def _infer_head(shapes: Mapping[str, Shape], num_features: int) -> ProjectionHea
     last = shapes.get(f"{layers[-1]}/dense/kernel", ())
     if len(last) != 2 or last[1] < 1:
         raise UserError(f"The projection head in the checkpoint has no dense layer in {HEAD}{layers[-1]}.")
-    if layers == ["l_0"]:
+    if layers in (["l_0"], ["nl_0"]):
         return ProjectionHead(num_features, kind="linear", dim=last[1])
-    return ProjectionHead(num_features, layers=max(2, len(layers)), dim=last[1])
+    return ProjectionHead(num_features, layers=len(layers), dim=last[1])
 
 
 def _infer_classifier(
@@ -217,7 +253,7 @@ def _infer_classifier(
 def _require_same(names: Mapping[str, Tensor], shapes: Mapping[str, Shape], prefix: str) -> None:
     """The checkpoint has all that our network has, in its shapes, and nothing beside it that takes part."""
     missing = [name for name in names if name not in shapes]
-    parts = (prefix + ENCODER, prefix + HEAD, *([] if prefix else [CLASSIFIER]))
+    parts = (prefix + ENCODER, prefix + HEAD, *([] if prefix else [CLASSIFIER, *_TF2_MODEL]))
     beside = [n for n in shapes if n.startswith(parts) and n not in names and not _is_slot(n, shapes)]
     for found, what in ((missing, "lacks"), (beside, "has, beside what that network has,")):
         if found:
@@ -231,10 +267,10 @@ def _require_same(names: Mapping[str, Tensor], shapes: Mapping[str, Shape], pref
 
 
 @torch.no_grad()
-def _fill(names: Mapping[str, Tensor], bundle: TensorBundle) -> None:
+def _fill(names: Mapping[str, Tensor], bundle: TensorBundle, keys: Mapping[str, str]) -> None:
     """Copy: (height, width, in, out) -> (out, in, height, width), and (in, out) -> (out, in)."""
     for name, tensor in names.items():
-        value = bundle.read(name)
+        value = bundle.read(keys[name])
         if value.dtype.kind != "f":
             raise UserError(f"The variable {name} of the checkpoint has the type {value.dtype}; weights are floats.")
         tensor.copy_(torch.from_numpy(value.transpose((3, 2, 0, 1)) if value.ndim == 4 else value.T))
@@ -255,8 +291,8 @@ def _under(shapes: Mapping[str, Shape], prefix: str) -> dict[str, Shape]:
 
 
 def _is_slot(name: str, names: Collection[str]) -> bool:
-    """Whether the variable belongs to the optimiser: it is called after the one that it moves."""
-    return name.rpartition("/")[0] in names
+    """Whether the variable belongs to the optimiser: TF1 calls it after the one that it moves, TF2 by its role."""
+    return name.rpartition("/")[0] in names or name.startswith("optimizer/") or "/.OPTIMIZER_SLOT/" in name
 
 
 def _norm(place: str, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> dict[str, Tensor]:

@@ -1,11 +1,16 @@
-"""Any classifier of torchvision as an encoder, `torchvision/NAME` -> the model up to its last linear layer, or that."""
+"""Any classifier of torchvision as an encoder: `torchvision/NAME` -> the model up to its last linear layer, or that.
+
+Its ResNets also with the width and the stem that other libraries give them, for weights that were trained so.
+"""
 
 import difflib
 
 from torch import nn
 from torchvision import models
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from simclr.errors import UserError
+from simclr.models.config import RESNETS, TORCHVISION, EncoderConfig
 from simclr.models.timm_bridge import Normalisation, first_line, num_features
 
 CLASSES = 1000  # of ImageNet, for which every one of torchvision's classifiers is made
@@ -67,6 +72,43 @@ def _create(name: str, *, channels: int, pretrained: bool) -> tuple[nn.Module, s
             "network once, or put the file into torch's cache folder."
         ) from error
     return model, last_linear(model, name, CLASSES)
+
+
+def build_adapted(config: EncoderConfig) -> tuple[nn.Module, int, None]:
+    """A ResNet of torchvision's with another width or the cifar stem, as `build_torchvision` returns it.
+
+    Raises:
+        UserError: Other channels than 3.
+    """
+    if config.channels != 3:
+        raise UserError(f"{config.name} takes 3 channels and was asked for {config.channels}.")
+    shape = RESNETS[config.name.removeprefix(TORCHVISION)]
+    model = _Adapted(Bottleneck if shape.bottleneck else BasicBlock, list(shape.blocks), round(64 * config.width))
+    if config.stem == "cifar":
+        padding, base = config.stem_padding, model.conv1.out_channels
+        model.conv1 = nn.Conv2d(3, base, kernel_size=3, stride=1, padding=padding, bias=False)
+        model.maxpool = nn.Identity()  # pyrefly: ignore
+        if not config.stem_relu:  # the blocks have their own
+            model.relu = nn.Identity()  # pyrefly: ignore
+    return model, num_features(model, config.name, 3, config.size), None
+
+
+class _Adapted(models.ResNet):
+    """torchvision's ResNet whose first group has `base` channels before the expansion, instead of 64."""
+
+    def __init__(self, block: type, blocks: list[int], base: int) -> None:
+        self._base = base
+        super().__init__(block, blocks)
+        self.conv1 = nn.Conv2d(3, base, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(base)
+        self.fc = nn.Identity()  # pyrefly: ignore
+
+    def _make_layer(
+        self, block: type, planes: int, blocks: int, stride: int = 1, dilate: bool = False
+    ) -> nn.Sequential:
+        if planes == 64:
+            self.inplanes = self._base
+        return super()._make_layer(block, planes // 64 * self._base, blocks, stride, dilate)
 
 
 def last_linear(model: nn.Module, name: str, num_classes: int) -> str:
