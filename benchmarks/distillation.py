@@ -2,8 +2,8 @@
 
     python benchmarks/distillation.py fashion-mnist --runs runs/fashion-mnist-{0,1,2} --out runs/distillation
 
-For each pretrained run, which is one seed: the teacher is the run fine-tuned on a few labels; the student has 7/16 of its
-width, and so at most a quarter of its parameters. The student learns from the labels alone (the supervised recipe),
+For each pretrained run, which is one seed: the teacher is the run fine-tuned on a few labels; the student has 7/16 of
+its width, and so at most a quarter of its parameters. The student learns from the labels alone (the supervised recipe),
 from the teacher on the labelled images, and from the teacher on all training images; both distillations make equally
 many steps. Beside them a linear classifier on the raw pixels of the labelled images. Accuracy is that of
 the last checkpoint on the test images. What is measured is kept: the script can be stopped and called again.
