@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import sys
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import simclr
-from simclr import UserError, cli
+from simclr import UserError
 from simclr import distill as distilling
 from simclr.augment.policy import crop_and_flip
 from simclr.data.source import open_data
@@ -333,7 +332,7 @@ def test_recipes():
     paper = find_distill_recipe("v2-distill")
     assert total_steps(1_281_167, paper.epochs, paper.batch_size) == 125_114
     assert peak_lr(paper.lr, paper.batch_size, paper.lr_scaling) == pytest.approx(6.4)
-    assert DistillConfig() == paper
+    assert (paper.optimizer, paper.weight_decay, paper.warmup_epochs / paper.epochs) == ("lars", 1e-4, 0.05)
     with pytest.raises(UserError, match="no recipe 'v3' for distillation"):
         find_distill_recipe("v3")
 
@@ -347,23 +346,6 @@ def test_settings_that_are_not_allowed(name, value):
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run `simclr ...` in this process; returns (exit code, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["simclr", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -382,33 +364,33 @@ def folders(tmp_path_factory):
 FAST = ["--least-steps", "10", "--epochs", "0", "--batch-size", "32", "--workers", "0"]
 
 
-def test_the_command_end_to_end(command, folders, tmp_path):
+def test_the_command_end_to_end(simclr, folders, tmp_path):
     out = tmp_path / "self"
-    code, table, said = command("distill", folders / "teacher", "digits", "--out", out, *FAST)
+    code, table, said = simclr("distill", folders / "teacher", "digits", "--out", out, *FAST)
     assert code == 0 and "temperature 0.1" in said and "Recipe small-distill" in said
     lines = table.splitlines()
     assert lines[0].startswith("teacher") and lines[1].startswith("student") and "test images" in lines[2]
     accuracy = json.loads((out / "summary.json").read_text())["test_accuracy"]["student"]
     test = open_data("digits", split="test")
     assert np.mean(np.array(simclr.load(out).classify(test)) == test.labels.astype(str)) == accuracy
-    code, table, _ = command("evaluate", out, "digits", "--protocol", "knn", "--cache", "off", "--compare")
+    code, table, _ = simclr("evaluate", out, "digits", "--protocol", "knn", "--cache", "off", "--compare")
     assert code == 0 and "encoder" in table
     before = (out / "encoder" / "model.safetensors").read_bytes()
-    code, again, _ = command("distill", folders / "teacher", "digits", "--out", out, *FAST)
+    code, again, _ = simclr("distill", folders / "teacher", "digits", "--out", out, *FAST)
     assert code == 0 and again.splitlines()[:2] == lines[:2]
     assert (out / "encoder" / "model.safetensors").read_bytes() == before
 
 
-def test_other_students(command, folders, tmp_path):
+def test_other_students(simclr, folders, tmp_path):
     small = ["--encoder", "small", "--width", "0.25", "--stem", "strided", "--size", "16"]
-    code, _, said = command(
+    code, _, said = simclr(
         "distill", folders / "teacher", "digits", "--out", tmp_path / "a", *FAST, *small, "--labels", "5/class",
         "--alpha", "0.5", "--no-test",
     )  # fmt: skip
     assert code == 0 and "temperature 1;" in said and "Labels of 50 images count" in said
     assert 'test_accuracy": {}' in (tmp_path / "a" / "summary.json").read_text()
     assert simclr.load(tmp_path / "a").encoder.config.size == 16
-    code, _, said = command(
+    code, _, said = simclr(
         "distill", folders / "teacher", "digits", "--out", tmp_path / "b", *FAST, "--student", folders / "encoder",
         "--head-layer", "1", "--only-labels", "4/class",
     )  # fmt: skip
@@ -434,9 +416,9 @@ def test_other_students(command, folders, tmp_path):
         ("teacher", ["--out", "/proc/x"], "cannot be made"),
     ],
 )
-def test_a_mistake_is_one_sentence(command, folders, tmp_path, who, flags, sentence):
+def test_a_mistake_is_one_sentence(simclr, folders, tmp_path, who, flags, sentence):
     flags = [folders / flag if (folders / flag).is_dir() else flag for flag in flags]
-    code, out, said = command("distill", folders / who, "digits", "--out", tmp_path / "run", *FAST, *flags)
+    code, out, said = simclr("distill", folders / who, "digits", "--out", tmp_path / "run", *FAST, *flags)
     assert code == 2 and not out
     assert [line for line in said.splitlines() if line.startswith("simclr: ")] == [said.splitlines()[-1]]
     assert re.search(sentence, said.replace("\n", " "))

@@ -129,7 +129,7 @@ def finetune(
                 task, folder, world,
                 start_step=start, workers=config.workers, log_every=config.log_every,
                 save_every=config.save_every if run is not None else task.total_steps,
-                keep=2, progress=_Told(progress, task.total_steps),
+                keep=config.keep, progress=_Told(progress, task.total_steps),
             )  # fmt: skip
         except torch.OutOfMemoryError:
             raise UserError(
