@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import simclr
 from simclr import UserError
 from simclr import distill as distilling
 from simclr.augment.policy import crop_and_flip
@@ -33,7 +32,7 @@ from simclr.models.heads import ProjectionHead
 from simclr.run import RunFolder
 from simclr.schedule import peak_lr, total_steps
 from simclr.teacher import open_teacher, teachers_columns
-from simclr.weights import Embedder, save_classifier, save_encoder
+from simclr.weights import Embedder, load, save_classifier, save_encoder
 from test_distributed import in_processes
 
 CONFIG = replace(
@@ -138,7 +137,7 @@ def test_a_student_learns_its_teacher(images, test, tmp_path):
     assert result.accuracy > 0.6 and result.steps == 100
     assert_equal(state_of(tuned.network), before)
     assert_equal(state_of(begin), at_first)
-    loaded = simclr.load(tmp_path / "run")
+    loaded = load(tmp_path / "run")
     assert np.mean(np.array(loaded.classify(test)) == test.labels.astype(str)) == result.accuracy
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["test_accuracy"] == {"student": result.accuracy, "teacher": tuned.accuracy}
@@ -235,7 +234,7 @@ def test_a_loss_that_explodes_is_one_sentence(images, tmp_path):
 
 def test_two_processes_equal_one(tmp_path):
     in_processes(2, tmp_path, partial(check_processes, tmp_path))
-    assert simclr.load(tmp_path / "shared").classes == [str(i) for i in range(10)]
+    assert load(tmp_path / "shared").classes == [str(i) for i in range(10)]
 
 
 def check_processes(folder, world: World) -> None:
@@ -372,7 +371,7 @@ def test_the_command_end_to_end(simclr, folders, tmp_path):
     assert lines[0].startswith("teacher") and lines[1].startswith("student") and "test images" in lines[2]
     accuracy = json.loads((out / "summary.json").read_text())["test_accuracy"]["student"]
     test = open_data("digits", split="test")
-    assert np.mean(np.array(simclr.load(out).classify(test)) == test.labels.astype(str)) == accuracy
+    assert np.mean(np.array(load(out).classify(test)) == test.labels.astype(str)) == accuracy
     code, table, _ = simclr("evaluate", out, "digits", "--protocol", "knn", "--cache", "off", "--compare")
     assert code == 0 and "encoder" in table
     before = (out / "encoder" / "model.safetensors").read_bytes()
@@ -389,7 +388,7 @@ def test_other_students(simclr, folders, tmp_path):
     )  # fmt: skip
     assert code == 0 and "temperature 1;" in said and "Labels of 50 images count" in said
     assert 'test_accuracy": {}' in (tmp_path / "a" / "summary.json").read_text()
-    assert simclr.load(tmp_path / "a").encoder.config.size == 16
+    assert load(tmp_path / "a").encoder.config.size == 16
     code, _, said = simclr(
         "distill", folders / "teacher", "digits", "--out", tmp_path / "b", *FAST, "--student", folders / "encoder",
         "--head-layer", "1", "--only-labels", "4/class",
