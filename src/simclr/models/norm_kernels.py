@@ -8,6 +8,9 @@ norm followed by a ReLU, and the end of a residual block, read and write each ac
     sums         reads dy, the output and x
     input_grad   reads dy, the output and x, writes dx (and the shortcut's gradient)
 
+Threads are Numba's, which on Linux are those of torch's own OpenMP: after a convolution they spin, ready for work,
+where any other thread would have to take the core from them.
+
 Sums are taken in fp32 over 32 rows and in fp64 over those; they depend on the number of threads in their last bits,
 as torch's own do.
 
@@ -16,8 +19,9 @@ so that the inner loops are long; a vector per channel is repeated K times for t
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import partial
+from threading import Lock
+from typing import Any
 
 import numba
 import numpy as np
@@ -29,6 +33,7 @@ LEAST_COLUMNS = 512
 _BLOCK = 32  # rows whose sums are fp32
 _LEAST_SHARE = 1 << 18  # values worth a thread of their own
 _ZERO = np.float32(0)
+_one_at_a_time = Lock()  # of Numba's ways to run threads one, taken where there is no OpenMP, bears no two callers
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +45,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     pilot = _repeated(guess, folds)
     shares = _shares(len(rows) // columns, columns)
     found = np.zeros((len(shares), 2, columns))
-    _in_threads([(_moments, rows, columns, *share, pilot, out) for share, out in zip(shares, found, strict=True)])
+    _in_threads(_moments_shared, shares, rows, columns, pilot, found)
     first, second = found.sum(0).reshape(2, folds, -1).sum(1) / (len(rows) // x.shape[1])  # (C,) each, fp64
     mean, variance = first + guess, np.maximum(second - first * first, 0)
     return torch.from_numpy(mean).float(), torch.from_numpy(variance).float()
@@ -53,12 +58,8 @@ def normalize(x: Tensor, scale: Tensor, shift: Tensor, other: Tensor | None, rel
     beside = target if other is None else _rows(other)
     columns = folds * x.shape[1]
     a, b = (_repeated(v.detach().numpy(), folds) for v in (scale, shift))
-    _in_threads(
-        [
-            (_normalize, rows, columns, *share, a, b, beside, other is not None, relu, target)
-            for share in _shares(len(rows) // columns, columns)
-        ]
-    )
+    shares = _shares(len(rows) // columns, columns)
+    _in_threads(_normalize_shared, shares, rows, columns, a, b, beside, other is not None, relu, target)
     return out
 
 
@@ -71,12 +72,7 @@ def sums(dy: Tensor, out: Tensor | None, x: Tensor, mean: Tensor, inverse_std: T
     shares = _shares(len(rows) // columns, columns)
     found = np.zeros((len(shares), 2, columns))
     mask = gradient if out is None else _rows(out)
-    _in_threads(
-        [
-            (_sums, gradient, mask, out is not None, rows, columns, *share, centre, into)
-            for share, into in zip(shares, found, strict=True)
-        ]
-    )
+    _in_threads(_sums_shared, shares, gradient, mask, out is not None, rows, columns, centre, found)
     sum_dy, sum_dy_x = torch.from_numpy(found.sum(0).reshape(2, folds, -1).sum(1))  # (C,) each, fp64
     return sum_dy.float(), (sum_dy_x * inverse_std).float()
 
@@ -94,11 +90,9 @@ def input_grad(
     vectors = [_repeated(v.numpy(), folds) for v in (a, b, c)]
     target = _rows(dx)
     beside = target if dother is None else _rows(dother)
+    shares = _shares(len(rows) // columns, columns)
     _in_threads(
-        [
-            (_input_grad, gradient, mask, out is not None, rows, columns, *share, *vectors, target, beside, masked)
-            for share in _shares(len(rows) // columns, columns)
-        ]
+        _input_grad_shared, shares, gradient, mask, out is not None, rows, columns, *vectors, target, beside, masked
     )
     return dx, dother if masked else (dy if with_other else None)
 
@@ -124,30 +118,31 @@ def _repeated(vector: np.ndarray, folds: int) -> np.ndarray:
     return repeated.ravel()
 
 
-def _shares(num_rows: int, columns: int) -> list[tuple[int, int]]:
-    """First and last row of each thread's part."""
+def _shares(num_rows: int, columns: int) -> np.ndarray:
+    """(k, 2) first and last row of each part; k, which decides the bits, is torch's number of threads at most."""
     threads = max(1, min(torch.get_num_threads(), num_rows * columns // _LEAST_SHARE))
-    return [(num_rows * i // threads, num_rows * (i + 1) // threads) for i in range(threads)]
+    edges = [num_rows * i // threads for i in range(threads + 1)]
+    return np.array([edges[:-1], edges[1:]], np.int64).T.copy()
 
 
-def _in_threads(calls: list[tuple]) -> None:
-    """Make the calls side by side, the first in this thread."""
-    others = [_pool(len(calls) - 1).submit(*call) for call in calls[1:]]
-    calls[0][0](*calls[0][1:])
-    for other in others:
-        other.result()
+def _in_threads(kernel: Callable, shares: np.ndarray, *arguments: Any) -> None:
+    """Call a kernel with a thread for each share, as far as there are cores."""
+    with _one_at_a_time:
+        before = numba.get_num_threads()
+        numba.set_num_threads(min(len(shares), numba.config.NUMBA_NUM_THREADS))
+        kernel(shares, *arguments)
+        numba.set_num_threads(before)
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(threads, 1), thread_name_prefix="norm")
-
-
-def _compile(function: Callable) -> Callable:
+def _compile(function: Callable, *, parallel: bool = False) -> Callable:
+    settings: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}, "parallel": parallel}
     try:
-        return numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})(function)
+        return numba.njit(cache=True, **settings)(function)
     except RuntimeError:  # Numba found no folder that it may write to
-        return numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})(function)
+        return numba.njit(**settings)(function)
+
+
+_in_parallel = partial(_compile, parallel=True)
 
 
 @_compile
@@ -226,3 +221,27 @@ def _input_grad(dy, mask, masked, x, columns, first, last, a, b, c, out, other, 
         else:
             for j in range(width):
                 out[at + j] = dy[at + j] * a[j] + x[at + j] * b[j] + c[j]
+
+
+@_in_parallel
+def _moments_shared(shares, x, columns, pilot, out):
+    for i in numba.prange(len(shares)):
+        _moments(x, columns, shares[i, 0], shares[i, 1], pilot, out[i])
+
+
+@_in_parallel
+def _normalize_shared(shares, x, columns, scale, shift, other, add, relu, out):
+    for i in numba.prange(len(shares)):
+        _normalize(x, columns, shares[i, 0], shares[i, 1], scale, shift, other, add, relu, out)
+
+
+@_in_parallel
+def _sums_shared(shares, dy, mask, masked, x, columns, mean, out):
+    for i in numba.prange(len(shares)):
+        _sums(dy, mask, masked, x, columns, shares[i, 0], shares[i, 1], mean, out[i])
+
+
+@_in_parallel
+def _input_grad_shared(shares, dy, mask, masked, x, columns, a, b, c, out, other, with_other):
+    for i in numba.prange(len(shares)):
+        _input_grad(dy, mask, masked, x, columns, shares[i, 0], shares[i, 1], a, b, c, out, other, with_other)
