@@ -129,7 +129,7 @@ def _in_threads(kernel: Callable, shares: np.ndarray, *arguments: Any) -> None:
     """Call a kernel with a thread for each share, as far as there are cores."""
     with _one_at_a_time:
         before = numba.get_num_threads()
-        numba.set_num_threads(min(len(shares), numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(len(shares), before))
         kernel(shares, *arguments)
         numba.set_num_threads(before)
 
