@@ -35,6 +35,14 @@ def encoder(tmp_path_factory):
     return folder
 
 
+def test_epochs_that_are_asked_for_are_what_is_trained(simclr, encoder, tmp_path):
+    """The recipe has at least 500 steps; 50 images twice, 16 at a time, are 7 by the authors' count."""
+    flags = ["--labels", "5/class", "--epochs", 2, "--batch-size", 16, "--workers", 0]
+    code, _, said = simclr("finetune", encoder, "digits", "--out", tmp_path / "out", *flags)
+    assert code == 0 and "7 steps of 16 images" in said
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 7
+
+
 def test_the_figures_are_those_of_the_saved_classifier(simclr, encoder, tmp_path):
     out = tmp_path / "classifier"
     code, table, said = simclr("finetune", encoder, "digits", "--out", out, *QUICK, "--lr", 0.02)

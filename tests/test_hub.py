@@ -99,6 +99,16 @@ def test_an_encoder_without_a_run_claims_nothing(tmp_path: Path) -> None:
     assert np.array_equal(simclr.load(tmp_path / "out").embed(pixels), simclr.load(tmp_path / "encoder").embed(pixels))
 
 
+def test_a_fine_tuned_networks_card_has_what_the_command_measured(run: Path, tmp_path: Path, monkeypatch) -> None:
+    flags = ["--labels", "5/class", "--epochs", "0", "--least-steps", "5", "--workers", "0"]
+    call(monkeypatch, "finetune", run, "digits", "--out", tmp_path / "tuned", *flags)
+    summary = json.loads((tmp_path / "tuned" / "summary.json").read_text())
+    _, card = exported(tmp_path / "tuned", tmp_path / "out")
+    assert rows(card)["encoder"] == [f"{100 * summary['accuracy']['top-1']:.1f}"]
+    assert "kNN on raw pixels" in rows(card) and "50 labels used" in card
+    assert "Made by `simclr finetune`" in card and "Not measured" not in card
+
+
 class Hub:
     """Stands in for HfApi."""
 
@@ -132,7 +142,7 @@ def test_push_uploads_the_folder_and_nothing_else(tmp_path: Path, monkeypatch, c
     assert "https://hub/commit/1" in capsys.readouterr().err
 
     monkeypatch.setattr(Hub, "refuse", True)
-    with pytest.raises(UserError, match=r"did not take it \(no route\); log in with `hf auth login`"):
+    with pytest.raises(UserError, match=r"Nothing was pushed.*\(no route\).*log in with `hf auth login`"):
         push(commands.Push(folder=tmp_path / "out", repo_id="me/digits"))
     with pytest.raises(UserError, match=r"has no preprocessing\.json, README\.md; make it with `simclr export"):
         push(commands.Push(folder=tmp_path / "e", repo_id="me/digits"))

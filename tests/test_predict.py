@@ -260,7 +260,7 @@ def test_what_fails_in_the_middle_leaves_the_old_file(simclr, gray_model, tmp_pa
         (["MODEL", "digits", "--device", "tpu"], "device was .tpu"),
         (["MODEL", "EMPTY", "--pack-side", "3"], "--pack-side was 3; it must be at least 16"),
         (["TWINS", "digits", "--probabilities"], "several are called crane"),
-        (["MODEL", "digits", "--out", "x.parquet"], r"needs pyarrow.*pip install simclr-torch\[parquet\]"),
+        (["MODEL", "digits", "--out", "x.parquet"], r"needs pyarrow.*pip install 'simclr-torch\[parquet\]'"),
     ],
 )
 def test_mistakes_are_one_sentence(simclr, gray_model, tmp_path, monkeypatch, arguments, expected):

@@ -40,7 +40,7 @@ from simclr.models.classifier import Classifier
 from simclr.optim import build_optimizer
 from simclr.progress import Progress, say
 from simclr.run import RunFolder, describe_machine
-from simclr.schedule import learning_rate, peak_lr, total_steps, warmup_steps
+from simclr.schedule import learning_rate, peak_lr, warmup_steps
 from simclr.teacher import teachers_columns
 from simclr.train import Inputs, Outcome, Task, restore, train
 from simclr.weights import Embedder, save_classifier
@@ -155,7 +155,7 @@ def build_task(
     if world.size > 1:
         set_global_batch_norm(method, world.group)
     n, batch_size = len(images), config.batch_size
-    total = max(total_steps(n, config.epochs, batch_size), config.least_steps)
+    total = config.steps(n)
     warmup = warmup_steps(n, config.warmup_epochs, batch_size)
     peak = peak_lr(config.lr, batch_size, config.lr_scaling)
     return Task(

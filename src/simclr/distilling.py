@@ -171,7 +171,7 @@ def _settle(
     if args.recipe is None:
         say(f"Recipe {name} ({len(images):,} images); --recipe chooses another.", main=world.is_main)
     itself = student.encoder.config == teacher.encoder.config
-    return over(replace(find_distill_recipe(name), temperature=SELF if itself else SMALLER))
+    return replace(find_distill_recipe(name), temperature=SELF if itself else SMALLER).under(over)
 
 
 def _print(result: Distilled, test: Images | None) -> None:

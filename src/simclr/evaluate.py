@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 ENCODER = "encoder"
 """Name of the row of RUN itself."""
 ACCURACIES: tuple[Protocol, ...] = get_args(Protocol)
+LONG = {"finetune", SUPERVISED, "curve", "probe", "transfer"}
+"""Protocols that take minutes or more."""
 
 
 def evaluate(args: "commands.Evaluate", finetune_over: Callable[[FinetuneConfig], FinetuneConfig]) -> None:
@@ -62,6 +64,7 @@ def evaluate(args: "commands.Evaluate", finetune_over: Callable[[FinetuneConfig]
     world = distributed.start(args.device)
     try:
         session = Session.open(args, protocols, world)
+        session.check(protocols)
         settings = Settings(linear=args.linear, recipe=args.finetune_recipe, over=finetune_over, flip=session.flip)
         measured = session.measure([cast(Protocol, name) for name in protocols if name in ACCURACIES], settings)
         reports = {name: REPORTS[name](session) for name in protocols if name in REPORTS}
@@ -134,6 +137,14 @@ class Session:
     def folder(self) -> Path | None:
         """Where results are kept for a second call."""
         return _folder(self.args)
+
+    def check(self, protocols: list[str]) -> None:
+        """Fail, or warn, before the work begins."""
+        if protocols != ["transfer"]:
+            for subject in self.subjects():
+                subject.fitted(self.train)
+        if self.folder is None and set(protocols) & LONG:
+            self.tell("Results are kept for a second call only with --out FOLDER, or where RUN is a pretraining run.")
 
     def tell(self, sentence: str) -> None:
         """Say it once, whatever the number of processes."""
@@ -245,7 +256,7 @@ def _print_legend(measured: list[Measurement], rows: list[Row], num_test: int) -
     print(f"Top-1 accuracy in %, {seeds_note(rows)}.")
     for protocol in dict.fromkeys(one.protocol for one in measured):
         hows = list(dict.fromkeys(one.how for one in measured if one.protocol == protocol))
-        print(f"{protocol}: {hows[0]}{f' (and {len(hows) - 1} variants)' if len(hows) > 1 else ''}.")
+        print(f"{protocol}: {hows[0]}{f' (and {len(hows) - 1} more ways)' if len(hows) > 1 else ''}.")
     print(
         f"Test images: {num_test:,}, so the standard error of an accuracy is at most {50 / num_test**0.5:.1f} points."
     )

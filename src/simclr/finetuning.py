@@ -54,7 +54,10 @@ def finetune_run(args: commands.Finetune, over: Callable[[FinetuneConfig], Finet
         session.tell(f"{session.train.name}: {split.how}.")
         subject, pixels = session.subjects()
         config = how_to_finetune(subject, split, Settings(recipe=args.finetune_recipe, over=over, flip=session.flip))
-        session.tell(f"Training by {config.optimizer}, rate {config.lr:g}, {config.batch_size} images a step.")
+        session.tell(
+            f"Training by {config.optimizer}, rate {config.lr:g}: {config.steps(len(split.train)):,} steps of "
+            f"{config.batch_size} images (--epochs changes it)."
+        )
         network = _train(args, session, subject, split, config)
         if world.is_main:
             _tell(args, network, split, pixels)
@@ -94,7 +97,7 @@ def _train(
     """From the subject's weights or, for `random`, from those that training from scratch begins with."""
     assert subject.encoder is not None
     train, test = (subject.fitted(images) for images in (split.train, split.test))
-    with counting("Training", main=session.world.is_main) as progress:
+    with counting("training", main=session.world.is_main, lines=True) as progress:
         shared: dict[str, Any] = {
             "seed": args.seed, "semantics": subject.preprocessing, "world": session.world, "run": args.out,
             "progress": progress,

@@ -26,6 +26,8 @@ def import_checkpoint(args: "commands.Import") -> None:
     if (args.out / "config.json").exists():
         raise UserError(f"{args.out} holds an encoder or a run already; give another folder, or remove it first.")
     require_writable(args.out / "config.json")
+    if args.format not in ("auto", "tensorflow") and not args.checkpoint.is_file():
+        raise UserError(f"There is no file {args.checkpoint}; check the path.")
     tensorflow = args.format == "tensorflow" or (args.format == "auto" and not _is_torch(args.checkpoint))
     try:
         (_import_tf if tensorflow else _import_torch)(args)

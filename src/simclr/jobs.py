@@ -21,7 +21,7 @@ from simclr.errors import UserError
 from simclr.evaluation.subjects import fit_channels
 from simclr.features import extract
 from simclr.memory import parse_bytes
-from simclr.opening import lasting, open_aloud, require_writable, side_of, write
+from simclr.opening import lasting, open_aloud, require_writable, side_of, tell_if_replaced, write
 from simclr.plan import plan as plan_run
 from simclr.progress import counting, say
 from simclr.recipes import RECIPES, Recipe, choose_recipe, find_recipe, settings_for
@@ -116,6 +116,7 @@ def plan(args: "commands.Plan", flags_over: FlagsOver) -> None:
 def embed(args: "commands.Embed") -> None:
     """`simclr embed RUN DATA --out FILE.npz`: features, keys and labels of every image of every split."""
     require_writable(args.out)
+    tell_if_replaced(args.out)
     model = load(args.run, device=args.device)
     side = side_of(args.run, args.data, args.pack_side)
     labels = str(args.labels_file) if args.labels_file else None

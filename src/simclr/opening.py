@@ -83,6 +83,12 @@ def require_writable(path: Path) -> None:
         raise UserError(f"{path} cannot be written; give another path.")
 
 
+def tell_if_replaced(path: Path) -> None:
+    """Say so before the work that will end in another content."""
+    if path.is_file():
+        say(f"{path} is there already and will be replaced.")
+
+
 def write(path: Path, content: bytes) -> None:
     """Make the file, and the folders that it needs."""
     try:

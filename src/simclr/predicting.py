@@ -16,7 +16,7 @@ from simclr.data.images import Skipped
 from simclr.data.scan import some
 from simclr.errors import UserError
 from simclr.features import inference
-from simclr.opening import require_writable
+from simclr.opening import require_writable, tell_if_replaced
 from simclr.progress import counting, say
 from simclr.streaming import Batch, View, stream_views
 from simclr.tables import open_table, require_table
@@ -73,6 +73,7 @@ def _check(args: "commands.Predict") -> None:
         raise UserError(f"--batch-size was {args.batch_size}; it must be at least 1.")
     require_table(args.out)
     require_writable(args.out)
+    tell_if_replaced(args.out)
 
 
 def _columns(args: "commands.Predict", classes: list[str]) -> dict[str, Any]:

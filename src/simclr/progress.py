@@ -118,10 +118,10 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def counting(what: str, *, main: bool = True) -> Iterator[Callable[[int, int], None] | None]:
-    """A callback (done, total) that shows a bar on a terminal; None, and so silence, elsewhere."""
+def counting(what: str, *, main: bool = True, lines: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """A callback (done, total) that shows a bar on a terminal; elsewhere silence (None), or a line at every tenth."""
     if not (main and sys.stderr.isatty()):
-        yield None
+        yield _tenths(what) if main and lines else None
         return
     from rich.console import Console
     from rich.progress import Progress as Bar
@@ -129,3 +129,16 @@ def counting(what: str, *, main: bool = True) -> Iterator[Callable[[int, int], N
     with Bar(console=Console(stderr=True), transient=True) as bar:
         row = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(row, completed=done, total=total)
+
+
+def _tenths(what: str) -> Callable[[int, int], None]:
+    begun, shown = time.perf_counter(), 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal shown
+        if 10 * done // total > shown:
+            shown = 10 * done // total
+            left = (time.perf_counter() - begun) / done * (total - done)
+            say(f"    {what}: step {done:,} of {total:,}, {duration(left)} left")
+
+    return tell

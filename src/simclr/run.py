@@ -132,6 +132,9 @@ def create_run(path: Path, config: PretrainConfig, origin: dict[str, Any]) -> Ru
 
 def open_run(path: Path) -> RunFolder:
     """An existing run's folder."""
+    for name in ("finetune", "distill"):
+        if (path / f"{name}.json").is_file():
+            raise UserError(f"{path} belongs to `simclr {name}`; the same command as before goes on, or evaluates it.")
     if not (path / "config.json").is_file() or not (path / "run.json").is_file():
         raise UserError(f"{path} holds no run (no config.json and run.json in it); `simclr pretrain` makes one.")
     return RunFolder(path)

@@ -102,8 +102,9 @@ def _view_of(path: Path, view: View, side: int | None) -> Tensor | str:
 
 
 def _in_memory(source: str, view: View, batch_size: int, how: Reading, leave_out: LeaveOut) -> Iterator[Batch]:
+    channels = "3" if view.channels == 3 else "auto"
     images: Images = open_data(
-        source, split="all", workers=how.workers, progress=how.progress, side=how.side, say=how.say
+        source, split="all", channels=channels, workers=how.workers, progress=how.progress, side=how.side, say=how.say
     )
     for note in images.notes:
         how.say(note)

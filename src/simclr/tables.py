@@ -31,7 +31,7 @@ def require_table(path: Path) -> None:
             import pyarrow  # noqa: F401, an extra
         except ImportError:
             raise UserError(
-                f"{path} needs pyarrow, which is not installed: `pip install simclr-torch[parquet]`, or write a .csv "
+                f"{path} needs pyarrow, which is not installed: `pip install 'simclr-torch[parquet]'`, or write a .csv "
                 "file."
             ) from None
 

@@ -4,11 +4,13 @@ Imports no torch.
 """
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Self
 
 from simclr.config import FREE_ON_RESUME
 from simclr.errors import UserError
+from simclr.schedule import total_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class TrainingConfig:
     """Passes over the labelled images."""
 
     least_steps: int = 0
-    """With fewer images training goes on until it has this many steps."""
+    """With fewer images training goes on until it has this many steps; none where a flag says other epochs."""
 
     batch_size: int = 4096
     """Images per step over all processes; may exceed the number of images."""
@@ -69,6 +71,16 @@ class TrainingConfig:
 
     keep: int = 2
     """Checkpoints that are kept."""
+
+    def under(self, over: Callable[[Self], Self]) -> Self:
+        """These settings with a user's on top; whoever asks for other epochs means them, so `least_steps` gives way."""
+        asked = over(self)
+        named = asked.least_steps != self.least_steps
+        return asked if named or asked.epochs == self.epochs else replace(asked, least_steps=0)
+
+    def steps(self, num_images: int) -> int:
+        """Updates of a training on so many images."""
+        return max(total_steps(num_images, self.epochs, self.batch_size), self.least_steps)
 
     def deciding(self) -> dict[str, Any]:
         """The settings that move the result, as JSON can hold them."""

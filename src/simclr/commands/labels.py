@@ -77,7 +77,8 @@ class Evaluate:
     """Weight decays times learning rate that are tried; unset: the papers' eight."""
 
     out: Path | None = None
-    """Folder for results and pictures, from which the same command goes on after a stop; unset: RUN/evaluation."""
+    """Folder for results and pictures, from which the same command goes on after a stop; unset: RUN/evaluation where
+    RUN is a run of `simclr pretrain`, else nothing is kept."""
 
     json: Path | None = None
     """Also write all figures to this file."""

@@ -64,7 +64,8 @@ def _open_digits(split: Split, channels: Channels) -> Images:
         has_own_split=True,
         classes=[str(digit) for digit in range(10)],
         channels=channels,
-        notes=[f"digits is split 80/20 by class, seed {DIGITS_SEED}: {len(train):,} and {len(test):,} images."],
+        notes=[f"digits, {len(train):,} and {len(test):,} images: 80/20 by class, seed {DIGITS_SEED}."]
+        * (split != "all"),
         keys=[str(row) for row in rows],
     )
 

@@ -39,7 +39,7 @@ from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.optim import build_optimizer
 from simclr.run import RunFolder
-from simclr.schedule import learning_rate, peak_lr, total_steps, warmup_steps
+from simclr.schedule import learning_rate, peak_lr, warmup_steps
 from simclr.train import Outcome, Task, restore
 from simclr.train import train as run_loop
 from simclr.weights import save_classifier
@@ -218,7 +218,7 @@ def _build_task(
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 layer.momentum = 1 - config.batch_norm_decay
     n, batch_size = len(train), config.batch_size
-    total = max(total_steps(n, config.epochs, batch_size), config.least_steps)
+    total = config.steps(n)
     warmup = warmup_steps(n, config.warmup_epochs, batch_size)
     peak = peak_lr(config.lr, batch_size, config.lr_scaling)
     return Task(

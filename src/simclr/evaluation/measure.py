@@ -28,6 +28,7 @@ from simclr.evaluation.metrics import mean_per_class, top_k
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import RANDOM, Subject
 from simclr.evaluation.table import SUPERVISED
+from simclr.progress import counting
 
 Protocol = Literal["knn", "linear", "logistic", "finetune", "supervised"]
 TITLES: dict[str, str] = {
@@ -177,12 +178,14 @@ def _train(
     assert subject.encoder is not None and config is not None
     train, test = (subject.fitted(images) for images in (split.train, split.test))
     shared: dict[str, Any] = {"seed": seed, "semantics": subject.preprocessing, "world": world, "run": place}
-    if protocol == SUPERVISED:
-        network = supervised(subject.encoder.config, train, test, config, **shared)
-    elif protocol == "linear":
-        network = linear(subject.encoder, train, test, config, **shared)
-    else:
-        network = finetune(subject.encoder, subject.head, train, test, config, **shared)
+    with counting("training", main=world.is_main, lines=True) as progress:
+        shared["progress"] = progress
+        if protocol == SUPERVISED:
+            network = supervised(subject.encoder.config, train, test, config, **shared)
+        elif protocol == "linear":
+            network = linear(subject.encoder, train, test, config, **shared)
+        else:
+            network = finetune(subject.encoder, subject.head, train, test, config, **shared)
     how = f"{config.optimizer}, {network.steps} steps of {config.batch_size} crops"
     return _figures(network.scores, network.labels, split.test.labels), how
 
@@ -225,7 +228,7 @@ def how_to_finetune(subject: Subject, split: Split, settings: Settings) -> Finet
     else:
         recipe = "small" if num_images <= SMALL else _papers_recipe(subject, split)
         config = _flipped(find_finetune_recipe(recipe), settings.flip)
-    return settings.over(config)
+    return config.under(settings.over)
 
 
 def recipe_for(protocol: Literal["linear", "supervised"], num_images: int, flip: float | None) -> FinetuneConfig:

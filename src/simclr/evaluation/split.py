@@ -41,7 +41,7 @@ def split_data(
     if leave_one_out:
         test, how = train, f"each of {len(train):,} labelled images by the others"
     elif test is not None:
-        how = f"the data's own split, {len(train):,} to learn from and {len(test):,} to test"
+        how = f"the data's fixed split, {len(train):,} to learn from and {len(test):,} to test"
     else:
         assert train.labels is not None
         learn, hold = split_indices(train.labels, fraction=0.2, seed=seed)

@@ -72,7 +72,7 @@ class Subject:
 
     def fitted(self, images: Images) -> Images:
         """The images with this subject's channels."""
-        return fit_channels(images, self.channels)
+        return fit_channels(images, self.channels, who="The encoder" if self.encoder is None else self.name)
 
     @cached_property
     def identity(self) -> str:
@@ -136,12 +136,12 @@ def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
     return encoder
 
 
-def fit_channels(images: Images, channels: int) -> Images:
+def fit_channels(images: Images, channels: int, *, who: str = "The encoder") -> Images:
     """Gray images as colour ones for an encoder of colour; the reverse would lose something and is refused."""
     if images.channels > channels:
         raise UserError(
-            f"The encoder expects {channels}-channel images and {images.name} is in colour; give it gray images, or "
-            "pretrain with --channels 3."
+            f"{who} expects {channels}-channel images and {images.name} is in colour; give it gray images, or pretrain "
+            "with --channels 3."
         )
     return replace(images, channels=channels)
 

@@ -21,6 +21,13 @@ SETTINGS = (
 """Settings of pretraining that make a difference to the weights."""
 
 
+BASELINE_MEANINGS = {
+    "pixels": "are the images themselves as features",
+    "random": "is the same network with random weights",
+    "supervised": "is the same network trained from scratch on the same labels",
+}
+
+
 def model_card(
     name: str,
     model: Embedder,
@@ -82,6 +89,8 @@ def _summary(model: Embedder, origin: dict[str, Any], run: dict[str, Any] | None
         )
     if "imported_from" in origin:
         return f"{what}Imported from {origin['imported_from']} ({origin.get('format', 'another format')})."
+    if origin.get("method") in ("finetune", "distill"):
+        return f"{what}Made by `simclr {origin['method']}`."
     return what + "Where its weights come from is not recorded."
 
 
@@ -121,10 +130,10 @@ def _accuracy(tables: list[Table]) -> str:
         title = f"{table.data or 'Labelled images (the results do not name them)'}: {table.split}."
         rows = table.rows
         shown.append(f"{title} Top-1 in %, {seeds_note(rows)}.\n\n{markdown_table(rows, corner='features')}")
-    shown.append(
-        "Baselines: `pixels` are the images themselves as features; `random` is the same network with random weights; "
-        "`supervised` is the same network trained from scratch on the same labels."
-    )
+    there = {row.name for table in tables for row in table.rows}
+    meanings = [f"`{name}` {meaning}" for name, meaning in BASELINE_MEANINGS.items() if name in there]
+    if meanings:
+        shown.append(f"Baselines: {'; '.join(meanings)}.")
     return "\n\n".join(shown)
 
 

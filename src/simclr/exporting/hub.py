@@ -92,8 +92,8 @@ def push(args: "commands.Push") -> None:
         )
     except Exception as error:  # refused, not reached, not logged in, no such name: of several libraries, by version
         raise UserError(
-            f"The hub did not take it ({first_line(error)}); log in with `hf auth login`, and look at the name "
-            f"{args.repo_id!r}, which is USER/NAME."
+            f"Nothing was pushed: the hub was not reached or refused ({first_line(error)}); look at the network, the "
+            f"name {args.repo_id!r}, which is USER/NAME, and log in with `hf auth login`."
         ) from None
     say(f"Pushed {', '.join(FILES)} to {args.repo_id}: {commit.commit_url}")
 

@@ -44,7 +44,7 @@ class Table:
 
 
 def results_of(folder: Path, model: Embedder) -> list[Table]:
-    """The tables of a run, or of a network that an evaluation of a run has fine-tuned; none where nothing is known.
+    """The tables of a run, or of a network that was fine-tuned or distilled; none where nothing is known.
 
     Args:
         folder: What `simclr export` was given.
@@ -52,10 +52,28 @@ def results_of(folder: Path, model: Embedder) -> list[Table]:
     """
     if (folder / "run.json").is_file():
         return _tables(folder, _entries(folder / "evaluation" / "results.jsonl"), _identities(model))
+    if (folder / "finetune.json").is_file() or (folder / "distill.json").is_file():
+        return _reported(folder)
     entries = _entries(folder.parent / "results.jsonl")
     trained = [entry for entry in entries if folder.name.endswith(f"-{name_of(entry['key'])[:12]}")]
     run = folder.parent.parent
     return _finetuned(run, entries, trained[0]) if trained else []
+
+
+def _reported(folder: Path) -> list[Table]:
+    """What `simclr finetune` or `simclr distill` measured when it ended, with what stood beside it."""
+    try:
+        summary = json.loads((folder / "summary.json").read_bytes())
+        if "test_accuracy" in summary:
+            figures, data = summary["test_accuracy"], None
+            split = f"{summary['test_images']:,} test images"
+            rows = {OWN: figures["student"], "its teacher": figures["teacher"]}
+        else:
+            data, split = Path(summary["data"].partition(":")[0]).name, summary["split"]
+            rows = {OWN: summary["accuracy"]["top-1"], **summary["baselines"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # it was not tested, or has not ended
+    return [Table(data, split, {name: {"top-1": {0: value}} for name, value in rows.items()})]
 
 
 def _tables(run: Path, entries: list[dict[str, Any]], identities: set[str]) -> list[Table]:

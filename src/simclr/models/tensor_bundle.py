@@ -166,8 +166,8 @@ def _find_prefix(path: Path) -> Path:
     prefix = path.with_suffix("") if path.suffix == ".index" or path.suffix.startswith(".data-") else path
     if not _with_ending(prefix, ".index").is_file():
         raise UserError(
-            f"There is no TensorFlow checkpoint {prefix}: {prefix.name}.index is missing; give what its files' names "
-            "begin with, such as FOLDER/model.ckpt-250228."
+            f"There is no file {path}, nor a TensorFlow checkpoint: {prefix.name}.index is missing; give what its "
+            "files' names begin with, such as FOLDER/model.ckpt-250228."
         )
     return prefix
 
