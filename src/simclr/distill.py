@@ -40,7 +40,6 @@ from simclr.models.classifier import Classifier
 from simclr.optim import build_optimizer
 from simclr.progress import Progress, say
 from simclr.run import RunFolder, describe_machine
-from simclr.schedule import learning_rate, peak_lr, warmup_steps
 from simclr.teacher import teachers_columns
 from simclr.train import Inputs, Outcome, Task, restore, train
 from simclr.weights import Embedder, save_classifier
@@ -154,19 +153,15 @@ def build_task(
     method = Distill(student, teacher.classifier, temperature=config.temperature, alpha=config.alpha, world=world)
     if world.size > 1:
         set_global_batch_norm(method, world.group)
-    n, batch_size = len(images), config.batch_size
-    total = config.steps(n)
-    warmup = warmup_steps(n, config.warmup_epochs, batch_size)
-    peak = peak_lr(config.lr, batch_size, config.lr_scaling)
     return Task(
         method=method,
         batch=_batches(teacher, student, images, targets, config, seed, world),
         optimizer=build_optimizer(
-            config.optimizer, method, lr=peak, weight_decay=config.weight_decay, momentum=config.momentum
+            config.optimizer, method, lr=config.peak, weight_decay=config.weight_decay, momentum=config.momentum
         ),
-        learning_rate=lambda step: learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=total),
-        total_steps=total,
-        images_per_step=batch_size,
+        learning_rate=config.learning_rate(len(images)),
+        total_steps=config.steps(len(images)),
+        images_per_step=config.batch_size,
         views_per_image=1,
         seed=seed,
         precision=precision_of(config.precision, world),

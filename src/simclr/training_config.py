@@ -6,11 +6,12 @@ Imports no torch.
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Literal, Self
 
 from simclr.config import FREE_ON_RESUME
 from simclr.errors import UserError
-from simclr.schedule import total_steps
+from simclr.schedule import learning_rate, peak_lr, total_steps, warmup_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,16 @@ class TrainingConfig:
     def steps(self, num_images: int) -> int:
         """Updates of a training on so many images."""
         return max(total_steps(num_images, self.epochs, self.batch_size), self.least_steps)
+
+    @property
+    def peak(self) -> float:
+        """Highest learning rate."""
+        return peak_lr(self.lr, self.batch_size, self.lr_scaling)
+
+    def learning_rate(self, num_images: int) -> Callable[[int], float]:
+        """Step -> rate of a training on so many images."""
+        warmup = warmup_steps(num_images, self.warmup_epochs, self.batch_size)
+        return partial(learning_rate, peak=self.peak, warmup_steps=warmup, total_steps=self.steps(num_images))
 
     def deciding(self) -> dict[str, Any]:
         """The settings that move the result, as JSON can hold them."""

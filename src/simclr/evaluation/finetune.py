@@ -39,7 +39,6 @@ from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.optim import build_optimizer
 from simclr.run import RunFolder
-from simclr.schedule import learning_rate, peak_lr, warmup_steps
 from simclr.train import Outcome, Task, restore
 from simclr.train import train as run_loop
 from simclr.weights import save_classifier
@@ -217,20 +216,16 @@ def _build_task(
         for layer in method.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 layer.momentum = 1 - config.batch_norm_decay
-    n, batch_size = len(train), config.batch_size
-    total = config.steps(n)
-    warmup = warmup_steps(n, config.warmup_epochs, batch_size)
-    peak = peak_lr(config.lr, batch_size, config.lr_scaling)
     return Task(
         method=method,
         batch=_batches(network, train, targets, config, seed, semantics, world),
         optimizer=build_optimizer(
-            config.optimizer, method, lr=peak, weight_decay=config.weight_decay, momentum=config.momentum,
+            config.optimizer, method, lr=config.peak, weight_decay=config.weight_decay, momentum=config.momentum,
             supervised=True,
         ),
-        learning_rate=lambda step: learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=total),
-        total_steps=total,
-        images_per_step=batch_size,
+        learning_rate=config.learning_rate(len(train)),
+        total_steps=config.steps(len(train)),
+        images_per_step=config.batch_size,
         views_per_image=1,
         seed=seed,
         precision=precision_of(config.precision, world),
