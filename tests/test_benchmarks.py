@@ -69,3 +69,15 @@ def test_gpu_suite_runs_and_its_checks_hold(tmp_path: Path, monkeypatch: pytest.
     assert {name for name, found in sections.items() if found["status"] == "skipped"} == needs_gpu
     assert all(found["status"] == "done" for name, found in sections.items() if name not in needs_gpu)
     assert all(sections[name]["right"] for name in ("views-against-reference", "loss-against-dense", "resume"))
+
+
+def test_the_parts_of_a_step_are_all_there(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    import parts
+
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)  # the other tests keep theirs
+    monkeypatch.setattr("sys.argv", ["parts.py", "--recipe", "digits", "--batch", "64", "--channels", "1"])
+    parts.main()
+    rows = [line.split("|")[1:4] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    shares = {name.strip(): float(share) for name, _, share in rows}
+    assert len(shares) == 4 and min(shares.values()) > 0, "parts that are timed alone are less than the step"
+    assert max(shares, key=lambda name: shares[name]) == "encoder and head, forward and backward"
