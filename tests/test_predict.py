@@ -285,3 +285,22 @@ def test_several_processes_are_refused(simclr, gray_model, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, said = simclr("predict", gray_model, "digits", "--out", "x.csv")
     assert code == 2 and "without torchrun" in said
+
+
+def test_a_classifier_in_an_onnx_file_predicts_too(simclr, gray_model, tmp_path):
+    """Its network has no parameters, only the file as a buffer; labels are those of the model it was exported from."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    for command in (
+        ["export", gray_model, "--format", "onnx", "--out", tmp_path / "m.onnx"],
+        ["predict", tmp_path / "m.onnx", "digits", "--out", tmp_path / "onnx.csv"],
+        ["predict", gray_model, "digits", "--out", tmp_path / "ours.csv"],
+    ):
+        code, _, said = simclr(*command)
+        assert code == 0, said
+    written = []
+    for name in ("onnx.csv", "ours.csv"):
+        with (tmp_path / name).open(newline="") as file:
+            written.append(list(csv.DictReader(file)))
+    assert [row["class"] for row in written[0]] == [row["class"] for row in written[1]]
+    assert len(written[0]) == 1797

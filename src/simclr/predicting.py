@@ -15,7 +15,7 @@ from simclr.data.files import Reading
 from simclr.data.images import Skipped
 from simclr.data.scan import some
 from simclr.errors import UserError
-from simclr.features import inference
+from simclr.features import device_of, inference
 from simclr.opening import require_writable, tell_if_replaced
 from simclr.progress import counting, say
 from simclr.streaming import Batch, View, stream_views
@@ -97,7 +97,7 @@ def _rows(args: "commands.Predict", model: Embedder, batch: Batch) -> list[Any]:
     network = model.classifier
     assert network is not None
     with inference(network):
-        logits = network(batch.views.to(next(network.parameters()).device))  # (B, K)
+        logits = network(batch.views.to(device_of(network)))  # (B, K)
         probabilities = logits.float().softmax(dim=1).cpu().numpy()
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, : args.top]  # (B, top), of equal ones the first
     values: list[Any] = [batch.keys]
