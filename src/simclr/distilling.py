@@ -9,8 +9,7 @@ import numpy as np
 
 from simclr import distributed
 from simclr.data.images import Images
-from simclr.data.labels import read_label_list
-from simclr.data.splits import label_subset
+from simclr.data.labels import chosen_by
 from simclr.distill import Distilled
 from simclr.distill import distill as run_distillation
 from simclr.distill_config import SELF, SMALL, SMALLER, DistillConfig, find_distill_recipe
@@ -18,6 +17,7 @@ from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.finetune import Stopped
 from simclr.evaluation.subjects import fit_channels
+from simclr.evaluation.table import error_note
 from simclr.models.classifier import Classifier
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
@@ -155,11 +155,9 @@ def _open_images(args: "commands.Distill", teacher: Embedder, world: World) -> t
 
 def _chosen(images: Images, labels: str, seed: int) -> np.ndarray:
     """Indices of the images that a flag names."""
-    if Path(labels).is_file():
-        return read_label_list(Path(labels), images)
-    if images.labels is None:
+    if images.labels is None and not Path(labels).is_file():
         raise UserError(f"{images.name} has no labels, so {labels} of them cannot be taken; leave the flag out.")
-    return label_subset(images.labels, labels, seed=seed)
+    return chosen_by(labels, images, seed=seed)
 
 
 def _settle(
@@ -178,7 +176,4 @@ def _print(result: Distilled, test: Images | None) -> None:
     if test is None or result.accuracy is None or result.teacher_accuracy is None:
         return
     print(f"{'teacher':<9}{result.teacher_accuracy:.1%}\n{'student':<9}{result.accuracy:.1%}")
-    print(
-        f"Top-1 accuracy on {len(test):,} test images, last checkpoint; the standard error of an accuracy is at most "
-        f"{50 / len(test) ** 0.5:.1f} points."
-    )
+    print(f"Top-1 accuracy on {len(test):,} test images, last checkpoint; {error_note(len(test))}.")

@@ -22,7 +22,7 @@ from simclr.evaluation.ledger import Ledger
 from simclr.evaluation.measure import TITLES, Measurement, Protocol, Settings, measure
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import PIXELS, RANDOM, Subject, open_subject
-from simclr.evaluation.table import BASELINES, SUPERVISED, Row, mean_and_spread, seeds_note, text_table
+from simclr.evaluation.table import BASELINES, SUPERVISED, Row, error_note, mean_and_spread, seeds_note, text_table
 from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
 from simclr.opening import open_parts, require_writable, side_of, write
 from simclr.progress import counting, say
@@ -64,7 +64,7 @@ def evaluate(args: "commands.Evaluate", finetune_over: Callable[[FinetuneConfig]
     world = distributed.start(args.device)
     try:
         session = Session.open(args, protocols, world)
-        session.check(protocols)
+        session.check()
         settings = Settings(linear=args.linear, recipe=args.finetune_recipe, over=finetune_over, flip=session.flip)
         measured = session.measure([cast(Protocol, name) for name in protocols if name in ACCURACIES], settings)
         reports = {name: REPORTS[name](session) for name in protocols if name in REPORTS}
@@ -138,12 +138,12 @@ class Session:
         """Where results are kept for a second call."""
         return _folder(self.args)
 
-    def check(self, protocols: list[str]) -> None:
+    def check(self) -> None:
         """Fail, or warn, before the work begins."""
-        if protocols != ["transfer"]:
+        if self.protocols != ["transfer"]:
             for subject in self.subjects():
                 subject.fitted(self.train)
-        if self.folder is None and set(protocols) & LONG:
+        if self.folder is None and set(self.protocols) & LONG:
             self.tell("Results are kept for a second call only with --out FOLDER, or where RUN is a pretraining run.")
 
     def tell(self, sentence: str) -> None:
@@ -257,9 +257,7 @@ def _print_legend(measured: list[Measurement], rows: list[Row], num_test: int) -
     for protocol in dict.fromkeys(one.protocol for one in measured):
         hows = list(dict.fromkeys(one.how for one in measured if one.protocol == protocol))
         print(f"{protocol}: {hows[0]}{f' (and {len(hows) - 1} more ways)' if len(hows) > 1 else ''}.")
-    print(
-        f"Test images: {num_test:,}, so the standard error of an accuracy is at most {50 / num_test**0.5:.1f} points."
-    )
+    print(f"Test images: {num_test:,}, so {error_note(num_test)}.")
 
 
 def _summary(session: Session, measured: list[Measurement], reports: dict[str, Report]) -> dict[str, Any]:

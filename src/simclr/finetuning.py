@@ -24,6 +24,7 @@ from simclr.evaluation.measure import Settings, how_to_finetune
 from simclr.evaluation.metrics import mean_per_class, top_k
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import PIXELS, RANDOM, Subject
+from simclr.evaluation.table import error_note
 from simclr.opening import require_writable, side_of, write
 from simclr.progress import counting, say
 from simclr.run import RunFolder
@@ -123,7 +124,7 @@ def _tell(args: commands.Finetune, network: Finetuned, split: Split, pixels: Sub
     print(f"{'The worst' if len(worst) < len(by_class) else 'All'} of {len(by_class)} classes:")
     for name in worst:
         print(f"  {name:<32}{100 * by_class[name]:5.1f}")
-    print(f"Test images: {num_test:,}, so the standard error of top-1 is at most {50 / num_test**0.5:.1f} points.")
+    print(f"Test images: {num_test:,}, so {error_note(num_test, 'top-1')}.")
     summary = {
         "run": args.run, "data": args.data, "split": split.how, "labels": args.labels, "seed": args.seed,
         "images": len(split.train), "test_images": num_test, "steps": network.steps, "accuracy": accuracies,

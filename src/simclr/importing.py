@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simclr.errors import UserError
-from simclr.models.classifier import Classifier
+from simclr.models.classifier import Classifier, usual_names
 from simclr.models.import_tf import EMA, Imported, import_tf
 from simclr.models.import_torch import import_torch
 from simclr.opening import require_writable
@@ -122,11 +122,10 @@ def _classes(file: Path | None, count: int) -> tuple[list[str], str]:
         if len(names) != count:
             raise UserError(f"{file} names {len(names)} classes, and the supervised head has {count}.")
         return names, f"named by {file}"
-    if count == 1000:
-        from timm.data import ImageNetInfo
-
-        return ImageNetInfo().label_names(), "taken for ImageNet's, named by their WordNet identifiers"
-    return [str(i) for i in range(count)], "named by their numbers; --classes FILE names them"
+    names, imagenet = usual_names(count)
+    if imagenet:
+        return names, "taken for ImageNet's, named by their WordNet identifiers"
+    return names, "named by their numbers; --classes FILE names them"
 
 
 def _say_what_is_there(imported: Imported) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from simclr.data.images import Images
 from simclr.data.scan import some
 from simclr.errors import UserError
-from simclr.models.classifier import pretrained_classifier
+from simclr.models.classifier import pretrained_classifier, usual_names
 from simclr.models.config import TIMM, TORCHVISION
 from simclr.weights import Embedder, load
 
@@ -24,7 +24,7 @@ def open_teacher(name: str, *, size: int) -> Embedder:
     """
     if name.startswith((TIMM, TORCHVISION)):
         network = pretrained_classifier(name, size=size)
-        classes = _class_names(network.linear.out_features)
+        classes, _ = usual_names(network.linear.out_features)
         return Embedder(network.encoder, "torchvision", classifier=network, classes=classes)
     teacher = load(Path(name))
     if teacher.classifier is None:
@@ -59,12 +59,3 @@ def teachers_columns(teacher: Embedder, images: Images) -> np.ndarray:
             "without --labels and with --no-test."
         )
     return np.array([columns[names[int(label)]] if label >= 0 else -1 for label in images.labels], dtype=np.int64)
-
-
-def _class_names(count: int) -> list[str]:
-    """ImageNet's WordNet identifiers, as `simclr import` takes them, else numbers."""
-    if count != 1000:
-        return [str(i) for i in range(count)]
-    from timm.data import ImageNetInfo
-
-    return ImageNetInfo().label_names()

@@ -13,6 +13,7 @@ import numpy as np
 
 from simclr.data.images import Images
 from simclr.data.scan import some
+from simclr.data.splits import label_subset
 from simclr.errors import UserError
 
 UNLABELLED = -1
@@ -62,6 +63,14 @@ def require_classes(learn: Images, test: Images) -> None:
             f"{test.name} has test images of {len(unknown)} classes of which none is there to learn from ({names}); "
             "give labelled training images of each class, or more --labels."
         )
+
+
+def chosen_by(labels: str, images: Images, *, seed: int) -> np.ndarray:
+    """Rows of the images that --labels names: a share, a number a class, or a file of their names."""
+    if Path(labels).is_file():
+        return read_label_list(Path(labels), images)
+    assert images.labels is not None
+    return label_subset(images.labels, labels, seed=seed)
 
 
 def read_label_file(file: Path, folder: Path, wanted: Sequence[str], known: Sequence[str]) -> list[str | None]:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simclr.data.images import Images
-from simclr.data.labels import labelled, read_label_list, require_classes
-from simclr.data.splits import label_subset, split_indices
+from simclr.data.labels import chosen_by, labelled, require_classes
+from simclr.data.splits import split_indices
 from simclr.errors import UserError
 
 
@@ -52,11 +52,8 @@ def split_data(
     num_labelled = len(train)
     assert train.labels is not None and test.labels is not None
     if labels is not None:
-        if Path(labels).is_file():
-            chosen, drawn = read_label_list(Path(labels), train), labels
-        else:
-            chosen, drawn = label_subset(train.labels, labels, seed=seed), f"{labels}, seed {seed}"
-        train = train.subset(chosen)
+        drawn = labels if Path(labels).is_file() else f"{labels}, seed {seed}"
+        train = train.subset(chosen_by(labels, train, seed=seed))
         test = train if leave_one_out else test
         how += f", {len(train):,} labels used ({drawn})"
     require_classes(train, test)

@@ -92,6 +92,11 @@ def seeds_note(rows: Sequence[Row]) -> str:
     return f"mean ± sample standard deviation over {over} seeds"
 
 
+def error_note(num_test: int, what: str = "an accuracy") -> str:
+    """How far chance alone may move an accuracy on so many test images: the binomial error at 50 %, its largest."""
+    return f"the standard error of {what} is at most {50 / num_test**0.5:.1f} points"
+
+
 def _columns(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(column for row in rows for column in row.values))
 

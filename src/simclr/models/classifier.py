@@ -81,6 +81,15 @@ def pretrained_classifier(name: str, *, size: int) -> Classifier:
     return network.eval()
 
 
+def usual_names(count: int) -> tuple[list[str], bool]:
+    """Names for classes that came without: ImageNet's WordNet identifiers for 1,000 (then True), else numbers."""
+    if count != 1000:
+        return [str(i) for i in range(count)], False
+    from timm.data import ImageNetInfo
+
+    return ImageNetInfo().label_names(), True
+
+
 def require_head_layer(head: ProjectionHead | None, layer: int) -> None:
     """Refuse a layer that the projection head does not have."""
     if layer < 0:
