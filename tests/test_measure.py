@@ -15,7 +15,7 @@ from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.finetune_config import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
 from simclr.evaluation.knn import knn
 from simclr.evaluation.ledger import Ledger
-from simclr.evaluation.measure import Settings, measure
+from simclr.evaluation.measure import Settings, measure, supervised_recipe
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import Subject, open_subject
 from simclr.models.config import EncoderConfig
@@ -173,3 +173,23 @@ def test_an_unknown_recipe_is_named():
     assert isinstance(find_finetune_recipe("v1-1%"), FinetuneConfig)
     with pytest.raises(UserError, match="v1-1%, v1-10%"):
         find_finetune_recipe("v3")
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        ("small", "sgd"),
+        ("torchvision/resnet18", "sgd"),
+        ("timm/vit_tiny_patch16_224", "adamw"),
+        ("torchvision/alexnet", "adamw"),
+    ],
+)
+def test_networks_without_batch_norm_are_trained_from_scratch_by_adamw(name, optimizer):
+    network = build_encoder(EncoderConfig(name, channels=3, size=64))
+    few, many = (supervised_recipe(network, n, flip=0.0) for n in (600, 60_000))
+    assert few.optimizer == many.optimizer == optimizer
+    assert few.flip == many.flip == 0
+    if optimizer == "adamw":  # the rate grows as the root of the batch
+        assert few.peak == pytest.approx(3e-4) and many.peak == pytest.approx(
+            3e-4 * (many.batch_size / few.batch_size) ** 0.5
+        )

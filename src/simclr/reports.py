@@ -14,9 +14,9 @@ from simclr.evaluation.curve import Key, labels_curve, when_it_pays
 from simclr.evaluation.finetune import supervised
 from simclr.evaluation.grid import PAPER_GRID, finetune_transfer
 from simclr.evaluation.label_free import LabelFree, label_free, view_features
-from simclr.evaluation.measure import SMALL, recipe_for
+from simclr.evaluation.measure import SMALL, supervised_recipe
 from simclr.evaluation.probe import probe
-from simclr.evaluation.table import BASELINES, SUPERVISED, Row, seeds_note, text_table
+from simclr.evaluation.table import BASELINES, Row, seeds_note, text_table
 from simclr.evaluation.transfer import Measure, differences, linear_transfer, rows, summary, transfer
 from simclr.report import draw_copies, draw_misfits, draw_neighbours
 
@@ -37,7 +37,11 @@ def report_curve(session: "Session") -> Report:
     """Accuracy over the number of labels a class, beside the baselines and a network trained on those labels alone."""
     args, split, subjects = session.args, session.split(session.args.seed, every=True), session.subjects()
     identities = {subject.name: subject.identity for subject in subjects}
-    scratch = [repr(session.like), *(recipe_for(SUPERVISED, n, session.flip).deciding() for n in (SMALL, SMALL + 1))]
+    network = subjects[0].encoder
+    how = (
+        [] if network is None else [supervised_recipe(network, n, session.flip).deciding() for n in (SMALL, SMALL + 1)]
+    )
+    scratch = [repr(session.like), *how]
 
     def keep(key: Key, make: Callable[[], float]) -> float:
         source, count, seed = key
@@ -48,7 +52,8 @@ def report_curve(session: "Session") -> Report:
         return session.ledger.get(entry, lambda: {"accuracy": make()})["accuracy"]
 
     def from_scratch(train: Images, test: Images, seed: int) -> float:
-        recipe = recipe_for(SUPERVISED, len(train), session.flip)
+        assert network is not None
+        recipe = supervised_recipe(network, len(train), session.flip)
         train, test = subjects[0].fitted(train), subjects[0].fitted(test)
         return supervised(
             session.like, train, test, recipe, seed=seed, semantics=session.preprocessing, world=session.world
@@ -59,7 +64,7 @@ def report_curve(session: "Session") -> Report:
         split,
         counts=args.counts or None,
         seeds=session.seeds,
-        supervised=from_scratch if subjects[0].encoder is not None else None,
+        supervised=from_scratch if network is not None else None,
         keep=keep,
         progress=lambda sentence: session.tell(f"  curve: {sentence}"),
     )

@@ -1,7 +1,8 @@
 """How a network is trained on labels: settings, and the papers' recipes by name. Imports no torch.
 
 Sources: SimCLR appendix B.3 (supervised), B.5 (semi-supervised, v1) and B.6 (linear probe); SimCLR v2 section 3 and the
-README of google-research/simclr (v2). Recipes whose name begins with `small` are ours (docs/lab-notes.md).
+README of google-research/simclr (v2). Recipes whose name begins with `small` or ends in `adamw` are ours
+(docs/lab-notes.md).
 """
 
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ _V1 = FinetuneConfig()
 _V2 = FinetuneConfig(optimizer="lars", lr=0.005, lr_scaling="sqrt", batch_size=1024)
 _V2_WIDE = replace(_V2, lr=0.002)  # width above 1, selective kernels
 _SMALL = FinetuneConfig(lr=0.03, lr_scaling="none", batch_size=64, epochs=10, least_steps=500, crop_min=0.3)
+_ADAMW = FinetuneConfig(optimizer="adamw", lr=3.75e-5, lr_scaling="sqrt", weight_decay=0.05)  # 3e-4 at 64 images
 
 FINETUNE_RECIPES: dict[str, FinetuneConfig] = {
     "v1-1%": replace(_V1, epochs=60),
@@ -53,6 +55,8 @@ FINETUNE_RECIPES: dict[str, FinetuneConfig] = {
     "small": _SMALL,
     "small-linear": replace(_SMALL, tune_from="none", lr=0.1),
     "small-supervised": replace(_SMALL, lr=0.1, weight_decay=1e-4, least_steps=1000),
+    "supervised-adamw": replace(_ADAMW, batch_size=1024, warmup_epochs=5, epochs=90),
+    "small-supervised-adamw": replace(_ADAMW, batch_size=64, crop_min=0.3, epochs=10, least_steps=1000),
 }
 """`FINETUNE_RECIPES["v2-1%"]`, and `dataclasses.replace` for what is to differ."""
 

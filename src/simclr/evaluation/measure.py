@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from simclr.distributed import World
 from simclr.evaluation.finetune import finetune, supervised
@@ -210,9 +212,10 @@ def _training(protocol: Protocol, subject: Subject, split: Split, settings: Sett
     """The settings by which a protocol trains a network; None where it trains none."""
     num_images = len(split.train)
     if _by_sgd(protocol, subject, split, settings):
-        return recipe_for("linear", num_images, settings.flip)
+        return _flipped(FINETUNE_RECIPES[_sized("linear", num_images)], settings.flip)
     if protocol == SUPERVISED:
-        return recipe_for("supervised", num_images, settings.flip)
+        assert subject.encoder is not None
+        return supervised_recipe(subject.encoder, num_images, settings.flip)
     if protocol != "finetune":
         return None
     return how_to_finetune(subject, split, settings)
@@ -224,16 +227,30 @@ def how_to_finetune(subject: Subject, split: Split, settings: Settings) -> Finet
     if settings.recipe is not None:
         config = _flipped(find_finetune_recipe(settings.recipe), settings.flip)
     elif subject.name == RANDOM:
-        config = recipe_for("supervised", num_images, settings.flip)
+        assert subject.encoder is not None
+        config = supervised_recipe(subject.encoder, num_images, settings.flip)
     else:
         recipe = "small" if num_images <= SMALL else _papers_recipe(subject, split)
         config = _flipped(find_finetune_recipe(recipe), settings.flip)
     return config.under(settings.over)
 
 
-def recipe_for(protocol: Literal["linear", "supervised"], num_images: int, flip: float | None) -> FinetuneConfig:
-    """How a protocol trains on so many labelled images, with this probability of a flip, unless it is None."""
-    return _flipped(FINETUNE_RECIPES[f"small-{protocol}" if num_images <= SMALL else protocol], flip)
+def supervised_recipe(network: nn.Module, num_images: int, flip: float | None) -> FinetuneConfig:
+    """How a network of this kind is trained from scratch on so many labelled images.
+
+    The papers' SGD with a rate of 0.1 is made for networks with batch norm; others learn by AdamW. (AlexNet by SGD
+    stays at chance for hundreds of steps, and sometimes for good.)
+
+    Args:
+        flip: Probability of a left-right flip; None: the recipe's.
+    """
+    batch_norm = any(isinstance(part, _BatchNorm) for part in network.modules())
+    return _flipped(FINETUNE_RECIPES[_sized("supervised", num_images) + ("" if batch_norm else "-adamw")], flip)
+
+
+def _sized(protocol: str, num_images: int) -> str:
+    """The name of a protocol's recipe for so many labelled images."""
+    return f"small-{protocol}" if num_images <= SMALL else protocol
 
 
 def _flipped(config: FinetuneConfig, flip: float | None) -> FinetuneConfig:
