@@ -102,7 +102,7 @@ def test_opened_gray_images_show_in_colour_too(models):
         RAMP[None], None, name="ramp", split="all", has_own_split=False, classes=None, channels="auto"
     )
     np.testing.assert_array_equal(models[3].embed(images), models[3].embed(RAMP[None]))
-    with pytest.raises(UserError, match="1-channel images and the colours has 3"):
+    with pytest.raises(UserError, match="1-channel images and the colours is in colour"):
         models[1].embed(
             array_images(
                 COLOUR[None], None, name="the colours", split="all", has_own_split=False, classes=None, channels="auto"

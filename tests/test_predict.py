@@ -213,7 +213,7 @@ def test_what_fails_in_the_middle_leaves_the_old_file(simclr, gray_model, tmp_pa
     (tmp_path / "out.csv").write_text("old")
     command = "predict", gray_model, tmp_path / "images", "--out", tmp_path / "out.csv", "--batch-size", 2
     code, _, said = simclr(*command)
-    assert code == 2 and re.search(r"takes 1-channel images and \S+4.png is in colour", said), said
+    assert code == 2 and re.search(r"expects 1-channel images and \S+4.png is in colour", said), said
 
     real, ready = tables._csv, []
 
@@ -250,7 +250,7 @@ def test_what_fails_in_the_middle_leaves_the_old_file(simclr, gray_model, tmp_pa
         (["MODEL", "/no/such"], "no folder or file /no/such"),
         (["MODEL", "EMPTY"], "There are no images in"),
         (["MODEL", "BAD"], r"None of the 2 image files in .* can be used: a.png \(not a readable image\), b.png"),
-        (["MODEL", "COLOUR"], "takes 1-channel images and colour is in colour"),
+        (["MODEL", "COLOUR"], "expects 1-channel images and colour is in colour"),
         (["MODEL", "digits", "--out", "x.json"], r"--out was x.json; its name must end in .csv or .parquet"),
         (["MODEL", "digits", "--out", "/proc/none/x.csv"], "/proc/none/x.csv cannot be written"),
         (["MODEL", "digits", "--out", "FOLDER.csv"], "FOLDER.csv cannot be written"),

@@ -55,7 +55,7 @@ def test_gray_images_show_as_colour_but_not_the_reverse(tmp_path):
     colour = np.repeat(gray[..., None], 3, axis=-1)
     model = simclr.load(tmp_path / "colour")
     np.testing.assert_allclose(model.embed(gray), model.embed(colour), atol=1e-6)
-    with pytest.raises(UserError, match="1-channel images and was given one with 3"):
+    with pytest.raises(UserError, match="1-channel images and what was given is in colour"):
         simclr.load(tmp_path / "gray").embed(colour)
 
 

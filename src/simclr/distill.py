@@ -31,7 +31,7 @@ from simclr.device import choose_kernels, keep_on_gpu, precision_of, same_thread
 from simclr.distill_config import DistillConfig
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.evaluation.finetune import Stopped, digest_of
+from simclr.evaluation.finetune import Stopped
 from simclr.evaluation.metrics import accuracy
 from simclr.features import outputs, require_channels
 from simclr.methods.distill import Distill
@@ -42,7 +42,7 @@ from simclr.progress import Progress, say
 from simclr.run import RunFolder, describe_machine
 from simclr.teacher import teachers_columns
 from simclr.train import Inputs, Outcome, Task, restore, train
-from simclr.weights import Embedder, save_classifier
+from simclr.weights import Embedder, digest_of, save_classifier
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simclr import distributed
-from simclr.data.images import Images
+from simclr.data.images import Images, fit_channels
 from simclr.data.labels import chosen_by
 from simclr.distill import Distilled
 from simclr.distill import distill as run_distillation
@@ -16,7 +16,6 @@ from simclr.distill_config import SELF, SMALL, SMALLER, DistillConfig, find_dist
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.finetune import Stopped
-from simclr.evaluation.subjects import fit_channels
 from simclr.evaluation.table import error_note
 from simclr.models.classifier import Classifier
 from simclr.models.config import EncoderConfig

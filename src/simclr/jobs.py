@@ -13,12 +13,11 @@ import numpy as np
 from simclr import distributed
 from simclr import pretrain as pretraining
 from simclr.config import PretrainConfig, changed_on_resume
-from simclr.data.images import Images
+from simclr.data.images import Images, fit_channels
 from simclr.data.named import NAMES
 from simclr.device import same_threads
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.evaluation.subjects import fit_channels
 from simclr.features import extract
 from simclr.memory import parse_bytes
 from simclr.opening import lasting, open_aloud, require_writable, side_of, tell_if_replaced, write

@@ -20,7 +20,7 @@ from simclr.augment.policy import Semantics
 from simclr.augment.views import eval_images
 from simclr.data.decode import decode_file, in_order
 from simclr.data.files import Reading
-from simclr.data.images import Images, Skipped, with_channels
+from simclr.data.images import Images, Skipped, require_no_colour, with_channels
 from simclr.data.named import NAMES
 from simclr.data.scan import Found, scan_folder
 from simclr.data.source import open_data
@@ -97,7 +97,7 @@ def _view_of(path: Path, view: View, side: int | None) -> Tensor | str:
     pixels = decode_file(path, side)  # (H, W, 1 or 3)
     if isinstance(pixels, str):
         return pixels
-    _require_no_colour(pixels.shape[2], view, str(path))
+    require_no_colour(pixels.shape[2], view.channels, str(path), who="The model")
     return eval_images([with_channels(pixels, view.channels)], view.size, view.semantics)[0]
 
 
@@ -110,19 +110,10 @@ def _in_memory(source: str, view: View, batch_size: int, how: Reading, leave_out
         how.say(note)
     for skipped in images.skipped:
         leave_out(skipped)
-    _require_no_colour(images.channels, view, images.name)
+    require_no_colour(images.channels, view.channels, images.name, who="The model")
     for begin in range(0, len(images), batch_size):
         rows = range(begin, min(begin + batch_size, len(images)))
         fitted = [with_channels(pixels, view.channels) for pixels in images.peek(rows)]
         yield Batch([images.keys[row] for row in rows], eval_images(fitted, view.size, view.semantics))
         if how.progress is not None:
             how.progress(rows.stop, len(images))
-
-
-def _require_no_colour(channels: int, view: View, what: str) -> None:
-    """Gray images can be shown as colour ones; the reverse would lose something."""
-    if channels > view.channels:
-        raise UserError(
-            f"The model takes {view.channels}-channel images and {what} is in colour; give it gray images (Pillow's "
-            'convert("L")), or a model that was trained with --channels 3.'
-        )

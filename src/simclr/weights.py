@@ -11,7 +11,6 @@ of what config.json says of them: two files that were not written together are r
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
@@ -26,10 +25,10 @@ from torch import Tensor, nn
 from simclr.augment.policy import Semantics
 from simclr.checkpoint import write_atomically
 from simclr.data.forms import ImagesLike, Pixels
-from simclr.data.images import Images
+from simclr.data.images import Images, fit_channels
 from simclr.device import find_device
 from simclr.errors import UserError
-from simclr.features import outputs, require_channels
+from simclr.features import outputs
 from simclr.models.classifier import Classifier
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
@@ -209,13 +208,7 @@ class Embedder:
         if batch_size < 1:
             raise UserError(f"batch_size was {batch_size}; it must be at least 1.")
         size, channels = self.encoder.config.size, self.encoder.config.channels
-        if not isinstance(images, Images):
-            fitting = Pixels(images, channels=channels)
-        elif images.channels < channels:
-            fitting = replace(images, channels=channels)  # gray shown in colour loses nothing
-        else:
-            require_channels(channels, images)
-            fitting = images
+        fitting = fit_channels(images, channels) if isinstance(images, Images) else Pixels(images, channels=channels)
         return outputs(network, fitting, width, size=size, semantics=self.preprocessing, batch_size=batch_size)
 
 
@@ -270,6 +263,15 @@ def _restore(described: dict[str, Any], file: Path) -> "Embedder":
 def _taken(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors under `prefix`, moved out of `weights`."""
     return {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+
+
+def digest_of(network: nn.Module) -> str:
+    """SHA-256 (hexadecimal) of all weights and buffers, and their names."""
+    digest = sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _digest(described: dict[str, Any]) -> str:

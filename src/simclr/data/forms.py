@@ -20,7 +20,7 @@ from torch import Tensor
 
 from simclr.data.decode import decode_image, in_order
 from simclr.data.files import Labelling, Reading, open_files
-from simclr.data.images import Channels, Images, array_images, choose_channels, with_channels
+from simclr.data.images import Channels, Images, array_images, choose_channels, require_no_colour, with_channels
 from simclr.data.scan import Found
 from simclr.errors import UserError
 
@@ -62,12 +62,10 @@ class Pixels(Sequence[np.ndarray]):
         return self._fit(one_image(self._given[rows]))
 
     def _fit(self, pixels: np.ndarray) -> np.ndarray:
-        if self._channels == 1 and pixels.shape[2] == 3:
-            raise UserError(
-                "The encoder was trained on 1-channel images and was given one with 3 channels; convert it first "
-                "(gray: PIL's convert('L'))."
-            )
-        return pixels if self._channels is None else with_channels(pixels, self._channels)
+        if self._channels is None:
+            return pixels
+        require_no_colour(pixels.shape[2], self._channels, "what was given")
+        return with_channels(pixels, self._channels)
 
     @property
     def files(self) -> list[Path] | None:

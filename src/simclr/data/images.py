@@ -190,6 +190,25 @@ def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     return ((luma + 0x8000) >> 16).astype(np.uint8)[..., None]
 
 
+def fit_channels(images: Images, channels: int, *, who: str = "The encoder") -> Images:
+    """Gray images as colour ones for an encoder of colour, which loses nothing; the reverse is refused.
+
+    Raises:
+        UserError: Colour images for an encoder of gray ones.
+    """
+    require_no_colour(images.channels, channels, images.name, who=who)
+    return replace(images, channels=channels)
+
+
+def require_no_colour(channels: int, expected: int, what: str, *, who: str = "The encoder") -> None:
+    """Refuse an image of more channels than the encoder was made for."""
+    if channels > expected:
+        raise UserError(
+            f"{who} expects {expected}-channel images and {what} is in colour; give it gray images (Pillow's "
+            'convert("L")), or an encoder that was pretrained with --channels 3.'
+        )
+
+
 def part_of(split: Split, has_own_split: bool, name: str) -> Split:
     """The part to open where `split` is asked for: all of the data where it brings no split of its own."""
     if has_own_split:

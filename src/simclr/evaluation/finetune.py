@@ -41,7 +41,7 @@ from simclr.optim import build_optimizer
 from simclr.run import RunFolder
 from simclr.train import Outcome, Task, restore
 from simclr.train import train as run_loop
-from simclr.weights import save_classifier
+from simclr.weights import digest_of, save_classifier
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,14 +284,6 @@ def _identity(
         "weights": digest_of(network),
     }
     return json.dumps(identity, indent=2) + "\n"
-
-
-def digest_of(network: nn.Module) -> str:
-    """SHA-256 (hexadecimal) of all weights and buffers."""
-    digest = sha256()
-    for tensor in network.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @contextmanager

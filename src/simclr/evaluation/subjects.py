@@ -3,7 +3,7 @@
 Each is a `Subject`: a name, perhaps an encoder with its projection head, and the features of any images, made once.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -13,16 +13,15 @@ import torch
 
 from simclr import __version__
 from simclr.augment.policy import Semantics
-from simclr.data.images import Images
+from simclr.data.images import Images, fit_channels
 from simclr.distributed import World
-from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache
 from simclr.features import extract, pixels_of, require_finite
 from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.progress import counting
-from simclr.weights import load
+from simclr.weights import digest_of, load
 
 RANDOM, PIXELS = "random", "pixels"
 MOST_PIXELS = 64  # a side, for `pixels`: larger ones cost memory and tell hardly more
@@ -80,9 +79,7 @@ class Subject:
         digest = sha256(f"{self.preprocessing} {self.size} {self.channels} {self.world.device.type}".encode())
         if self.encoder is not None:
             digest.update(repr(self.encoder.config).encode())
-            for name, tensor in self.encoder.state_dict().items():
-                digest.update(name.encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(digest_of(self.encoder).encode())
         return digest.hexdigest()
 
 
@@ -134,16 +131,6 @@ def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.weight is not None:
             torch.nn.init.ones_(module.weight)
     return encoder
-
-
-def fit_channels(images: Images, channels: int, *, who: str = "The encoder") -> Images:
-    """Gray images as colour ones for an encoder of colour; the reverse would lose something and is refused."""
-    if images.channels > channels:
-        raise UserError(
-            f"{who} expects {channels}-channel images and {images.name} is in colour; give it gray images, or pretrain "
-            "with --channels 3."
-        )
-    return replace(images, channels=channels)
 
 
 def _subject(
