@@ -21,7 +21,7 @@ from simclr.evaluation.finetune_config import FinetuneConfig, find_finetune_reci
 from simclr.evaluation.ledger import Ledger
 from simclr.evaluation.measure import TITLES, Measurement, Protocol, Settings, measure
 from simclr.evaluation.split import Split, split_data
-from simclr.evaluation.subjects import PIXELS, RANDOM, Subject, open_subject
+from simclr.evaluation.subjects import PIXELS, RANDOM, Subject, open_subject, subject_of
 from simclr.evaluation.table import BASELINES, SUPERVISED, Row, error_note, mean_and_spread, seeds_note, text_table
 from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
 from simclr.opening import open_parts, require_writable, side_of, write
@@ -97,12 +97,16 @@ class Session:
     ledger: Ledger
     world: World
     _opened: dict[tuple[str, int | None], Subject] = field(default_factory=dict)
+    """By name and, where the weights depend on it, seed."""
+    _first: TransferSet | None = None
+    """The first set to transfer to, split by the first seed."""
 
     @classmethod
     def open(cls, args: "commands.Evaluate", protocols: list[str], world: World) -> "Session":
         """Open everything that can be wrong."""
         run = Path(args.run)
-        described = load(run) if _is_folder(args.run) else None
+        model = load(run, device="cpu") if _is_folder(args.run) else None
+        first = None
         if protocols == ["transfer"]:
             first = _transfer_set(args, args.data[0], args.seed, world)
             train, test = first.learn, first.test
@@ -110,8 +114,10 @@ class Session:
             source = args.data[0]
             side = side_of(run, source, args.pack_side)
             train, test = open_parts(source, world, labels=args.labels_file, pack=args.pack, side=side)
-        if described is not None:
-            like, preprocessing = described.encoder.config, described.preprocessing
+        cache, opened = cache_of(args.cache), {}
+        if model is not None:
+            like, preprocessing = model.encoder.config, model.preprocessing
+            opened[args.run, None] = subject_of(model, args.run, cache=cache, world=world)
         else:
             like, preprocessing = _shape(args, train, world)
         if test is None:
@@ -120,7 +126,7 @@ class Session:
         ledger = Ledger(folder / "results.jsonl" if folder else None, world)
         return cls(
             args=args, protocols=protocols, train=train, test=test, like=like, preprocessing=preprocessing,
-            cache=cache_of(args.cache), ledger=ledger, world=world,
+            cache=cache, ledger=ledger, world=world, _opened=opened, _first=first,
         )  # fmt: skip
 
     @property
@@ -157,7 +163,9 @@ class Session:
 
     def sets(self, seed: int) -> list[TransferSet]:
         """The sets to transfer to."""
-        found = [_transfer_set(self.args, source, seed, self.world) for source in self.args.data]
+        args = self.args
+        known = [self._first] if self._first is not None and seed == args.seed else []
+        found = known + [_transfer_set(args, source, seed, self.world) for source in args.data[len(known) :]]
         for one in found:
             self.tell(f"{one.name}: {one.how}.")
             for note in dict.fromkeys([*one.train.notes, *one.test.notes]):

@@ -21,7 +21,7 @@ from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.progress import counting
-from simclr.weights import digest_of, load
+from simclr.weights import Embedder, digest_of, load
 
 RANDOM, PIXELS = "random", "pixels"
 MOST_PIXELS = 64  # a side, for `pixels`: larger ones cost memory and tell hardly more
@@ -115,8 +115,12 @@ def open_subject(
     if name.startswith((TIMM, TORCHVISION)):
         config = EncoderConfig(name=name, channels=3, size=size)
         return _subject(name, build_encoder(config, seed=seed, pretrained=pretrained), None, "torchvision", **shared)
-    model = load(Path(name), device="cpu")
-    return _subject(name, model.encoder, model.head, model.preprocessing, **shared)
+    return subject_of(load(Path(name), device="cpu"), name, **shared)
+
+
+def subject_of(model: Embedder, name: str, *, cache: FeatureCache, world: World) -> Subject:
+    """What was loaded from a run, a folder or a file, by the name that the user gave it."""
+    return _subject(name, model.encoder, model.head, model.preprocessing, cache=cache, world=world)
 
 
 def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
