@@ -24,7 +24,7 @@ from simclr.data.images import Images
 from simclr.data.source import open_data
 from simclr.distill import distill
 from simclr.distill_config import DISTILL_RECIPES, DistillConfig
-from simclr.evaluation.finetune import digest_of, finetune, supervised
+from simclr.evaluation.finetune import finetune, supervised
 from simclr.evaluation.finetune_config import FINETUNE_RECIPES
 from simclr.evaluation.ledger import Ledger, name_of
 from simclr.evaluation.logistic import optimum_probe
@@ -37,9 +37,11 @@ from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
 from simclr.run import describe_machine, open_run
 from simclr.schedule import total_steps
-from simclr.weights import Embedder, load
+from simclr.weights import Embedder, digest_of, load
 
 TEACHER, PIXELS = "teacher, fine-tuned", "raw pixels, linear"
+TUNING: dict[str, Any] = {"lr": 0.03, "weight_decay": 0.0, "epochs": 10, "least_steps": 500}
+"""Of the teacher: a shorter training than `small`, by which the figures in docs/distillation.md were taken."""
 WAYS = ("student, labels only", "student, distilled on the labelled images", "student, distilled on all images")
 
 
@@ -79,7 +81,7 @@ def one_seed(
     everything = split_data(train, test, seed=seed)
     few = split_data(train, test, seed=seed, labels=args.labels)
     base, flip = load(run), open_run(run).config.flip
-    tuning = replace(FINETUNE_RECIPES["small"], flip=flip)
+    tuning = replace(FINETUNE_RECIPES["small"], **TUNING, flip=flip)
     scratch = replace(FINETUNE_RECIPES["small-supervised"], flip=flip)
     shape = replace(base.encoder.config, width=args.width * base.encoder.config.width)
     on_all = replace(DISTILL_RECIPES["small-distill"], epochs=args.epochs, temperature=args.temperature, flip=flip)
