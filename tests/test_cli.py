@@ -121,7 +121,7 @@ def test_every_protocol_and_a_second_call(simclr, folder, tmp_path, monkeypatch)
 
     lines = (out / "evaluation" / "results.jsonl").read_text()
     code, again, said = simclr(*command)
-    assert code == 0 and again == table and "results were in" in said
+    assert code == 0 and again == table and "Taken from" in said
     assert (out / "evaluation" / "results.jsonl").read_text() == lines
 
 
@@ -151,7 +151,12 @@ def test_recipes_are_printed_complete(simclr):
         (["evaluate", "RUN", "UNLABELLED"], "no labels.*an .npz file with y"),
         (["evaluate", "/no/such/run", "digits"], "holds no encoder"),
         (["embed", "/no/such/run", "digits", "--out", "x.npz"], "holds no encoder"),
-        (["evaluate", "RUN", "digits", "--labels", "half"], "'half'"),
+        (["evaluate", "RUN", "digits", "--labels", "half"], "'half' is no share of the labels and no file"),
+        (["evaluate", "RUN", "digits", "--labels", "1%", "--protocol", "knn,curve"], "curve would not heed it"),
+        (["evaluate", "RUN", "digits", "--finetune.epochs", "3"], "about the protocol finetune"),
+        (["evaluate", "RUN", "digits", "--picture", "x.jpg"], "ends in .png"),
+        (["evaluate", "RUN", "digits", "--out", "one.npz"], "one.npz/results.jsonl cannot be written"),
+        (["evaluate", "pixels", "digits", "--protocol", "finetune"], "pixels brings none to train"),
         (["evaluate", "RUN", "digits", "--protocol", "knn,liner"], "--protocol was 'knn,liner'.*logistic"),
         (["evaluate", "RUN", "digits", "fashion-mnist"], "2 data sets were given.*--protocol transfer"),
         (["evaluate", "RUN", "digits", "--seeds", "0"], "--seeds 0"),
@@ -182,6 +187,18 @@ def test_a_mistake_is_one_sentence_and_code_2(simclr, run_folder, folder, tmp_pa
     assert re.search(expected, text), text
     assert sorted(run_folder.rglob("*")) == before
     assert not list(tmp_path.glob("runs/*"))
+
+
+def test_a_protocol_that_fails_leaves_the_others_and_code_2(simclr, run_folder, tmp_path):
+    place = tmp_path / "found.json"
+    code, out, err = simclr(
+        "evaluate", run_folder, "digits", "--labels", "1/class", "--protocol", "logistic,knn", "--compare", "pixels",
+        "pixels", "--json", place, "--out", tmp_path / "kept",
+    )  # fmt: skip
+    found = json.loads(place.read_text())
+    assert code == 2 and "2 of the results above are missing" in err and "knn of pixels" in out
+    assert [(one["features"], one["protocol"]) for one in found["results"]] == [("encoder", "knn"), ("pixels", "knn")]
+    assert found["spread"]["pixels"] == {"knn": None}  # one seed, though pixels are named twice
 
 
 def test_strict_stops_at_a_broken_file(simclr, folder, tmp_path):

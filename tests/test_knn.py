@@ -103,3 +103,9 @@ def test_bad_input_is_said(clouds):
     read_only = test.copy()
     read_only.flags.writeable = False  # such as a memory-mapped cache: torch warns of these, and warnings are errors
     assert np.array_equal(knn(train, labels, read_only), knn(train, labels, test))
+
+
+@pytest.mark.parametrize(("labels", "test", "leave_one_out"), [(4, 5, False), (6, 5, False), (5, 4, True)])
+def test_lengths_that_do_not_go_together_are_said(labels, test, leave_one_out):
+    with pytest.raises(UserError, match=f"5 training rows, {labels} labels and {test} test rows"):
+        knn(np.eye(5), np.arange(labels), np.eye(5)[:test], leave_one_out=leave_one_out)

@@ -193,7 +193,7 @@ def test_one_image_of_each_class_leaves_nothing_to_choose_with(clouds):
     first = np.unique(labels, return_index=True)[1]
     probe = optimum_probe(features[first], labels[first], features, seed=0)
     assert probe.strength == 1.0 and probe.validation_scores == {}
-    with pytest.raises(UserError, match="No labelled row is left"):
+    with pytest.raises(UserError, match="of a single label a class none can be"):
         logistic_probe(features[first], labels[first], features, seed=0)
 
 

@@ -56,11 +56,24 @@ def subjects(*names: str, cache: FeatureCache | None = None) -> list[Subject]:
     ]
 
 
-def run(split: Split, opened: list[Subject], protocols=PROTOCOLS, *, ledger=None, folder=None, settings=QUICK):
+def raising(_what: str, error: UserError):
+    raise error
+
+
+def run(
+    split: Split,
+    opened: list[Subject],
+    protocols=PROTOCOLS,
+    *,
+    ledger=None,
+    folder=None,
+    settings=QUICK,
+    failed=raising,
+):
     return list(
         measure(
             protocols, [0], subjects_of=lambda _: opened, split_of=lambda _: split, settings=settings,
-            ledger=ledger or Ledger(None), folder=folder, world=World(), say=lambda _: None,
+            ledger=ledger or Ledger(None), folder=folder, world=World(), say=lambda _: None, failed=failed,
         )
     )  # fmt: skip
 
@@ -92,6 +105,15 @@ def test_who_is_measured_how(digits, folder):
         assert 0 <= one.figures["top1"] <= one.figures["top5"] <= 1 and 0 <= one.figures["mean_per_class"] <= 1
     pixels = {one.protocol: one.figures["top1"] for one in found if one.subject == "pixels"}
     assert min(pixels.values()) > 0.8  # scikit-learn's digits are easy
+
+
+def test_what_cannot_be_measured_leaves_the_rest():
+    one_each = split_data(open_data("digits"), open_data("digits", split="test"), seed=0, labels="1/class")
+    failures = []
+    found = run(one_each, subjects("pixels"), ["logistic", "knn"], failed=lambda *failure: failures.append(failure))
+    assert [one.protocol for one in found] == ["knn"]
+    ((what, error),) = failures
+    assert what == "pixels: logistic, seed 0" and "two labels a class" in str(error)
 
 
 def test_nothing_is_measured_twice(digits, folder, tmp_path):

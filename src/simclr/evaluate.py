@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 from simclr import distributed
 from simclr.augment.policy import Semantics
@@ -15,16 +15,17 @@ from simclr.data.images import Images
 from simclr.data.presets import TransferSet, open_transfer_set
 from simclr.distributed import World
 from simclr.errors import UserError
+from simclr.evaluation.asked import ACCURACIES, check_asked, protocols_of
 from simclr.evaluation.cache import FeatureCache, cache_of
 from simclr.evaluation.finetune import Stopped
-from simclr.evaluation.finetune_config import FinetuneConfig, find_finetune_recipe
+from simclr.evaluation.finetune_config import FinetuneConfig
 from simclr.evaluation.ledger import Ledger
-from simclr.evaluation.measure import TITLES, Measurement, Protocol, Settings, measure
+from simclr.evaluation.measure import TITLES, Measurement, Protocol, Settings, makes_sense, measure
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import PIXELS, RANDOM, Subject, open_subject, subject_of
 from simclr.evaluation.table import BASELINES, SUPERVISED, Row, error_note, mean_and_spread, seeds_note, text_table
 from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
-from simclr.opening import open_parts, require_writable, side_of, write
+from simclr.opening import open_parts, side_of, write
 from simclr.progress import counting, say
 from simclr.recipes import choose_recipe, fit_recipe
 from simclr.reports import REPORTS, Report
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 ENCODER = "encoder"
 """Name of the row of RUN itself."""
-ACCURACIES: tuple[Protocol, ...] = get_args(Protocol)
 LONG = {"finetune", SUPERVISED, "curve", "probe", "transfer"}
 """Protocols that take minutes or more."""
 
@@ -47,20 +47,8 @@ def evaluate(args: "commands.Evaluate", finetune_over: Callable[[FinetuneConfig]
     Args:
         finetune_over: Puts the flags that were given on top of a recipe for fine-tuning.
     """
-    protocols = _protocols(args.protocol)
-    if len(args.data) != 1 and (protocols != ["transfer"] or not args.data):
-        raise UserError(f"{len(args.data)} data sets were given; give one, or several with --protocol transfer alone.")
-    if args.seed < 0 or args.seeds < 1:
-        raise UserError(f"--seed was {args.seed} and --seeds {args.seeds}; the first is at least 0, the second 1.")
-    for path in (args.json, args.picture):
-        if path is not None:
-            require_writable(path)
-    if args.finetune_recipe is not None:
-        find_finetune_recipe(args.finetune_recipe)
-    if args.leave_one_out and protocols != ["knn"]:
-        raise UserError(
-            f"--leave-one-out is about nearest neighbours; --protocol was {args.protocol!r}, give knn alone."
-        )
+    protocols = protocols_of(args.protocol)
+    check_asked(args, protocols, finetune_over)
     world = distributed.start(args.device)
     try:
         session = Session.open(args, protocols, world)
@@ -71,6 +59,8 @@ def evaluate(args: "commands.Evaluate", finetune_over: Callable[[FinetuneConfig]
         picture = _picture(session, measured) if args.picture else None
         if world.is_main:
             _tell(session, measured, reports, picture)
+        if session.failed:
+            raise UserError(f"{len(session.failed)} of the results above are missing: {session.failed[0]}")
     except Stopped as stopped:
         folder = _folder(args)
         kept = f"what is done is in {folder}: the same command goes on" if folder else "nothing is kept without --out"
@@ -100,6 +90,8 @@ class Session:
     """By name and, where the weights depend on it, seed."""
     _first: TransferSet | None = None
     """The first set to transfer to, split by the first seed."""
+    failed: list[UserError] = field(default_factory=list)
+    """Why results are missing."""
 
     @classmethod
     def open(cls, args: "commands.Evaluate", protocols: list[str], world: World) -> "Session":
@@ -147,8 +139,15 @@ class Session:
     def check(self) -> None:
         """Fail, or warn, before the work begins."""
         if self.protocols != ["transfer"]:
-            for subject in self.subjects():
+            subjects = self.subjects()
+            for subject in subjects:
                 subject.fitted(self.train)
+            for protocol in self.protocols:
+                if protocol in ACCURACIES and not any(makes_sense(protocol, one, subjects[0]) for one in subjects):
+                    raise UserError(
+                        f"The protocol {protocol} trains a network, and {self.args.run} brings none to train; give a "
+                        "run's folder, timm/NAME or torchvision/NAME (supervised takes random too)."
+                    )
         if self.folder is None and set(self.protocols) & LONG:
             self.tell("Results are kept for a second call only with --out FOLDER, or where RUN is a pretraining run.")
 
@@ -175,7 +174,7 @@ class Session:
     def subjects(self, seed: int | None = None) -> list[Subject]:
         """What is judged, and then what stands beside it; `random` has the weights of the seed."""
         seed = self.args.seed if seed is None else seed
-        names = [self.args.run, *(name for name in self.args.compare if name != self.args.run)]
+        names = list(dict.fromkeys([self.args.run, *self.args.compare]))
         opened = [self._subject(name, seed) for name in names]
         return [replace(opened[0], name=ENCODER), *opened[1:]] if _is_folder(self.args.run) else opened
 
@@ -201,14 +200,23 @@ class Session:
 
         if not protocols:
             return []
+
+        def failed(what: str, error: UserError) -> None:
+            if self.world.size > 1:  # the others may not have failed, and would wait
+                raise error
+            self.failed.append(error)
+            self.tell(f"  {what} is left out: {error}")
+
         measured = list(
             measure(
                 protocols, self.seeds, subjects_of=self.subjects, split_of=split_of, settings=settings,
-                ledger=self.ledger, folder=self.folder, world=self.world, say=self.tell,
+                ledger=self.ledger, folder=self.folder, world=self.world, say=self.tell, failed=failed,
             )
         )  # fmt: skip
+        if not measured:
+            raise self.failed[0]
         if self.ledger.reused:
-            self.tell(f"{self.ledger.reused} results were in {self.ledger.file} already; without it, all are measured.")
+            self.tell(f"Taken from {self.ledger.file}: {self.ledger.reused}; without that file, all are measured.")
         return measured
 
 
@@ -252,6 +260,12 @@ def _means(measured: list[Measurement]) -> dict[str, dict[str, float]]:
     return {name: {p: mean_and_spread(v)[0] for p, v in row.items()} for name, row in found.items()}
 
 
+def _spreads(measured: list[Measurement]) -> dict[str, dict[str, float | None]]:
+    """The same of the sample standard deviations over seeds; None of a single one."""
+    found = _top1_by(measured, lambda one: one.protocol)
+    return {name: {p: mean_and_spread(v)[1] for p, v in row.items()} for name, row in found.items()}
+
+
 def _top1_by(measured: list[Measurement], column: Callable[[Measurement], str]) -> dict[str, dict[str, list[float]]]:
     """Subject -> column -> top-1 accuracies, in [0, 1]."""
     found: dict[str, dict[str, list[float]]] = {}
@@ -263,17 +277,23 @@ def _top1_by(measured: list[Measurement], column: Callable[[Measurement], str]) 
 def _print_legend(measured: list[Measurement], rows: list[Row], num_test: int) -> None:
     print(f"Top-1 accuracy in %, {seeds_note(rows)}.")
     for protocol in dict.fromkeys(one.protocol for one in measured):
-        hows = list(dict.fromkeys(one.how for one in measured if one.protocol == protocol))
-        print(f"{protocol}: {hows[0]}{f' (and {len(hows) - 1} more ways)' if len(hows) > 1 else ''}.")
+        done: dict[str, dict[str, None]] = {}  # how -> whose
+        for one in measured:
+            if one.protocol == protocol:
+                done.setdefault(one.how, {})[one.subject] = None
+        for how, names in done.items():
+            whose = f" of {', '.join(names)}" if len(done) > 1 else ""
+            print(f"{protocol}{whose}: {how}.")
     print(f"Test images: {num_test:,}, so {error_note(num_test)}.")
 
 
 def _summary(session: Session, measured: list[Measurement], reports: dict[str, Report]) -> dict[str, Any]:
-    """What the JSON file holds: the mean of each accuracy by name, then every single result, then the reports."""
+    """What the JSON file holds: mean and spread of each accuracy by name, every single result, the reports."""
     args = session.args
     split = session.split(args.seed) if measured else None
     return {
         **_means(measured),
+        "spread": _spreads(measured),
         "protocol": {
             "run": args.run,
             "data": args.data,
@@ -288,14 +308,6 @@ def _summary(session: Session, measured: list[Measurement], reports: dict[str, R
         ],
         "reports": {name: report.figures for name, report in reports.items()},
     }
-
-
-def _protocols(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    known = (*ACCURACIES, *REPORTS)
-    if not names or any(name not in known for name in names):
-        raise UserError(f"--protocol was {text!r}; give one or more of {', '.join(known)}, with commas between.")
-    return list(dict.fromkeys(names))
 
 
 def _transfer_set(args: "commands.Evaluate", source: str, seed: int, world: World) -> TransferSet:

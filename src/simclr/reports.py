@@ -11,17 +11,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from simclr.data.images import Images
 from simclr.errors import UserError
 from simclr.evaluation.curve import Key, labels_curve, when_it_pays
+from simclr.evaluation.duplicates import Duplicates
 from simclr.evaluation.finetune import supervised
 from simclr.evaluation.grid import PAPER_GRID, finetune_transfer
 from simclr.evaluation.label_free import LabelFree, label_free, view_features
 from simclr.evaluation.measure import SMALL, supervised_recipe
 from simclr.evaluation.probe import probe
+from simclr.evaluation.split import Split
+from simclr.evaluation.subjects import Subject
 from simclr.evaluation.table import BASELINES, Row, seeds_note, text_table
 from simclr.evaluation.transfer import Measure, differences, linear_transfer, rows, summary, transfer
 from simclr.report import draw_copies, draw_misfits, draw_neighbours
 
 if TYPE_CHECKING:
     from simclr.evaluate import Session
+
+
+NAMED = 10
+"""Pairs of copies that are printed."""
 
 
 class Report(NamedTuple):
@@ -74,32 +81,47 @@ def report_curve(session: "Session") -> Report:
 
 def report_probe(session: "Session") -> Report:
     """What can be read from each layer: colour, rotation, noise, edges (the paper's table 3)."""
-    split, subject = session.split(session.args.seed, every=True), session.subjects()[0]
-    if subject.encoder is None:
+    split, judged = session.split(session.args.seed, every=True), session.subjects()[0]
+    if judged.encoder is None:
         raise UserError("The protocol probe looks at the layers of a network, and pixels have none; give an encoder.")
-    encoder, train, test = subject.encoder, subject.fitted(split.train), subject.fitted(split.test)
+    found: dict[str, list[dict[str, Any]]] = {}  # subject -> probes by seed
+    for seed in session.seeds:
+        for subject in session.subjects(seed):
+            if subject.encoder is not None:
+                found.setdefault(subject.name, []).append(_probed(session, subject, split, seed))
+    first = found.pop(judged.name)
+    chance = first[0]["chance"]
+    lines = _layers(first)
+    for name, probes in found.items():
+        lines += [replace(row, name=f"{name}: {row.name}") for row in _layers(probes)]
+    note = seeds_note(lines)
+    lines.append(Row("chance", {task: [share] for task, share in chance.items()}, baseline=True))
+    notes = [f"What an MLP reads from each layer, accuracy in %, {note}.", *first[0]["notes"]]
+    return Report("\n".join([text_table(lines, corner="layer"), *notes]), {"seeds": first, "compared": found}, {})
 
-    def make(seed: int) -> dict[str, Any]:
+
+def _probed(session: "Session", subject: Subject, split: Split, seed: int) -> dict[str, Any]:
+    """Every task on every layer of one network, from the ledger or measured now."""
+    encoder, train, test = subject.encoder, subject.fitted(split.train), subject.fitted(split.test)
+    assert encoder is not None
+    key = {
+        "protocol": "probe", "identity": subject.identity, "seed": seed, "train": train.fingerprint,
+        "test": test.fingerprint, "head": subject.head is not None,
+    }  # fmt: skip
+
+    def make() -> dict[str, Any]:
         return probe(
-            encoder, subject.head, train, test,
-            seed=seed, semantics=subject.preprocessing, progress=lambda text: session.tell(f"  probe: {text}"),
+            encoder, subject.head, train, test, seed=seed, semantics=subject.preprocessing,
+            progress=lambda text: session.tell(f"  probe of {subject.name}: {text}"),
         ).to_dict()  # fmt: skip
 
-    found = []
-    for seed in session.seeds:
-        key = {
-            "protocol": "probe", "identity": subject.identity, "seed": seed, "train": train.fingerprint,
-            "test": test.fingerprint, "head": subject.head is not None,
-        }  # fmt: skip
-        found.append(session.ledger.get(key, partial(make, seed)))
-    first = found[0]
-    lines = [
-        Row(layer, {task: [probes["table"][layer][task] for probes in found] for task in first["chance"]})
-        for layer in first["table"]
-    ]
-    lines.append(Row("chance", {task: [chance] for task, chance in first["chance"].items()}, baseline=True))
-    notes = [f"What an MLP reads from each layer, accuracy in %, {seeds_note(lines[:-1])}.", *first["notes"]]
-    return Report("\n".join([text_table(lines, corner="layer"), *notes]), {"seeds": found}, {})
+    return session.ledger.get(key, make)
+
+
+def _layers(probes: list[dict[str, Any]]) -> list[Row]:
+    """A row for each layer, a column for each task; one value a seed."""
+    tasks, layers = probes[0]["chance"], probes[0]["table"]
+    return [Row(layer, {task: [one["table"][layer][task] for one in probes] for task in tasks}) for layer in layers]
 
 
 def report_label_free(session: "Session") -> Report:
@@ -134,7 +156,7 @@ def report_label_free(session: "Session") -> Report:
             text_table(lines, corner="features", percent=False, digits=2),
             f"Alignment: of two crops of {first.alignment_rows:,} images, lower is closer. Uniformity: of "
             f"{first.uniformity_rows:,} images, lower is wider spread. Silhouette: of {first.num_clusters} clusters.",
-            *(one.sentence for one in copies),
+            *(line for one in copies for line in _named(one)),
         ]
     )
     shown = subjects[0].fitted(images)
@@ -147,6 +169,13 @@ def report_label_free(session: "Session") -> Report:
     if first.across is not None and first.across.pairs and test is not None:
         pictures["copies-across.png"] = draw_copies(first.across, shown, subjects[0].fitted(test))
     return Report(text, {name: one.to_dict() for name, one in found.items()}, pictures)
+
+
+def _named(copies: Duplicates) -> list[str]:
+    """What was found, and the first pairs by name."""
+    pairs = copies.pairs[:NAMED]
+    more = [f"  and {len(copies.pairs) - NAMED:,} more, all in --json"] if len(copies.pairs) > NAMED else []
+    return [copies.sentence, *(f"  {one.copy} shows {one.original} ({one.similarity:.3f})" for one in pairs), *more]
 
 
 def report_transfer(session: "Session") -> Report:

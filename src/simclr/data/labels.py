@@ -45,7 +45,7 @@ def labelled(images: Images) -> Images:
     if images.labels is None or not (images.labels >= 0).any():
         raise UserError(
             f"{images.name} has no labels, and evaluation needs them; give a folder with one sub-folder per class "
-            "(or --labels-file with path,label lines), or an .npz file with y."
+            "(or --labels-file with path,label lines), or an .npz file with y. The protocol label-free needs none."
         )
     return images.subset(np.flatnonzero(images.labels >= 0))
 

@@ -79,7 +79,10 @@ def label_subset(labels: np.ndarray, spec: str, seed: int = 0) -> np.ndarray:
         if fewest < num_images or len(order) == 0:
             raise UserError(f"{spec} is more than there is: the smallest class has {fewest} labelled images.")
         return np.sort(order[rank < num_images])
-    raise UserError(f"{spec!r} is no share of the labels: write it as '1%', '10%' or '20/class'.")
+    raise UserError(
+        f"{spec!r} is no share of the labels and no file: write '1%', '10%' or '20/class', or name a file with the "
+        "names of images, one a line."
+    )
 
 
 def _shuffled(labels: np.ndarray, seed: int) -> np.ndarray:

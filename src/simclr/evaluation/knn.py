@@ -77,12 +77,17 @@ def knn_votes(
         chunk: Test rows at a time.
 
     Raises:
-        UserError: NaN or infinite features, no row left to vote, or k or temperature not positive.
+        UserError: Not a label for each row, NaN or infinite features, no row left to vote, or k or temperature not
+            positive.
     """
+    if len(labels) != len(train) or (leave_one_out and len(test) != len(train)):
+        raise UserError(
+            f"kNN was given {len(train)} training rows, {len(labels)} labels and {len(test)} test rows; each training "
+            "row needs a label, and with leave_one_out the test rows are the training rows."
+        )
     require_finite(train, "training")
     if not leave_one_out:
         require_finite(test, "test")
-    assert not leave_one_out or len(train) == len(test)
     k = _possible_k(k, temperature, len(train) - leave_one_out)
     classes, targets = np.unique(labels, return_inverse=True)
     precision = torch.float64 if np.result_type(train, test) == np.float64 else torch.float32

@@ -127,8 +127,8 @@ def logistic_probe(
     if len(strengths) > 1:
         if not len(validate):
             raise UserError(
-                "No labelled row is left to choose the strength of the logistic regression with, because each class "
-                "has a single one; give more labels, validation rows, or one strength."
+                "The strength of the logistic regression is chosen on labels that are held out, and of a single label "
+                "a class none can be; give two labels a class or more, or take the protocol linear."
             )
         scale = _scale(rows[learn], standardise)
         judge = scale(rows[validate])

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from simclr.distributed import World
+from simclr.errors import UserError
 from simclr.evaluation.finetune import finetune, supervised
 from simclr.evaluation.finetune_config import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
 from simclr.evaluation.knn import KNN_TEMPERATURE, knn_votes
@@ -65,7 +66,7 @@ class Measurement:
     protocol: str
     seed: int
     figures: dict[str, float]
-    """top1, mean_per_class and, from six classes on, top5; in [0, 1]."""
+    """top1, mean_per_class and, from six classes on, top5, in [0, 1]; and the l2 strength, where one was chosen."""
     how: str
     """What was done, in a few words."""
 
@@ -81,6 +82,7 @@ def measure(
     folder: Path | None,
     world: World,
     say: Callable[[str], None],
+    failed: Callable[[str, UserError], None],
 ) -> Iterator[Measurement]:
     """Every protocol on every subject that it makes sense for, seed by seed; what the ledger holds is not done again.
 
@@ -89,9 +91,9 @@ def measure(
         split_of: The images of a seed.
         folder: Where networks that are trained keep their checkpoints, so that they can be resumed; None: nowhere.
         say: Told what begins.
+        failed: Told what cannot be measured, and why; the others still are, unless it raises.
 
     Raises:
-        UserError: Images, subjects and protocols do not go together.
         Stopped: A signal asked to stop in the middle of a training.
     """
     for seed in seeds:
@@ -101,8 +103,14 @@ def measure(
         )
         for subject in subjects:
             for protocol in protocols:
-                if _makes_sense(protocol, subject, subjects[0]):
-                    yield one(protocol, subject)
+                if not makes_sense(protocol, subject, subjects[0]):
+                    continue
+                try:
+                    measured = one(protocol, subject)
+                except UserError as error:
+                    failed(f"{subject.name}: {protocol}, seed {seed}", error)
+                else:
+                    yield measured
 
 
 def _measure(
@@ -131,7 +139,7 @@ def _measure(
     return Measurement(subject=name, protocol=protocol, seed=seed, **ledger.get(key, run))
 
 
-def _makes_sense(protocol: Protocol, subject: Subject, first: Subject) -> bool:
+def makes_sense(protocol: str, subject: Subject, first: Subject) -> bool:
     """Pixels have no network; a random one is trained once, as the supervised baseline."""
     if protocol == SUPERVISED:
         return subject is first and subject.encoder is not None
@@ -153,18 +161,19 @@ def _run(
     if protocol in ("finetune", SUPERVISED) or _by_sgd(protocol, subject, split, settings):
         return _train(protocol, subject, split, seed, config, place, world)
     train, test = subject.features(split.train), subject.features(split.test)
+    where = "" if subject.encoder is not None else f", on {subject.size} x {subject.size} pixels"
     if protocol == "knn":
         alone = split.test is split.train
         votes = knn_votes(train, labels, test, leave_one_out=alone, device=world.device)
-        how = f"k {votes.k}, temperature {KNN_TEMPERATURE}, cosine{', leave-one-out' if alone else ''}"
+        how = f"k {votes.k}, temperature {KNN_TEMPERATURE}, cosine{', leave-one-out' if alone else ''}{where}"
         return _figures(votes.scores, votes.classes, asked), how
     classes, targets = np.unique(labels, return_inverse=True)  # (K,), (n,)
     if protocol == "linear":
-        fitted, how = optimum_probe(train, targets, test, seed=seed, device=world.device), "exact optimum, n x l2"
+        fitted, how = optimum_probe(train, targets, test, seed=seed, device=world.device), "exact optimum"
     else:
         fitted, how = logistic_probe(train, targets, test, seed=seed, device=world.device), "best of 45 l2"
-    how += f" {fitted.strength:.3g}{'' if fitted.converged else ', not converged'}"
-    return _figures(fitted.scores, classes, asked), f"logistic regression on frozen features, {how}"
+    how = f"logistic regression on frozen features, {how}{'' if fitted.converged else ', not converged'}{where}"
+    return {**_figures(fitted.scores, classes, asked), "l2": fitted.strength}, how
 
 
 def _train(
