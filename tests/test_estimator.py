@@ -191,7 +191,7 @@ def test_a_mistake_is_one_sentence_in_the_words_of_python(parameters, X, said):
 
 def test_an_encoder_of_gray_refuses_colour_and_takes_other_sizes():
     fitted = SimCLR(**TINY).fit(GRAY)
-    with pytest.raises(UserError, match="1-channel images and was given one with 3"):
+    with pytest.raises(UserError, match="1-channel images and what was given is in colour"):
         fitted.transform(COLOUR)
     assert fitted.transform(np.zeros((2, 30, 20))).shape == fitted.transform(GRAY[:2]).shape
     assert SimCLR(**TINY).fit(COLOUR).transform(GRAY).shape[0] == 12

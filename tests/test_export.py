@@ -214,7 +214,7 @@ def test_a_file_refuses_images_that_its_encoder_was_not_made_for(tmp_path: Path)
     export(commands.Export(run=tmp_path / "encoder", format="timm", out=tmp_path / "w.pth"))
     model = simclr.load(tmp_path / "w.pth")
     assert model.embed(np.zeros((2, 50, 40), np.uint8)).shape == (2, 512)  # any size is cut and resized
-    with pytest.raises(UserError, match="1-channel images and was given one with 3"):
+    with pytest.raises(UserError, match="1-channel images and what was given is in colour"):
         model.embed(np.zeros((1, 32, 32, 3), np.uint8))
     with pytest.raises(UserError, match=r"Pixels lie in \[0, 255\]"):
         model.embed(np.array([[[0.0, 255.0]]]))
