@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from simclr import distributed
+from simclr.asked import ACCURACIES, check_asked, protocols_of
 from simclr.augment.policy import Semantics
 from simclr.data.files import Reading
 from simclr.data.images import Images
 from simclr.data.presets import TransferSet, open_transfer_set
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.evaluation.asked import ACCURACIES, check_asked, protocols_of
 from simclr.evaluation.cache import FeatureCache, cache_of
 from simclr.evaluation.finetune import Stopped
 from simclr.evaluation.finetune_config import FinetuneConfig
@@ -226,7 +226,7 @@ def _picture(session: Session, measured: list[Measurement]) -> bytes:
 
     run, split = Path(session.args.run), session.split(session.args.seed)
     metrics = RunFolder(run).read_metrics() if (run / "metrics.jsonl").is_file() else []
-    return draw_evaluation(session.subjects()[0].features(split.test), split, _means(measured), metrics)
+    return draw_evaluation(session.subjects()[0].features(split.test), split, _over_seeds(measured)[0], metrics)
 
 
 def _tell(session: Session, measured: list[Measurement], reports: dict[str, Report], picture: bytes | None) -> None:
@@ -254,16 +254,15 @@ def _rows(measured: list[Measurement]) -> list[Row]:
     return [Row(name, values, baseline=name in BASELINES) for name, values in columns.items()]
 
 
-def _means(measured: list[Measurement]) -> dict[str, dict[str, float]]:
-    """Subject -> protocol -> mean top-1 accuracy, in [0, 1]."""
-    found = _top1_by(measured, lambda one: one.protocol)
-    return {name: {p: mean_and_spread(v)[0] for p, v in row.items()} for name, row in found.items()}
-
-
-def _spreads(measured: list[Measurement]) -> dict[str, dict[str, float | None]]:
-    """The same of the sample standard deviations over seeds; None of a single one."""
-    found = _top1_by(measured, lambda one: one.protocol)
-    return {name: {p: mean_and_spread(v)[1] for p, v in row.items()} for name, row in found.items()}
+def _over_seeds(measured: list[Measurement]) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float | None]]]:
+    """Subject -> protocol -> mean top-1 accuracy, in [0, 1]; and its sample standard deviation, None of one seed."""
+    means: dict[str, dict[str, float]] = {}
+    spreads: dict[str, dict[str, float | None]] = {}
+    for name, row in _top1_by(measured, lambda one: one.protocol).items():
+        means[name], spreads[name] = {}, {}
+        for protocol, values in row.items():
+            means[name][protocol], spreads[name][protocol] = mean_and_spread(values)
+    return means, spreads
 
 
 def _top1_by(measured: list[Measurement], column: Callable[[Measurement], str]) -> dict[str, dict[str, list[float]]]:
@@ -291,9 +290,10 @@ def _summary(session: Session, measured: list[Measurement], reports: dict[str, R
     """What the JSON file holds: mean and spread of each accuracy by name, every single result, the reports."""
     args = session.args
     split = session.split(args.seed) if measured else None
+    means, spreads = _over_seeds(measured)
     return {
-        **_means(measured),
-        "spread": _spreads(measured),
+        **means,
+        "spread": spreads,
         "protocol": {
             "run": args.run,
             "data": args.data,
