@@ -263,7 +263,7 @@ def _pack(z: Tensor, operands: Operands) -> Tensor:
 def _fitting(packed: Tensor) -> Launch:
     if packed.dtype == torch.float32:
         return Launch(32, 32, 4, 1)
-    room = torch.cuda.get_device_properties(packed.device).shared_memory_per_block_optin
+    room = torch.cuda.get_device_properties(packed.device).shared_memory_per_block_optin  # pyrefly: ignore[missing-attribute]
     return largest_tile(packed.shape[0] * packed.shape[2] * packed.element_size(), room)
 
 
