@@ -224,7 +224,7 @@ def test_what_fails_in_the_middle_leaves_the_old_file(simclr, gray_model, tmp_pa
         raise KeyboardInterrupt
 
     for failure, ends in (
-        (full, (2, "out.csv cannot be written: No space left")),
+        (full, (2, "out.csv cannot be written: no space left")),
         (asked_to_stop, (130, "stopped")),
     ):
 

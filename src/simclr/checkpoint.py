@@ -7,46 +7,17 @@ carries the checksum, so that one atomic rename publishes content and checksum t
 
 import hashlib
 import io
-import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from simclr.errors import UserError
+from simclr.files import reason_of, write_atomically
 
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Give `path` this content, or leave it untouched."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to be written, which takes its place at the end: fsync, rename, fsync of the folder.
-
-    After an exception `path` is untouched and the other file gone.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int, resuming: str = "") -> Path:
@@ -69,7 +40,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
         kept = "The last good checkpoint is kept" if checkpoints(folder) else "There is no earlier checkpoint"
         raise UserError(
             f"The checkpoint of step {step} ({len(content) / 2**20:.1f} MiB) could not be written to {folder}: "
-            f"{error.strerror}. {kept}; make room, then {resuming or f'`simclr resume {folder.parent}`'}."
+            f"{reason_of(error, path)}. {kept}; make room, then {resuming or f'`simclr resume {folder.parent}`'}."
         ) from None
     for old in checkpoints(folder)[keep:]:
         old.unlink(missing_ok=True)
@@ -113,9 +84,3 @@ def set_aside_newer(folder: Path, step: int) -> None:
     for path in checkpoints(folder):
         if step_of(path) > step:
             path.rename(path.with_name(path.name + ".damaged"))
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)

@@ -24,7 +24,6 @@ import torch
 
 from simclr.augment.policy import crop_and_flip
 from simclr.augment.views import has_kernels, make_view
-from simclr.checkpoint import write_atomically
 from simclr.data.images import Images
 from simclr.data.order import EndlessOrder
 from simclr.device import choose_kernels, keep_on_gpu, precision_of, same_threads
@@ -34,6 +33,7 @@ from simclr.errors import UserError
 from simclr.evaluation.finetune import Stopped
 from simclr.evaluation.metrics import accuracy
 from simclr.features import outputs, require_channels
+from simclr.files import write_atomically
 from simclr.methods.distill import Distill
 from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier

@@ -1,9 +1,11 @@
-"""Files: bounded reads of regular files, content digests, and a lock that one process at a time holds."""
+"""Files: bounded reads of regular files, atomic writes, content digests, a lock, and what the system's errors mean."""
 
 import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import socket
 import stat
 from collections.abc import Iterator
@@ -21,11 +23,51 @@ except ImportError:  # Windows: no file locks, so two processes are not kept apa
 MAX_RECORD_BYTES = 16 << 20
 """Size limit of a JSON record (config.json, run.json, ...); the largest that we write, the class names of ImageNet-21k
 with their accuracies, has 2 MB."""
+_TEMPORARY = re.compile(r"\..+\.(\d{1,10})(?:-[0-9a-f]{8})?\.tmp", re.DOTALL)
+"""Name of a file that `replacing` is writing: that of the file it will be, the process, and a random number."""
 
 
-def reason_of(error: OSError) -> str:
-    """What the operating system says went wrong, for the inside of a sentence ("no space left on device")."""
-    return (error.strerror or str(error) or type(error).__name__).lower()
+def reason_of(error: OSError, path: Path | None = None) -> str:
+    """What the operating system says went wrong, for the inside of a sentence ("no space left on device").
+
+    Args:
+        path: What was being read or written; the reason names the file that the system refused where it is another.
+    """
+    reason = (error.strerror or str(error) or type(error).__name__).lower()
+    named = error.filename if isinstance(error.filename, str) else None
+    if error.errno == errno.ENOSPC and _out_of_inodes(named or path):
+        reason += ", because no more files can be made there: its inodes are used up"
+    if path is not None and named is not None and named != str(path) and not _is_temporary(Path(named).name):
+        reason += f" ({named})"
+    return reason
+
+
+@contextmanager
+def writing(path: Path, *, hint: str = "give another path") -> Iterator[None]:
+    """Turn what the operating system refuses while `path` is written into a sentence for the user.
+
+    Args:
+        path: The file or folder that the sentence names.
+        hint: What to try.
+
+    Raises:
+        UserError: An OSError was raised inside, or no file can have this name.
+    """
+    require_possible(path)
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {reason_of(error, path)}; {hint}.") from None
+
+
+def require_possible(path: Path) -> None:
+    """Refuse a name that no file can have: one with a null byte, or with text that is not Unicode."""
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise UserError(f"{str(path)!r} cannot be the name of a file; give another one.")
 
 
 @contextmanager
@@ -62,6 +104,109 @@ def file_digest(path: Path) -> str:
     """SHA-256 (hexadecimal) of a regular file's content; errors as in `open_regular`."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Give `path` this content, or leave it untouched."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` to be written, which takes its place at the end: fsync, rename, fsync of the folder.
+
+    After an exception `path` is untouched and the other file gone. What a killed process left of an earlier attempt to
+    write `path` is removed first.
+    """
+    sweep(path.parent, path.name)
+    temporary = path.with_name(f".{_stem(path.name)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            _try_lock(file.fileno())  # while it is held, nobody takes the file for the leftover of a killed process
+            yield temporary
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary files that killed processes left in a folder, and none that is being written.
+
+    Args:
+        name: Only those for the file of this name; None: all of them.
+    """
+    if not folder.is_dir():
+        return
+    prefix = "." if name is None else f".{_stem(name)}."
+    with os.scandir(folder) as entries:
+        found = [Path(entry.path) for entry in entries if entry.name.startswith(prefix) and _is_temporary(entry.name)]
+    for leftover in found:
+        if not _is_being_written(leftover):
+            leftover.unlink(missing_ok=True)
+
+
+def _stem(name: str) -> str:
+    """What a temporary file is named after: the name, cut so that the longer one is allowed too (255 bytes)."""
+    return os.fsdecode(os.fsencode(name)[:200])
+
+
+def _is_temporary(name: str) -> bool:
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def _is_being_written(temporary: Path) -> bool:
+    """Whether a process is at work on it: one that is alive here, or that holds its lock from anywhere."""
+    match = _TEMPORARY.fullmatch(temporary.name)
+    assert match, temporary
+    if int(match[1]) != os.getpid() and _is_alive(int(match[1])):
+        return True
+    try:
+        with open_regular(temporary) as file:
+            return not _try_lock(file.fileno())
+    except (OSError, UserError):  # gone already, or nothing that we wrote
+        return True
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # where the call below would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is there, and another user's
+        return True
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a rename on the disk, as far as the file system can."""
+    with suppress(PermissionError):  # one may write into a folder without the right to list it
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems without it
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def _out_of_inodes(path: str | Path | None) -> bool:
+    """Whether the disk that a path lies on has room for bytes, and none for another file."""
+    if path is None or not hasattr(os, "statvfs"):
+        return False
+    folder = Path(path)
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    with suppress(OSError):
+        status = os.statvfs(folder)
+        return status.f_files > 0 and status.f_favail == 0 and status.f_bavail > 0
+    return False
 
 
 class FileLock:

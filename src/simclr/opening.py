@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from simclr.checkpoint import write_atomically
 from simclr.data.images import Channels, Images, Split
 from simclr.data.named import NAMES
 from simclr.data.source import open_data
 from simclr.distributed import World
 from simclr.errors import UserError
+from simclr.files import reason_of, require_possible, write_atomically, writing
 from simclr.progress import counting, say
 from simclr.run import open_run
 
@@ -71,16 +71,17 @@ def lasting(source: str) -> str:
 
 def require_writable(path: Path) -> None:
     """Fail before the work and not after it."""
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
+    require_possible(path)
     try:
+        folder = path.parent
+        while not folder.exists():
+            folder = folder.parent
         with TemporaryFile(dir=folder):  # permissions alone do not tell: root may write to /proc, which takes nothing
-            writable = not path.is_dir()
-    except OSError:
-        writable = False
-    if not writable:
-        raise UserError(f"{path} cannot be written; give another path.")
+            reason = "it is a folder" if path.is_dir() else None
+    except OSError as error:
+        reason = reason_of(error)
+    if reason is not None:
+        raise UserError(f"{path} cannot be written: {reason}; give another path.")
 
 
 def tell_if_replaced(path: Path) -> None:
@@ -91,8 +92,6 @@ def tell_if_replaced(path: Path) -> None:
 
 def write(path: Path, content: bytes) -> None:
     """Make the file, and the folders that it needs."""
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; give another path.") from None

@@ -13,7 +13,6 @@ import torch
 
 from simclr.augment.policy import Policy
 from simclr.augment.views import has_kernels, make_views
-from simclr.checkpoint import write_atomically
 from simclr.config import PretrainConfig
 from simclr.data.images import Images
 from simclr.data.order import EndlessOrder
@@ -24,6 +23,7 @@ from simclr.errors import UserError
 from simclr.evaluation.knn import knn
 from simclr.evaluation.metrics import accuracy
 from simclr.features import extract
+from simclr.files import write_atomically
 from simclr.memory import out_of_memory, settle
 from simclr.methods.simclr import SimCLR, collapse_signs
 from simclr.models.batchnorm import set_global_batch_norm, track_once

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simclr.checkpoint import sweep, write_atomically
 from simclr.config import PretrainConfig, load_config
 from simclr.errors import UserError
+from simclr.files import reason_of, sweep, write_atomically
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class RunFolder:
                 lines.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(
-                f"{file} could not be written: {error.strerror}. The last good checkpoint is kept; make room, "
+                f"{file} could not be written: {reason_of(error, file)}. The last good checkpoint is kept; make room, "
                 f"then {self.resuming}."
             ) from None
 

@@ -23,8 +23,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from simclr.augment.policy import Semantics
-from simclr.checkpoint import write_atomically
 from simclr.errors import UserError
+from simclr.files import write_atomically
 from simclr.models.classifier import Classifier
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from simclr.checkpoint import replacing
 from simclr.errors import UserError
+from simclr.files import replacing, writing
 
 ROW_GROUP = 16_384
 """Rows that are kept until they are written, in .parquet, whose readers want them in groups."""
@@ -47,12 +47,10 @@ def open_table(path: Path, columns: Columns) -> Iterator[Write]:
         UserError: The file cannot be written.
     """
     kind = _parquet if path.suffix.lower() == ".parquet" else _csv
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, kind(temporary, columns) as add:
             yield add
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}; give another path.") from None
 
 
 @contextmanager

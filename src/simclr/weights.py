@@ -23,12 +23,12 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from simclr.augment.policy import Semantics
-from simclr.checkpoint import write_atomically
 from simclr.data.forms import ImagesLike, Pixels
 from simclr.data.images import Images, fit_channels
 from simclr.device import find_device
 from simclr.errors import UserError
 from simclr.features import outputs
+from simclr.files import write_atomically
 from simclr.models.classifier import Classifier
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from simclr.checkpoint import write_atomically
 from simclr.data.place import user_cache
 from simclr.distributed import World
 from simclr.errors import UserError
+from simclr.files import write_atomically
 
 MOST_BYTES = 20 << 30
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from simclr.augment.policy import Semantics, crop_and_flip
 from simclr.augment.views import has_kernels, make_view
-from simclr.checkpoint import write_atomically
 from simclr.data.images import Images
 from simclr.data.labels import require_classes
 from simclr.data.order import EndlessOrder
@@ -31,6 +30,7 @@ from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.finetune_config import FinetuneConfig
 from simclr.features import device_of, outputs, require_channels
+from simclr.files import write_atomically
 from simclr.methods.classify import Classify, share_right
 from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier
