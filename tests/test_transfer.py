@@ -94,7 +94,7 @@ def poisoned(data):
         test = replace(test, targets=np.where(test.targets >= 0, 1 - test.targets, -1).astype(np.int8))
     else:
         test = replace(test, labels=(test.labels + 1) % 3)
-    return replace(data, test=replace(test, fingerprint="poisoned"))
+    return replace(data, test=replace(test, contents="poisoned"))
 
 
 def tiny_encoder():

@@ -12,6 +12,7 @@ from simclr import distributed
 from simclr.asked import ACCURACIES, check_asked, protocols_of
 from simclr.augment.policy import Semantics
 from simclr.data.files import Reading
+from simclr.data.fingerprint import SCHEME, first_scheme
 from simclr.data.images import Images
 from simclr.data.presets import TransferSet, open_transfer_set
 from simclr.distributed import World
@@ -346,7 +347,12 @@ def _shape(args: "commands.Evaluate", images: Images, world: World) -> tuple[Enc
 
 def _warn_if_seen(run: Path, images: Images, world: World) -> None:
     """Say so where images that are about to be split took part, unlabelled, in pretraining."""
-    if (run / "run.json").is_file() and open_run(run).origin["data"]["fingerprint"] == images.fingerprint:
+    if not (run / "run.json").is_file():
+        return
+    began = open_run(run).origin["data"]
+    seen = replace(images, channels=began.get("channels", images.channels))
+    is_first = not began["fingerprint"].startswith(SCHEME)
+    if began["fingerprint"] == (first_scheme(seen) if is_first else seen.fingerprint):
         say(
             "The encoder saw these test images, without labels, while it was pretrained; new images may do worse.",
             main=world.is_main,

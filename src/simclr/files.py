@@ -209,6 +209,17 @@ def _out_of_inodes(path: str | Path | None) -> bool:
     return False
 
 
+Stamp = tuple[int, int, int, int]
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """Size, times of change and inode: what tells that a file may have another content.
+
+    A program may set the modification time back after exchanging a file, but not the time of the inode's change.
+    """
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
 class FileLock:
     """An exclusive lock on a file, held by one process at a time.
 

@@ -84,7 +84,7 @@ def resume(args: "commands.Resume", flags_over: FlagsOver) -> None:
         source = lasting(args.data) if args.data else _known_place(origin, args.run)
         options = origin["data"]["options"] | ({"pack": args.pack} if args.pack else {})
         images = open_aloud(source, world, channels=config.channels, **options)
-        pretraining.same_data(images, origin, args.run)
+        pretraining.same_data(images, origin, args.run, main=world.is_main)
         outcome = pretraining.pretrain(images, config, run, world)
     finally:
         distributed.stop()

@@ -14,6 +14,7 @@ import torch
 from simclr.augment.policy import Policy
 from simclr.augment.views import has_kernels, make_views
 from simclr.config import PretrainConfig
+from simclr.data.fingerprint import SCHEME, first_scheme
 from simclr.data.images import Images
 from simclr.data.order import EndlessOrder
 from simclr.data.splits import split_indices
@@ -287,9 +288,17 @@ def origin_of(images: Images, source: str, options: dict[str, Any], machine: dic
     }
 
 
-def same_data(images: Images, origin: dict[str, Any], run: Path) -> None:
+def same_data(images: Images, origin: dict[str, Any], run: Path, *, main: bool = True) -> None:
     """Refuse to go on with other images than the run began with."""
-    if images.fingerprint != origin["data"]["fingerprint"]:
+    saved = origin["data"]["fingerprint"]
+    first = not saved.startswith(SCHEME)
+    if first:
+        say(
+            f"{run} was begun by an earlier version, which did not keep what its images contain: their names, sizes "
+            "and labels are compared.",
+            main=main,
+        )
+    if saved != (first_scheme(images) if first else images.fingerprint):
         raise UserError(
             f"{origin['data']['source']} no longer holds the images that {run} began with ({origin['data']['images']} "
             f"then, {len(images)} now, or other contents); restore them, or start a new run."

@@ -12,9 +12,9 @@ import re
 import stat
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from simclr.errors import UserError
+from simclr.files import Stamp, stamp_of
 
 MAX_PIXELS = 100_000_000
 """An image whose header claims more is refused as a decompression bomb; the largest cameras have about it."""
@@ -46,9 +47,8 @@ class Passing(str):
     """A reason that lies in the machine and not in the file, such as a lack of memory: it may pass."""
 
 
-def decode_files(paths: Iterable[Path], workers: int, side: int | None = None) -> Iterator[np.ndarray | str]:
-    """`decode_file` of each path, in their order, with `workers` threads (0: in this one)."""
-    yield from in_order(partial(decode_file, side=side), paths, workers)
+class Changed(Passing):
+    """The reason of a file that is not the one that was expected."""
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
@@ -83,11 +83,12 @@ def decode_image(source: Path | Image.Image) -> np.ndarray:
     return pixels
 
 
-def decode_file(path: Path, side: int | None = None) -> np.ndarray | str:
+def decode_file(path: Path, side: int | None = None, expected: Stamp | None = None) -> np.ndarray | str:
     """(H, W, 1 or 3) uint8 pixels of a file, or a few words that say why there are none.
 
     Args:
         side: Images whose shorter side is longer are shrunk to it (`shrink`).
+        expected: What the file's stamp has to be before and after it is read; else the reason is a `Changed`.
     """
     try:
         found = os.stat(path)
@@ -98,7 +99,10 @@ def decode_file(path: Path, side: int | None = None) -> np.ndarray | str:
         if found.st_size > MAX_FILE_BYTES:
             return f"file of {found.st_size:,} bytes, more than {MAX_FILE_BYTES:,}"
         with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
+            before = stamp_of(os.fstat(file.fileno()))
             pixels = _guarded(image)
+            if expected is not None and not (before == expected == stamp_of(os.fstat(file.fileno()))):
+                return Changed("changed while it was read")
         return pixels if side is None or isinstance(pixels, str) else shrink(pixels, side)
     except Exception as error:  # Pillow's readers raise nearly every kind of error on damaged bytes
         return _reason(error)

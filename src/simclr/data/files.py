@@ -6,21 +6,24 @@ budget; else only the sizes are kept and each batch decodes its files again.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from simclr.data.decode import decode_files
+from simclr.data.decode import Changed, in_order
+from simclr.data.digests import decode_found, identify, known_digests
+from simclr.data.fingerprint import digest_of_files
 from simclr.data.images import Channels, Images, Skipped, Split, choose_channels
 from simclr.data.pack import Pack, Spot, open_pack, say_if_stale
 from simclr.data.place import pack_place
 from simclr.data.scan import Found, some
 from simclr.errors import UserError
+from simclr.files import reason_of
 
 MEMORY_SHARE = 0.25
 """Share of the physical memory (or of the container's limit) that decoded pixels may take."""
@@ -85,11 +88,17 @@ def open_files(
     if how.side:
         notes.append(f"Images with a shorter side above {how.side} pixels are shrunk to {how.side} (--pack-side).")
     budget = _default_budget() if how.memory_budget is None else how.memory_budget
+    files, said = identify(root, files, workers=how.workers, say=how.say)
+    notes += said
     packed = None
-    place = pack_place(how.pack, root, every, how.side)
+    try:
+        place = pack_place(how.pack, root, every, how.side)
+    except OSError as error:
+        place = None
+        notes.append(f"There is no place for a pack ({reason_of(error)}): --pack names a folder.")
     if place is not None:
         packed, said = open_pack(place, files, side=how.side, workers=how.workers, progress=how.progress, say=how.say)
-        notes += said + say_if_stale(packed, every)
+        notes += said + say_if_stale(packed, files if len(files) == len(every) else known_digests(root, every))
     decoded = _decode_all(files, packed, how.side, how.workers, budget, how.progress)
     skipped = sorted([*unreachable, *decoded.skipped])
     total = len(files) + len(unreachable)
@@ -118,7 +127,7 @@ def open_files(
         labels=labelling.labels,
         classes=labelling.classes,
         targets=labelling.targets,
-        fingerprint=_fingerprint(kept, sizes, labelling),
+        contents=digest_of_files(file.digest for file in kept),
         read=_Store(kept, sizes, decoded.lies, packed, how.side, how.workers),
         rows=np.arange(len(kept)),
         skipped=skipped,
@@ -154,8 +163,8 @@ def _decode_all(
     lies: list[_Lies] = []
     num_bytes = done = 0
     known = [None if pack is None else pack.find(file) for file in files]
-    new = [file.path for file, found in zip(files, known, strict=True) if found is None]
-    decoded = decode_files(new, workers, side)
+    new = [file for file, found in zip(files, known, strict=True) if found is None]
+    decoded = in_order(partial(decode_found, side=side), new, workers)
     for row, found in enumerate(known):
         result = next(decoded) if found is None else found
         if isinstance(result, str):
@@ -208,9 +217,15 @@ class _Store:
         return [next(again) if pixels is None else pixels for pixels in ready]
 
     def _decode(self, rows: Sequence[int]) -> Iterator[np.ndarray]:
-        results = decode_files([self.files[row].path for row in rows], self.workers, self.side)
+        decode = partial(decode_found, side=self.side)
+        results = in_order(decode, [self.files[row] for row in rows], self.workers)
         for row, result in zip(rows, results, strict=True):
             height, width = self.sizes[row]
+            if isinstance(result, Changed):
+                raise UserError(
+                    f"{self.files[row].path} has changed since the data was opened: put the file back as it was, or "
+                    "begin again with the data as it is now."
+                )
             if isinstance(result, str) or result.shape[:2] != (height, width):
                 now = result if isinstance(result, str) else f"{result.shape[0]} x {result.shape[1]} pixels"
                 raise UserError(
@@ -218,17 +233,6 @@ class _Store:
                     f"and is now {now}."
                 )
             yield result
-
-
-def _fingerprint(files: Iterable[Found], sizes: np.ndarray, labelling: Labelling) -> str:
-    digest = sha256()
-    for file in files:
-        digest.update(f"{file.key}\0{file.num_bytes}\0".encode())
-    digest.update(sizes.astype("<i8").tobytes())
-    for known in (labelling.labels, labelling.targets):
-        if known is not None:
-            digest.update(known.astype("<i8").tobytes())
-    return digest.hexdigest()
 
 
 def _default_budget() -> int:

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Never
 
@@ -20,9 +19,11 @@ from torch import Tensor
 
 from simclr.data.decode import decode_image, in_order
 from simclr.data.files import Labelling, Reading, open_files
+from simclr.data.fingerprint import digest_of_arrays
 from simclr.data.images import Channels, Images, array_images, choose_channels, require_no_colour, with_channels
 from simclr.data.scan import Found
 from simclr.errors import UserError
+from simclr.files import stamp_of
 
 ImagesLike = Images | np.ndarray | Tensor | Image.Image | str | os.PathLike[str] | Iterable[Any]
 
@@ -98,9 +99,6 @@ def open_images(images: ImagesLike, *, channels: Channels = "auto") -> Images:
         return _open_paths(pixels.files, channels)
     arrays = pixels[:]  # n of (H, W, C)
     num_channels, notes = choose_channels(channels, np.array([array.shape[2] == 1 for array in arrays]))
-    digest = sha256()
-    for array in arrays:
-        digest.update(repr(array.shape).encode() + array.tobytes())
     return Images(
         name="the images",
         split="all",
@@ -110,7 +108,7 @@ def open_images(images: ImagesLike, *, channels: Channels = "auto") -> Images:
         sizes=np.array([array.shape[:2] for array in arrays], dtype=np.int64),
         labels=None,
         classes=None,
-        fingerprint=digest.hexdigest(),
+        contents=digest_of_arrays(arrays),
         read=partial(_take, arrays),
         rows=np.arange(len(arrays)),
         notes=notes,
@@ -236,11 +234,7 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 
 def _open_paths(paths: Sequence[Path], channels: Channels) -> Images:
-    stats = [path.stat() for path in paths]
-    files = [
-        Found(str(path), path.parent, path.name, stat.st_size, stat.st_mtime_ns)
-        for path, stat in zip(paths, stats, strict=True)
-    ]
+    files = [Found(str(path), path.parent, path.name, stamp_of(path.stat())) for path in paths]
     opened = open_files(
         Path(os.path.commonpath([path.absolute().parent for path in paths])), files, unreachable=[], every=files,
         label=lambda _: Labelling(), name="the list of files", split="all", has_own_split=False, notes=[],

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from simclr.data.fingerprint import digest_of_array, fingerprint_of
 from simclr.errors import UserError
 
 Split = Literal["train", "test", "all"]
@@ -46,8 +47,8 @@ class Images:
     """(n,) int64, -1 for an image without a label; None where no image has one."""
     classes: list[str] | None
     """Names that the labels, or the columns of `targets`, index; None where there are none (.npz labels with gaps)."""
-    fingerprint: str
-    """SHA-256 of the contents, the same on every machine: does a run resume on the data it began with?"""
+    contents: str
+    """SHA-256 of what the pixels come from, in the order of the images: the files' bytes, or the array."""
     read: Callable[[np.ndarray], np.ndarray | Sequence[np.ndarray]] = field(repr=False)
     """Rows of the store -> its own (H, W, 1 or 3) uint8 arrays, or one fresh (B, H, W, 1 or 3) array."""
     rows: np.ndarray = field(repr=False)
@@ -108,7 +109,7 @@ class Images:
             labels=None if self.labels is None else self.labels[chosen],
             targets=None if self.targets is None else self.targets[chosen],
             rows=self.rows[chosen],
-            fingerprint=sha256(self.fingerprint.encode() + chosen.astype("<i8").tobytes()).hexdigest(),
+            contents=sha256(self.contents.encode() + chosen.astype("<i8").tobytes()).hexdigest(),
         )
 
     def joined(self, other: "Images") -> "Images":
@@ -121,7 +122,17 @@ class Images:
             labels=_joined(self.labels, other.labels),
             targets=_joined(self.targets, other.targets),
             rows=np.concatenate([self.rows, other.rows]),
-            fingerprint=sha256(f"{self.fingerprint} {other.fingerprint}".encode()).hexdigest(),
+            contents=sha256(f"{self.contents} {other.contents}".encode()).hexdigest(),
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the contents, the same on every machine: of all that a result can depend on.
+
+        Computed from the fields as they are, so that images whose labels or channels were replaced are other data.
+        """
+        return fingerprint_of(
+            self.contents, self.keys, self.sizes, [self.labels, self.targets], self.classes, self.channels
         )
 
     @cached_property
@@ -154,7 +165,7 @@ def array_images(
         sizes=np.tile(np.array(pixels.shape[1:3], dtype=np.int64), (len(pixels), 1)),
         labels=labels,
         classes=classes,
-        fingerprint=_array_fingerprint(pixels, labels),
+        contents=digest_of_array(pixels),
         read=partial(_take, pixels),
         rows=np.arange(len(pixels)),
         notes=[*notes, *said],
@@ -227,12 +238,3 @@ def _joined(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray |
 
 def _take(pixels: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels[rows])  # contiguous also where the store is a transposed view (STL-10)
-
-
-def _array_fingerprint(pixels: np.ndarray, labels: np.ndarray | None) -> str:
-    digest = sha256(repr(pixels.shape).encode())
-    for start in range(0, len(pixels), 4096):
-        digest.update(pixels[start : start + 4096].tobytes())
-    if labels is not None:
-        digest.update(labels.astype("<i8").tobytes())
-    return digest.hexdigest()

@@ -21,6 +21,7 @@ from simclr.data.images import Images, Skipped, Split
 from simclr.data.scan import Found
 from simclr.data.splits import label_subset
 from simclr.errors import UserError
+from simclr.files import stamp_of
 
 Part = Literal["train", "validation", "test"]
 Row = tuple[Part, str, Any]
@@ -135,7 +136,7 @@ def _found(place: Path, path: str) -> Found | Skipped:
         return Skipped(path, f"cannot be reached: {(error.strerror or str(error)).lower()}")
     if not stat.S_ISREG(status.st_mode):
         return Skipped(path, "not a regular file")
-    return Found(path, place, path, status.st_size, status.st_mtime_ns)
+    return Found(path, place, path, stamp_of(status))
 
 
 def _food101(place: Path) -> Listing:

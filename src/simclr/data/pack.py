@@ -1,7 +1,7 @@
 """A folder's images decoded once into memory-mapped files, for all processes, epochs and runs.
 
 A pack is a folder of shards (`shard.py`). That is all: there is no list of the shards, and an image is in the pack if
-some whole shard has it under the path, size and time of change of its file. So one rule serves a pack that is new,
+some whole shard has it under the SHA-256 of its file's content. So one rule serves a pack that is new,
 one whose making was killed, one with a damaged shard, and one whose images have changed since: what is not in it is
 decoded and added as further shards.
 
@@ -24,8 +24,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import PIL
+from PIL import features
 
-from simclr.data.decode import Passing, decode_file, in_order
+from simclr.data.decode import Passing, in_order
+from simclr.data.digests import decode_found
 from simclr.data.place import KEEP_FREE, room_for, size_text
 from simclr.data.scan import Found
 from simclr.data.shard import ENDING, Shard, ShardWriter
@@ -64,9 +67,14 @@ class Spot(NamedTuple):
         return math.prod(self.shape)
 
 
+DECODER = f"{PIL.__version__}/{features.version('jpg')}/1"
+"""What decides an image's pixels beside its file: Pillow, its JPEG library, and the rules of `decode.py`, whose number
+goes up with any change of them."""
+
+
 def stamp(file: Found) -> str:
-    """What an image is known by: another size or time of change is another image."""
-    return f"{file.num_bytes} {file.mtime_ns} {file.key}"
+    """What an image is known by: the content of its file, and what decoded it."""
+    return f"{DECODER} {file.digest.hex()}"
 
 
 class Pack:
@@ -135,8 +143,9 @@ class Pack:
         return self._found.get(stamp(file))
 
     def lacking(self, files: Sequence[Found]) -> list[Found]:
-        """Those that the pack does not know."""
-        return [file for file in files if self.find(file) is None]
+        """Those that the pack does not know and could: files that were read, one of each content."""
+        unknown = {file.digest: file for file in reversed(files) if file.digest and self.find(file) is None}
+        return list(reversed(unknown.values()))
 
     def read(self, spot: Spot) -> np.ndarray | None:
         """(H, W, 1 or 3) read-only pixels in the memory map; None where they are damaged on the disk.
@@ -188,9 +197,11 @@ def open_pack(
     return pack, notes
 
 
-def say_if_stale(pack: Pack, files: Sequence[Found]) -> list[str]:
-    """What to say of a pack that holds more for files of former days than for `files`, all those of the folder."""
-    spots = (pack.find(file) for file in files)
+def say_if_stale(pack: Pack, files: Sequence[Found] | None) -> list[str]:
+    """What to say of a pack that holds more for former files than for `files`, all those of the folder, if known."""
+    if files is None:
+        return []
+    spots = {pack.find(file) for file in files}
     stale = pack.num_pixel_bytes - sum(spot.num_bytes for spot in spots if isinstance(spot, Spot))
     if stale <= pack.num_pixel_bytes / 2:
         return []
@@ -243,7 +254,7 @@ class _Decoded(NamedTuple):
 
 
 def _decode_and_sum(file: Found, side: int | None) -> _Decoded | str:
-    pixels = decode_file(file.path, side)
+    pixels = decode_found(file, side)
     if isinstance(pixels, str):
         return pixels
     pixels = np.ascontiguousarray(pixels)

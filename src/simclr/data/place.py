@@ -1,5 +1,6 @@
 """Where a folder's pack lies, whether it is worth having one, and whether the disk has room for it."""
 
+import errno
 import os
 import shutil
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ def pack_place(setting: str, root: Path, files: Sequence[Found], side: int | Non
 
     Raises:
         UserError: the pack would lie among the images.
+        OSError: the user has no cache folder.
     """
     if setting == "off":
         return None
@@ -52,9 +54,18 @@ def pack_place(setting: str, root: Path, files: Sequence[Found], side: int | Non
 
 
 def user_cache() -> Path:
-    """Where what can be made again is kept for this user: ~/.cache/simclr."""
+    """Where what can be made again is kept for this user: ~/.cache/simclr.
+
+    Raises:
+        OSError: This user has no home folder, as in containers that are run under a number.
+    """
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "simclr"
+    if os.path.isabs(cache):
+        return Path(cache) / "simclr"
+    try:
+        return Path.home() / ".cache" / "simclr"
+    except RuntimeError:
+        raise OSError(errno.ENOENT, "this user has no home folder, and XDG_CACHE_HOME is not set") from None
 
 
 def room_for(place: Path, files: Sequence[Found], side: int | None) -> tuple[int, str | None]:

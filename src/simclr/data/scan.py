@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from simclr.data.decode import ENDINGS
 from simclr.data.images import Skipped
+from simclr.files import Stamp, stamp_of
 
 
 class Found(NamedTuple):
@@ -23,13 +24,19 @@ class Found(NamedTuple):
     """The folder, one object for all of its files."""
     below: str
     """Its path below the folder; nearly always the very string that is the key."""
-    num_bytes: int
-    mtime_ns: int
+    stamp: Stamp
+    """Its size in bytes, times and inode when it was looked at."""
+    digest: bytes = b""
+    """SHA-256 of its content (`digests.identify`), empty where it is not known."""
 
     @property
     def path(self) -> Path:
         """Where it is."""
         return self.root / self.below
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stamp[0]
 
 
 class Scan(NamedTuple):
@@ -87,7 +94,7 @@ def scan_folder(root: Path, besides: Path | None = None) -> Scan:
             elif ending not in ENDINGS:
                 endings[ending] += besides is None or not _same_file(path, besides)
             elif found is not None and stat.S_ISREG(mode):
-                files.append(Found(_text(below), root, below, found.st_size, found.st_mtime_ns))
+                files.append(Found(_text(below), root, below, stamp_of(found)))
             else:
                 skipped.append(Skipped(_text(below), problem))
     return Scan(sorted(files), sorted(skipped), _notes(+endings, hidden))
