@@ -34,10 +34,10 @@ from simclr.distill import distill
 from simclr.distill_config import DISTILL_RECIPES
 from simclr.distributed import World
 from simclr.evaluation.cache import FeatureCache
-from simclr.evaluation.finetune import digest_of, finetune
+from simclr.evaluation.finetune import TRAINING_VERSION, digest_of, finetune
 from simclr.evaluation.finetune_config import FINETUNE_RECIPES
 from simclr.evaluation.ledger import Ledger, name_of
-from simclr.evaluation.logistic import optimum_probe
+from simclr.evaluation.logistic import LOGISTIC_VERSION, optimum_probe
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import PIXELS, RANDOM, Subject, open_subject
 from simclr.evaluation.table import BASELINES, Row, markdown_table, seeds_note
@@ -89,7 +89,7 @@ def depth(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
                     name = f"{named(tune_from)}, head layer {head_layer}"
                     config = replace(FINETUNE_RECIPES["small"], tune_from=tune_from, head_layer=head_layer)
                     key = {
-                        "claim": "depth", "encoder": subject.identity, "seed": seed, "config": config.deciding(),
+                        "claim": "depth", "version": TRAINING_VERSION, "encoder": subject.identity, "seed": seed, "config": config.deciding(),
                         "train": split.train.fingerprint, "test": split.test.fingerprint,
                     }  # fmt: skip
                     assert subject.encoder is not None
@@ -136,7 +136,7 @@ def base(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
         }
         for name, encoder in students.items():
             key = {
-                "claim": "base", "teacher": digest_of(teacher.network), "student": digest_of(encoder), "seed": seed,
+                "claim": "base", "version": TRAINING_VERSION, "teacher": digest_of(teacher.network), "student": digest_of(encoder), "seed": seed,
                 "config": DISTILLATION.deciding(), "train": train.fingerprint, "test": split.test.fingerprint,
             }  # fmt: skip
 
@@ -167,7 +167,7 @@ def classes(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
         split = split_data(train, test, seed=seed, labels=f"{LABELS_A_CLASS}/class")
         for subject in subjects(run, seed):
             key = {
-                "claim": "classes", "subject": subject.identity, "seed": seed, "draws": DRAWS,
+                "claim": "classes", "version": LOGISTIC_VERSION, "subject": subject.identity, "seed": seed, "draws": DRAWS,
                 "train": split.train.fingerprint, "test": split.test.fingerprint,
             }  # fmt: skip
             found = ledger.get(key, partial(by_count, subject, split, seed))

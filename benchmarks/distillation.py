@@ -24,7 +24,7 @@ from simclr.data.images import Images
 from simclr.data.source import open_data
 from simclr.distill import distill
 from simclr.distill_config import DISTILL_RECIPES, DistillConfig
-from simclr.evaluation.finetune import finetune, supervised
+from simclr.evaluation.finetune import TRAINING_VERSION, finetune, supervised
 from simclr.evaluation.finetune_config import FINETUNE_RECIPES
 from simclr.evaluation.ledger import Ledger, name_of
 from simclr.evaluation.logistic import optimum_probe
@@ -88,7 +88,7 @@ def one_seed(
     steps = total_steps(len(everything.train), on_all.epochs, on_all.batch_size)
     on_few = replace(on_all, epochs=0, least_steps=steps)
     key = {
-        "run": digest_of(base.encoder), "seed": seed, "few": few.train.fingerprint, "all": everything.train.fingerprint,
+        "version": TRAINING_VERSION, "run": digest_of(base.encoder), "seed": seed, "few": few.train.fingerprint, "all": everything.train.fingerprint,
         "test": few.test.fingerprint, "tuning": tuning.deciding(),
     }  # fmt: skip
 

@@ -117,7 +117,7 @@ def test_every_protocol_and_a_second_call(simclr, folder, tmp_path, monkeypatch)
     assert "supervised" in table and "effective rank" in table and "p = " in table and "ahead" in table
     for picture in ("curve", "neighbours", "worst-clustered"):
         assert picture_width(out / "evaluation" / f"{picture}.png") > 200
-    assert list((tmp_path / "cache").glob("*.npy"))
+    assert list((tmp_path / "cache").glob("*.features"))
 
     lines = (out / "evaluation" / "results.jsonl").read_text()
     code, again, said = simclr(*command)

@@ -71,8 +71,7 @@ def test_accuracies_stand_beside_their_baselines(run: Path, tmp_path: Path) -> N
     summary = json.loads((run / "knn.json").read_text())
     accuracy = text.partition("## Accuracy")[2].partition("## Intended")[0]
     whole, few = (rows(part) for part in accuracy.split("Top-1 in %")[1:])
-    assert accuracy.strip().startswith("digits: ")  # named by the JSON file, as the other one is by none
-    assert accuracy.count("Labelled images (the results do not name them): ") == 1 and "10/class" in accuracy
+    assert accuracy.strip().startswith("digits: ") and accuracy.count("digits: ") == 2 and "10/class" in accuracy
     for name, title in (("encoder", "encoder"), ("random", "random (baseline)"), ("pixels", "pixels (baseline)")):
         assert whole[title] == [f"{100 * summary[name]['knn']:.1f}"]
         assert "±" in few[title][0]  # two seeds

@@ -245,7 +245,7 @@ def test_what_cannot_be_measured_is_said():
     with pytest.raises(UserError, match="zero"):
         label_free(0 * broken, images)
     broken[2, 1] = np.nan
-    with pytest.raises(UserError, match="1 of 8 images are not finite"):
+    with pytest.raises(UserError, match="in 1 of 8 rows"):
         label_free(broken, images)
     with pytest.raises(UserError, match="too few"):
         label_free(broken[:2], images.subset([0, 1]))

@@ -161,16 +161,13 @@ def test_features_are_made_once(digits, folder, tmp_path, monkeypatch):
             subjects(folder, cache=cache)[0].features(digits.train)
         with pytest.raises(AssertionError):  # other weights
             subjects("random", cache=cache)[0].features(digits.test)
-    kept[0].write_bytes(kept[0].read_bytes()[:50])  # damaged: made again
-    assert np.array_equal(subjects(folder, cache=cache)[0].features(digits.test), first)
-    assert np.array_equal(np.load(kept[0]), first)
 
 
 def test_features_that_are_not_numbers_are_refused(digits):
     random = subjects("random")[0]
     with torch.no_grad():
         next(random.encoder.parameters()).fill_(float("nan"))
-    with pytest.raises(UserError, match="random features contain NaN"):
+    with pytest.raises(UserError, match="features contain NaN"):
         random.features(digits.test)
 
 

@@ -49,9 +49,11 @@ class Standin:
     world: World = field(default_factory=World)
     calls: int = 0
 
+    head_weights: None = None
+
     @property
-    def identity(self) -> str:
-        return f"{self.name} {self.noise}"
+    def model(self) -> dict:
+        return {"weights": f"{self.name} {self.noise}"}
 
     def features(self, images, *, crop=None):
         self.calls += 1
@@ -387,7 +389,7 @@ def test_finetune_transfer_trains_and_resumes(tmp_path, monkeypatch, metric):
         subject, data, grid=small, seed=0, folder=tmp_path, progress=said.append, steps=lambda *now: steps.append(now)
     )
     cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
-    assert [line["key"]["rate"] for line in cells] == [1e-4, 0.05, found.chosen["rate"]]
+    assert [line["key"]["cell"]["rate"] for line in cells] == [1e-4, 0.05, found.chosen["rate"]]
     assert found.validation == max(line["value"]["score"] for line in cells[:2])
     assert len(said) == 3 and steps[-1] == (8, 8)
     assert all(torch.equal(before[name], tensor) for name, tensor in subject.encoder.state_dict().items())

@@ -8,5 +8,9 @@ class UserError(ValueError):
     """
 
 
+class NotFinite(UserError):
+    """Features or scores are NaN or infinite."""
+
+
 class Diverged(UserError):
     """The loss or the weights are no longer finite; a search over learning rates goes on with the next."""

@@ -6,16 +6,19 @@ from itertools import chain
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from simclr.augment.policy import Semantics
 from simclr.augment.views import eval_images
 from simclr.data.images import Images
 from simclr.distributed import World
-from simclr.errors import UserError
+from simclr.errors import NotFinite, UserError
 from simclr.models.encoder import Encoder
 
 ALONE = World()
+FEATURES_VERSION = 1
+"""Version of features: raise it when the same weights and pixels give other features by more than rounding, because of
+the evaluation preprocessing (crop, resizing), the networks' forward passes or what is taken as the features."""
 
 
 def extract(
@@ -41,7 +44,7 @@ def extract(
         (n, F) float32.
 
     Raises:
-        UserError: The images' channels are not the encoder's.
+        UserError: The images' channels are not the encoder's, or it gives NaN or infinite numbers.
     """
     config = encoder.config
     require_channels(config.channels, images)
@@ -77,6 +80,9 @@ def outputs(
 
     Returns:
         (n, width) float32.
+
+    Raises:
+        UserError: The network gives NaN or infinite numbers; every process raises it.
     """
     device = device_of(network)
     result = np.empty((len(images), width), dtype=np.float32)
@@ -91,6 +97,7 @@ def outputs(
                 mine[: end - begin] = network(pixels)
             end = min(first + world.size * batch_size, len(images))
             result[first:end] = world.all_gather_rows(mine)[: end - first].cpu().numpy()
+            require_finite(result[first:end], "network's", first=first)
             if progress is not None:
                 progress(end, len(images))
     return result
@@ -112,14 +119,36 @@ def device_of(network: nn.Module) -> torch.device:
     return next(chain(network.parameters(), network.buffers())).device
 
 
-def require_finite(features: np.ndarray, what: str) -> None:
-    """Refuse features with NaN or infinite values; `what` says whose they are."""
-    finite = int(np.isfinite(features).all(axis=1).sum())
-    if finite < len(features):
-        raise UserError(
-            f"The {what} features contain NaN or infinite numbers, in {len(features) - finite:,} of {len(features):,} "
-            "rows; the encoder or the file that they come from is damaged, or its training diverged."
+def require_finite(features: np.ndarray, what: str, *, first: int | None = None) -> None:
+    """Refuse features with NaN or infinite values.
+
+    Args:
+        features: (n, F).
+        what: Whose they are, for the sentence: "training", "network's".
+        first: Number of the first row, where these are a part of more that have not been made yet.
+    """
+    rows = np.isfinite(features).all(axis=1)  # (n,)
+    if not rows.all():
+        bad = f"in {(~rows).sum():,} of {len(features):,} rows"
+        if first is not None:
+            bad = f"first in row {first + int(rows.argmin()):,}, counted from 0"
+        raise NotFinite(
+            f"The {what} features contain NaN or infinite numbers, {bad}; the encoder or the file that they come from "
+            "is damaged, or its training diverged."
         )
+
+
+def probabilities_of(logits: Tensor) -> np.ndarray:
+    """Softmax of a classifier's logits: (n, K) -> (n, K) float32.
+
+    Raises:
+        NotFinite: Logits are NaN or infinite, so that there is no probability.
+    """
+    if not bool(logits.isfinite().all()):
+        raise NotFinite(
+            "The classifier gives NaN or infinite scores; its weights are damaged, or its training diverged."
+        )
+    return logits.float().softmax(dim=1).cpu().numpy()
 
 
 def require_channels(channels: int, images: Images) -> None:

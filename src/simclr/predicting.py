@@ -15,7 +15,7 @@ from simclr.data.files import Reading
 from simclr.data.images import Skipped
 from simclr.data.scan import some
 from simclr.errors import UserError
-from simclr.features import device_of, inference
+from simclr.features import device_of, inference, probabilities_of
 from simclr.opening import require_writable, tell_if_replaced
 from simclr.progress import counting, say
 from simclr.streaming import Batch, View, stream_views
@@ -33,8 +33,8 @@ def predict(args: "commands.Predict") -> None:
     """The command.
 
     Raises:
-        UserError: MODEL is no classifier or does not fit the images, there is none that can be read, or FILE cannot be
-            written.
+        UserError: MODEL is no classifier, does not fit the images or gives scores that are not finite, there is no
+            image that can be read, or FILE cannot be written.
     """
     _check(args)
     model = load(args.model, device=args.device)
@@ -97,8 +97,7 @@ def _rows(args: "commands.Predict", model: Embedder, batch: Batch) -> list[Any]:
     network = model.classifier
     assert network is not None
     with inference(network):
-        logits = network(batch.views.to(device_of(network)))  # (B, K)
-        probabilities = logits.float().softmax(dim=1).cpu().numpy()
+        probabilities = probabilities_of(network(batch.views.to(device_of(network))))  # (B, K)
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, : args.top]  # (B, top), of equal ones the first
     values: list[Any] = [batch.keys]
     for place in best.T:

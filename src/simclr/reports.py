@@ -14,12 +14,13 @@ from simclr.evaluation.curve import Key, labels_curve, when_it_pays
 from simclr.evaluation.duplicates import Duplicates
 from simclr.evaluation.finetune import supervised
 from simclr.evaluation.grid import PAPER_GRID, finetune_transfer
+from simclr.evaluation.keys import curve_from_scratch_key, curve_key, probe_key
 from simclr.evaluation.label_free import LabelFree, label_free, view_features
 from simclr.evaluation.measure import SMALL, supervised_recipe
 from simclr.evaluation.probe import probe
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import Subject
-from simclr.evaluation.table import BASELINES, Row, seeds_note, text_table
+from simclr.evaluation.table import BASELINES, SUPERVISED, Row, seeds_note, text_table
 from simclr.evaluation.transfer import Measure, differences, linear_transfer, rows, summary, transfer
 from simclr.report import draw_copies, draw_misfits, draw_neighbours
 
@@ -43,20 +44,18 @@ class Report(NamedTuple):
 def report_curve(session: "Session") -> Report:
     """Accuracy over the number of labels a class, beside the baselines and a network trained on those labels alone."""
     args, split, subjects = session.args, session.split(session.args.seed, every=True), session.subjects()
-    identities = {subject.name: subject.identity for subject in subjects}
+    by_name = {subject.name: subject for subject in subjects}
     network = subjects[0].encoder
-    how = (
-        [] if network is None else [supervised_recipe(network, n, session.flip).deciding() for n in (SMALL, SMALL + 1)]
-    )
-    scratch = [repr(session.like), *how]
+    recipes = [] if network is None else [supervised_recipe(network, n, session.flip) for n in (SMALL, SMALL + 1)]
 
-    def keep(key: Key, make: Callable[[], float]) -> float:
-        source, count, seed = key
-        entry = {
-            "protocol": "curve", "source": source, "identity": identities.get(source, scratch),
-            "count": count, "seed": seed, "train": split.train.fingerprint, "test": split.test.fingerprint,
-        }  # fmt: skip
-        return session.ledger.get(entry, lambda: {"accuracy": make()})["accuracy"]
+    def keep(point: Key, make: Callable[[], float]) -> float:
+        source, count, seed = point
+        if source == SUPERVISED:
+            key = curve_from_scratch_key(subjects[0], split, count, seed, recipes)
+        else:
+            key = curve_key(by_name[source], split, count, seed)
+        about = {"subject": source, "images": split.train.name, "split": split.how}
+        return session.ledger.get(key, lambda: {"accuracy": make()}, about=about)["accuracy"]
 
     def from_scratch(train: Images, test: Images, seed: int) -> float:
         assert network is not None
@@ -104,10 +103,6 @@ def _probed(session: "Session", subject: Subject, split: Split, seed: int) -> di
     """Every task on every layer of one network, from the ledger or measured now."""
     encoder, train, test = subject.encoder, subject.fitted(split.train), subject.fitted(split.test)
     assert encoder is not None
-    key = {
-        "protocol": "probe", "identity": subject.identity, "seed": seed, "train": train.fingerprint,
-        "test": test.fingerprint, "head": subject.head is not None,
-    }  # fmt: skip
 
     def make() -> dict[str, Any]:
         return probe(
@@ -115,7 +110,8 @@ def _probed(session: "Session", subject: Subject, split: Split, seed: int) -> di
             progress=lambda text: session.tell(f"  probe of {subject.name}: {text}"),
         ).to_dict()  # fmt: skip
 
-    return session.ledger.get(key, make)
+    about = {"subject": subject.name, "images": train.name, "split": split.how}
+    return session.ledger.get(probe_key(subject, split, seed), make, about=about)
 
 
 def _layers(probes: list[dict[str, Any]]) -> list[Row]:

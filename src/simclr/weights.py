@@ -27,7 +27,7 @@ from simclr.data.forms import ImagesLike, Pixels
 from simclr.data.images import Images, fit_channels
 from simclr.device import find_device
 from simclr.errors import UserError
-from simclr.features import outputs
+from simclr.features import outputs, probabilities_of
 from simclr.files import write_atomically
 from simclr.models.classifier import Classifier
 from simclr.models.config import EncoderConfig
@@ -175,7 +175,7 @@ class Embedder:
 
         Raises:
             UserError: There is no image, one is unreadable, has other channels than the encoder, or numbers beyond
-                that range.
+                that range; or the encoder gives NaN or infinite features.
         """
         return self._outputs(self.encoder, images, self.encoder.num_features, batch_size)
 
@@ -202,7 +202,7 @@ class Embedder:
         if self.classifier is None:
             raise UserError("This encoder has no classifier; fine-tune it on labelled images, then load the result.")
         logits = self._outputs(self.classifier, images, len(self.classes), batch_size)
-        return torch.from_numpy(logits).softmax(dim=1).numpy()
+        return probabilities_of(torch.from_numpy(logits))
 
     def _outputs(self, network: nn.Module, images: ImagesLike, width: int, batch_size: int) -> np.ndarray:
         if batch_size < 1:

@@ -1,91 +1,155 @@
-"""Features are made once: kept on disk under a hash of encoder, images and preprocessing.
+"""Feature cache: features of a model on images are made once and kept on the disk, a file for each key.
 
-A file holds one array in NumPy's own format and appears whole or not at all; one that cannot be read is made again. The
-oldest go when all together grow beyond `MOST_BYTES`.
+A file begins with one line of JSON: the key (all that decides the features, `keys.py`), shape, and the CRC-32 of the
+numbers, which follow as little-endian float32 in C order. What does not fit what is asked for, in any of these, counts
+as missing and is replaced. CRC-32 is the cheapest checksum at hand (1.2 GB/s here, SHA-256 without the CPU's help half
+of that) and enough against damage: the key, not the checksum, says what the numbers belong to.
+
+Files appear whole or not at all. The oldest go when all together grow beyond `MOST_BYTES`.
 """
 
-import io
+import json
 import os
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from simclr.data.place import user_cache
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.files import write_atomically
+from simclr.evaluation.ledger import Entry, name_of
+from simclr.features import require_finite
+from simclr.files import open_regular, reason_of, replacing, sweep
+from simclr.progress import say
 
 MOST_BYTES = 20 << 30
+FORMAT = "simclr-features-1"
+SUFFIX = ".features"
+MAX_HEADER = 1 << 16  # bytes of the first line
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder of arrays. `FeatureCache(None)` keeps them as long as it lives, in memory."""
+    """A folder of arrays. `FeatureCache(None)` keeps them as long as it lives, in memory.
+
+    A folder that cannot be written loses no features: a warning is printed once, and they stay in memory.
+    """
 
     folder: Path | None
     _memory: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
-    def get(self, key: str, make: Callable[[], np.ndarray], world: World) -> np.ndarray:
-        """The array kept under `key`, else what `make` gives, which is kept from now on.
+    def get(self, key: Entry, shape: tuple[int, int], make: Callable[[], np.ndarray], world: World) -> np.ndarray:
+        """The features kept under `key`, else what `make` gives, which are kept from now on.
 
         Args:
-            key: Everything that the array depends on, as text.
-            make: Called by every process, or by none.
-            world: The processes that call, of which the main one keeps the array.
+            key: All that decides the features, as JSON can hold it.
+            shape: (n, F), of the features that are asked for.
+            make: Called by every process, or by none; gives float32.
+            world: The processes that call, of which the main one keeps the features.
 
         Raises:
-            UserError: The folder cannot be written.
+            UserError: `make` gave features that are not finite.
         """
-        if self.folder is None:
-            if key not in self._memory:
-                self._memory[key] = make()
-            return self._memory[key]
-        path = self.folder / f"{sha256(key.encode()).hexdigest()}.npy"
-        found = _read(path)
+        name = name_of(key)
+        if name in self._memory:
+            return self._memory[name]
+        path = None if self.folder is None else self.folder / f"{name}{SUFFIX}"
+        found = None if path is None else _read(path, key, shape)
         if world.any_rank(found is None):
             found = make()
-            if world.is_main:
-                self._keep(path, found)
+            assert found.shape == shape and found.dtype == np.float32, (found.shape, shape, found.dtype)
+            require_finite(found, "encoder's")
+            kept = path is not None and (not world.is_main or self._keep(path, key, found))
+            if world.any_rank(not kept):
+                self._memory[name] = found
         assert found is not None
         return found
 
-    def _keep(self, path: Path, array: np.ndarray) -> None:
-        buffer = io.BytesIO()
-        np.save(buffer, array, allow_pickle=False)
+    def _keep(self, path: Path, key: Entry, features: np.ndarray) -> bool:
+        """Write the file, or say why it cannot be written: whether it was."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, buffer.getvalue())
-            _prune(path)
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                file.write(_header(key, features))
+                file.write(_bytes_of(np.ascontiguousarray(features, "<f4")))
         except OSError as error:
-            raise UserError(
-                f"Features cannot be kept in {path.parent} ({error.strerror}); give --cache another folder, or off."
-            ) from None
+            if not self._memory:
+                say(
+                    f"Features cannot be kept in {path.parent} ({reason_of(error)}); they stay in memory, and another "
+                    "call makes them again. --cache names another folder, or off."
+                )
+            return False
+        _prune(path)
+        return True
 
 
 def cache_of(setting: str) -> FeatureCache:
     """The cache that a user asks for: auto (in the user's cache folder), off, or a folder."""
     if setting == "off":
         return FeatureCache(None)
-    return FeatureCache(user_cache() / "features" if setting == "auto" else Path(setting).expanduser().resolve())
-
-
-def _read(path: Path) -> np.ndarray | None:
     try:
-        array = np.load(path, allow_pickle=False)
-        os.utime(path)  # used now: the last to go
-    except (OSError, ValueError, EOFError):
+        return FeatureCache(user_cache() / "features" if setting == "auto" else Path(setting).expanduser().resolve())
+    except (RuntimeError, OSError) as error:  # a user without a home, as in containers
+        say(f"There is no folder for features ({error}); they stay in memory. --cache names one.")
+        return FeatureCache(None)
+
+
+def _header(key: Entry, features: np.ndarray) -> bytes:
+    described = {"format": FORMAT, "key": key, "shape": list(features.shape), "crc32": _crc32(features)}
+    return json.dumps(described, sort_keys=True).encode() + b"\n"
+
+
+def _crc32(features: np.ndarray) -> int:
+    return zlib.crc32(_bytes_of(np.ascontiguousarray(features, "<f4")))
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return array.data.cast("B") if array.size else memoryview(b"")
+
+
+def _read(path: Path, key: Entry, shape: tuple[int, int]) -> np.ndarray | None:
+    """The features in a file, or None where they are not exactly what is asked for."""
+    num_bytes = 4 * shape[0] * shape[1]
+    try:
+        with open_regular(path) as file:
+            header = file.readline(MAX_HEADER)
+            if os.fstat(file.fileno()).st_size != len(header) + num_bytes:
+                return None
+            described: Any = json.loads(header)
+            features = np.empty(shape, "<f4")
+            if num_bytes and file.readinto(_bytes_of(features)) != num_bytes:
+                return None
+        expected = {"format": FORMAT, "key": key, "shape": list(shape), "crc32": _crc32(features)}
+        if described != json.loads(json.dumps(expected)) or not np.isfinite(features).all():
+            return None
+    except (OSError, UserError, ValueError, RecursionError):
         return None
-    return array
+    with suppress(OSError):  # of a folder that one may only read
+        os.utime(path)  # used now: the last to go
+    return features.astype(np.float32, copy=False)
 
 
 def _prune(newest: Path) -> None:
-    """Remove the arrays that were not used for longest, all but the newest, until the rest is small enough."""
-    files = sorted(newest.parent.glob("*.npy"), key=lambda path: path.stat().st_mtime, reverse=True)
+    """Remove the files that were not used for longest, all but the newest, until the rest is small enough.
+
+    Also what killed processes were writing, and arrays that earlier versions kept as .npy.
+    """
+    with suppress(OSError):
+        sweep(newest.parent)
+    sizes = {}
+    with suppress(OSError):
+        for entry in os.scandir(newest.parent):
+            if entry.name.endswith((SUFFIX, ".npy")):
+                with suppress(OSError):  # removed by another process
+                    sizes[Path(entry.path)] = entry.stat().st_mtime, entry.stat().st_size
     total = 0
-    for path in files:
-        total += path.stat().st_size
+    for path in sorted(sizes, key=lambda path: sizes[path][0], reverse=True):
+        total += sizes[path][1]
         if total > MOST_BYTES and path != newest:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()

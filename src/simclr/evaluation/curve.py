@@ -24,6 +24,9 @@ from simclr.evaluation.table import BASELINES, SUPERVISED, Row, markdown_table, 
 if TYPE_CHECKING:
     from simclr.evaluation.split import Split
 
+CURVE_VERSION = 1
+"""Raise it when the same features and labels give another point of the curve: the choice of labels, the classifier."""
+
 Count = int | Literal["all"]
 """Labels a class; "all": every label that there is, whatever the classes' sizes."""
 

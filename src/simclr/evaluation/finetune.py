@@ -27,7 +27,7 @@ from simclr.data.labels import require_classes
 from simclr.data.order import EndlessOrder
 from simclr.device import choose_kernels, keep_on_gpu, precision_of
 from simclr.distributed import World
-from simclr.errors import UserError
+from simclr.errors import Diverged, NotFinite, UserError
 from simclr.evaluation.finetune_config import FinetuneConfig
 from simclr.features import device_of, outputs, require_channels
 from simclr.files import write_atomically
@@ -42,6 +42,10 @@ from simclr.run import RunFolder
 from simclr.train import Outcome, Task, restore
 from simclr.train import train as run_loop
 from simclr.weights import digest_of, save_classifier
+
+TRAINING_VERSION = 1
+"""Version of every training on labels: raise it when the same weights, images and settings give another network by more
+than rounding (views, order, initial weights, optimisers, schedule, networks, the loop) or other test scores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +141,12 @@ def finetune(
             ) from None
         if outcome.signal is not None:  # also in the last step: what follows must not begin
             raise Stopped(outcome)
-    scores = outputs(
-        network, test, len(labels), size=network.encoder.config.size, semantics=semantics, world=world
-    )  # (m, K)
+    try:
+        scores = outputs(
+            network, test, len(labels), size=network.encoder.config.size, semantics=semantics, world=world
+        )  # (m, K)
+    except NotFinite as error:
+        raise Diverged(f"The trained network gives scores that are not finite; {task.remedy}") from error
     return Finetuned(
         scores=scores,
         targets=test_targets,

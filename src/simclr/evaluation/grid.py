@@ -19,9 +19,13 @@ from simclr.distributed import World
 from simclr.errors import Diverged, UserError
 from simclr.evaluation.finetune import finetune, supervised
 from simclr.evaluation.finetune_config import FinetuneConfig
+from simclr.evaluation.keys import grid_key, labelled_digest, training_key, transfer_data
 from simclr.evaluation.ledger import Ledger, name_of
 from simclr.evaluation.subjects import Subject
-from simclr.evaluation.transfer import Transferred, data_identity, judge, shown
+from simclr.evaluation.transfer import Transferred, judge, shown
+
+GRID_VERSION = 1
+"""Raise it when a cell stands for another training (`settings`), or another cell is chosen from the same scores."""
 
 
 class Cell(NamedTuple):
@@ -97,13 +101,10 @@ def finetune_transfer(
     """
     if subject.encoder is None:
         raise UserError(f"{subject.name} have no network to fine-tune; leave them out, or take the linear protocol.")
-    key = {
-        "protocol": "from scratch" if grid.from_scratch else "fine-tuning",
-        "subject": _begins(subject, grid),
-        "seed": seed,
-        "steps": grid.steps,
-        "batch_size": grid.batch_size,
-    }
+    key = grid_key(
+        subject, seed, from_scratch=grid.from_scratch, batch_size=grid.batch_size, steps=grid.steps,
+        version=GRID_VERSION,
+    )  # fmt: skip
     ledger = Ledger(None if folder is None else folder / "cells.jsonl", subject.world)
     train = partial(_train, subject, grid, seed, None if folder is None else folder / "unfinished", steps)
     found = choose_and_test(data, grid, train, ledger=ledger, key=key, progress=progress)
@@ -130,7 +131,7 @@ def choose_and_test(
     if data.validation is None:
         raise UserError(f"{data.name} has no image to spare for choosing settings; give more images of each class.")
     validation = data.validation
-    key = {**key, "data": data_identity(data)}
+    chosen_on = transfer_data(data)
 
     def judge_cell(number: int, cell: Cell) -> dict[str, Any]:
         progress(f"{data.name}: cell {number} of {len(grid.cells)}, rate {cell.rate:.3g}, decay {cell.decay:.3g}")
@@ -140,9 +141,12 @@ def choose_and_test(
             return {"score": None}
         return {"score": judge(scores, labels, shown(validation), data.metric)[0]}
 
+    about = {"images": data.name, "split": data.how}
     best, best_score = None, -math.inf
     for number, cell in enumerate(grid.cells, start=1):
-        score = ledger.get({**key, **cell._asdict()}, partial(judge_cell, number, cell))["score"]
+        score = ledger.get(
+            {**key, "cell": cell._asdict(), "data": chosen_on}, partial(judge_cell, number, cell), about=about
+        )["score"]
         if score is not None and score > best_score:  # of equal ones the first
             best, best_score = cell, score
     if best is None:
@@ -153,7 +157,8 @@ def choose_and_test(
         score, credits = judge(*train(best, data.learn, data.test), shown(data.test), data.metric)
         return {"score": score, "credits": credits}
 
-    tested = ledger.get({**key, **best._asdict(), "test": data.test.fingerprint}, test)
+    tested_on = chosen_on | {"test": labelled_digest(data.test)}
+    tested = ledger.get({**key, "cell": best._asdict(), "data": tested_on}, test, about=about)
     return {**tested, "validation": best_score, "chosen": best._asdict()}
 
 
@@ -172,12 +177,6 @@ def settings(cell: Cell, grid: Grid, num_images: int) -> FinetuneConfig:
     )
 
 
-def _begins(subject: Subject, grid: Grid) -> str:
-    """Where training begins: from scratch, all subjects of one shape begin alike."""
-    assert subject.encoder is not None
-    return f"{subject.encoder.config} {subject.preprocessing}" if grid.from_scratch else subject.identity
-
-
 def _train(
     subject: Subject,
     grid: Grid,
@@ -193,7 +192,7 @@ def _train(
     fit = partial(replace, channels=max(learn.channels, judged.channels, encoder.config.channels))
     learn, judged = fit(learn), fit(judged)  # gray images for an encoder of colour; the reverse is refused
     config = settings(cell, grid, len(learn))
-    key = {"subject": _begins(subject, grid), "images": learn.fingerprint, "seed": seed, "config": repr(config)}
+    key = training_key(subject, learn, seed, config, from_scratch=grid.from_scratch)
     run = None if unfinished is None else unfinished / name_of(key)
     options = {"seed": seed, "semantics": subject.preprocessing, "world": subject.world, "run": run, "progress": steps}
     try:

@@ -15,6 +15,8 @@ from torch.nn.functional import normalize
 from simclr.errors import UserError
 from simclr.features import require_finite
 
+KNN_VERSION = 1
+"""Raise it when the same features, labels, k and temperature give other votes."""
 KNN_K = 20
 KNN_TEMPERATURE = 0.07  # Wu et al. 2018, section 3.4
 CHUNK = 256  # rows classified at a time; memory grows with CHUNK x n

@@ -22,7 +22,7 @@ from simclr.augment.views import make_views
 from simclr.data.images import Images
 from simclr.errors import UserError
 from simclr.evaluation.duplicates import Duplicates, find_duplicates
-from simclr.features import device_of, inference, require_channels
+from simclr.features import device_of, inference, require_channels, require_finite
 from simclr.losses.metrics import alignment, effective_rank, uniformity
 from simclr.models.encoder import Encoder
 
@@ -205,18 +205,17 @@ def view_features(
             views = make_views(images.peek(indices), policy, seed=seed, epoch=0, indices=indices, device=device)
             for found, view in zip((first, second), views, strict=True):
                 found.append(encoder(view).float().cpu().numpy())
-    return np.concatenate(first), np.concatenate(second)
+    views = np.concatenate(first), np.concatenate(second)
+    for features in views:
+        require_finite(features, "views'")
+    return views
 
 
 def _check(features: np.ndarray, clusters: int | None) -> None:
     n = len(features)
     if n < 4:
         raise UserError(f"{n} images are too few for measures of how features are spread; give at least 4.")
-    if not np.isfinite(features).all():
-        bad = int((~np.isfinite(features).all(1)).sum())
-        raise UserError(
-            f"The features of {bad:,} of {n:,} images are not finite; the encoder is broken, train it again."
-        )
+    require_finite(features, "images'")
     if not features.any():
         raise UserError("All features are zero; the encoder is broken, train it again.")
     if clusters is not None and not 2 <= clusters < n:

@@ -26,6 +26,9 @@ from simclr.evaluation.lbfgs import MEMORY, Pairs, Problem, minimise
 from simclr.evaluation.metrics import mean_average_precision_11, top_k
 from simclr.features import require_finite
 
+LOGISTIC_VERSION = 1
+"""Raise it when the same features, labels and strengths give other classifiers by more than the tolerance: objective,
+scaling, rows to choose by, minimiser (lbfgs.py)."""
 L2_PATH = tuple(np.logspace(5, -6, 45).tolist())  # the paper's: 45 values from 1e-6 to 1e5
 OPTIMUM_STRENGTHS = (1.0, 1e1, 1e2, 1e3)  # 1 / C of scikit-learn: n x l2
 VALIDATION_ROWS = 10_000  # at most so many training rows take part in choosing among OPTIMUM_STRENGTHS

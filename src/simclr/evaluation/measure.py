@@ -23,6 +23,7 @@ from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.finetune import finetune, supervised
 from simclr.evaluation.finetune_config import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
+from simclr.evaluation.keys import accuracy_key
 from simclr.evaluation.knn import KNN_TEMPERATURE, knn_votes
 from simclr.evaluation.ledger import Ledger, name_of
 from simclr.evaluation.linear import how_to_probe, linear
@@ -128,7 +129,7 @@ def _measure(
     """From the ledger, or measured now."""
     name = SUPERVISED if protocol == SUPERVISED else subject.name
     config = _training(protocol, subject, split, settings)
-    key = _key(protocol, subject, split, seed, settings, config)
+    key = accuracy_key(protocol, subject, split, seed, config)
 
     def run() -> dict[str, Any]:
         say(f"  {name}: {protocol}, seed {seed}")
@@ -136,7 +137,8 @@ def _measure(
         figures, how = _run(protocol, subject, split, seed, settings, config, place, world)
         return {"figures": figures, "how": how}
 
-    return Measurement(subject=name, protocol=protocol, seed=seed, **ledger.get(key, run))
+    about = {"subject": name, "images": split.train.name, "split": split.how}
+    return Measurement(subject=name, protocol=protocol, seed=seed, **ledger.get(key, run, about=about))
 
 
 def makes_sense(protocol: str, subject: Subject, first: Subject) -> bool:
@@ -271,20 +273,3 @@ def _papers_recipe(subject: Subject, split: Split) -> str:
     version = "v2" if subject.head is not None and len(subject.head.layers) > 2 else "v1"
     share = len(split.train) / split.num_labelled
     return f"{version}-{'1%' if share <= 0.03 else '10%' if share <= 0.3 else '100%'}"
-
-
-def _key(
-    protocol: Protocol, subject: Subject, split: Split, seed: int, settings: Settings, config: FinetuneConfig | None
-) -> dict[str, Any]:
-    """Everything that a result depends on, and what a person reads in the file."""
-    return {
-        "protocol": protocol,
-        "subject": subject.name,
-        "identity": subject.identity,
-        "seed": seed,
-        "train": split.train.fingerprint,
-        "test": split.test.fingerprint,
-        "split": split.how,
-        "linear": settings.linear if protocol == "linear" else None,
-        "training": None if config is None else config.deciding(),
-    }

@@ -25,13 +25,16 @@ from simclr.augment.views import eval_images
 from simclr.data.images import Images
 from simclr.data.splits import split_indices
 from simclr.errors import UserError
-from simclr.features import device_of, inference, require_channels
+from simclr.features import device_of, inference, require_channels, require_finite
 from simclr.models.config import TIMM
 from simclr.models.encoder import Encoder
 from simclr.models.heads import ProjectionHead
 from simclr.models.init import seeded
 from simclr.models.resnet import ResNet
 
+PROBE_VERSION = 1
+"""Raise it when the same network, images and settings (`probe_settings`) give other accuracies: transformations,
+layers, or the training of the MLP."""
 TASKS = {
     "colour": (0.2, 0.8),  # gray, colour: grayscale with the probability that pretraining gives it
     "rotation": (0.25, 0.25, 0.25, 0.25),  # 0, 90, 180, 270 degrees, counter-clockwise
@@ -46,6 +49,15 @@ TRAIN_ROWS, TEST_ROWS = 20_000, 10_000  # at most; features of all layers are in
 HIDDEN = 512  # units of the MLP's one hidden layer
 RATE, DECAY, BATCH, EPOCHS, PATIENCE = 1e-3, 1e-4, 256, 60, 6  # AdamW; PATIENCE epochs without a better validation loss
 VALIDATION = 0.1  # of the training rows: when to stop
+
+
+def probe_settings() -> dict[str, Any]:
+    """The constants that decide the accuracies, as JSON can hold them."""
+    return {
+        "tasks": {task: list(shares) for task, shares in TASKS.items()}, "noise": NOISE, "luma": list(LUMA),
+        "rows": [TRAIN_ROWS, TEST_ROWS], "hidden": HIDDEN, "rate": RATE, "decay": DECAY, "batch_size": BATCH,
+        "epochs": EPOCHS, "patience": PATIENCE, "validation": VALIDATION,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -230,7 +242,10 @@ def _features(
             for layer in layers:
                 found[layer].append(seen[layer].float().cpu())
             answers.append(targets)
-    return {layer: torch.cat(parts).numpy() for layer, parts in found.items()}, np.concatenate(answers)
+    features = {layer: torch.cat(parts).numpy() for layer, parts in found.items()}
+    for layer, rows in features.items():
+        require_finite(rows, f"{layer} layer's")
+    return features, np.concatenate(answers)
 
 
 def _stages(encoder: Encoder) -> dict[str, tuple[nn.Module, int | None]]:

@@ -5,18 +5,19 @@ Each is a `Subject`: a name, perhaps an encoder with its projection head, and th
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from simclr import __version__
 from simclr.augment.policy import Semantics
 from simclr.data.images import Images, fit_channels
 from simclr.distributed import World
 from simclr.evaluation.cache import FeatureCache
-from simclr.features import extract, pixels_of, require_finite
+from simclr.evaluation.keys import features_key
+from simclr.evaluation.ledger import name_of
+from simclr.features import extract, pixels_of
 from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
@@ -57,7 +58,6 @@ class Subject:
         if self.encoder is None:
             return pixels_of(images, size=self.size, semantics=self.preprocessing, crop=crop)
         encoder = self.encoder
-        key = "\n".join([__version__, self.identity, images.fingerprint, *([] if crop is None else [f"crop {crop}"])])
 
         def make() -> np.ndarray:
             with counting(f"Features of {self.name}", main=self.world.is_main) as progress:
@@ -65,22 +65,37 @@ class Subject:
                     encoder, images, semantics=self.preprocessing, crop=crop, world=self.world, progress=progress
                 )  # (n, F)
 
-        found = self.cache.get(key, make, self.world)
-        require_finite(found, self.name)
-        return found
+        shape = len(images), encoder.num_features
+        return self.cache.get(features_key(self, images, crop), shape, make, self.world)
 
     def fitted(self, images: Images) -> Images:
         """The images with this subject's channels."""
         return fit_channels(images, self.channels, who="The encoder" if self.encoder is None else self.name)
 
     @cached_property
+    def model(self) -> dict[str, Any]:
+        """All that decides its features, as JSON can hold it: weights, network, preprocessing, kind of device.
+
+        Read once: the weights of a subject do not change while it lives.
+        """
+        return {
+            "weights": None if self.encoder is None else digest_of(self.encoder),
+            "network": None if self.encoder is None else self.encoder.config.to_dict(),
+            "preprocessing": self.preprocessing,
+            "size": self.size,
+            "channels": self.channels,
+            "device": self.world.device.type,
+        }
+
+    @cached_property
+    def head_weights(self) -> str | None:
+        """SHA-256 (hexadecimal) of the projection head's weights."""
+        return None if self.head is None else digest_of(self.head)
+
+    @cached_property
     def identity(self) -> str:
-        """SHA-256 (hexadecimal) of all that decides its features: weights, preprocessing, kind of device."""
-        digest = sha256(f"{self.preprocessing} {self.size} {self.channels} {self.world.device.type}".encode())
-        if self.encoder is not None:
-            digest.update(repr(self.encoder.config).encode())
-            digest.update(digest_of(self.encoder).encode())
-        return digest.hexdigest()
+        """Digest of `model`."""
+        return name_of(self.model)
 
 
 def open_subject(

@@ -18,12 +18,16 @@ import numpy as np
 from simclr.data.images import Images
 from simclr.data.presets import Metric, TransferSet
 from simclr.errors import UserError
+from simclr.evaluation.keys import linear_transfer_key
 from simclr.evaluation.ledger import Ledger
 from simclr.evaluation.logistic import L2_PATH, logistic_probe
 from simclr.evaluation.metrics import accuracy, mean_average_precision_11, mean_per_class, permutation_test
 from simclr.evaluation.subjects import Subject
 
+TRANSFER_VERSION = 1
+"""Raise it when the same features and labels give another score, choice or credits (`judge`) in linear transfer."""
 PERMUTATIONS = 100_000
+CROP = 1.0  # share of the shorter side that is seen: the whole central square (B.8.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,7 @@ def linear_transfer(
     """
 
     def measure() -> dict[str, Any]:
-        features = partial(subject.features, crop=1.0)
+        features = partial(subject.features, crop=CROP)
         train, test = features(data.train), features(data.test)  # (n, F), (m, F)
         held = None if data.validation is None else (features(data.validation), shown(data.validation))
         probe = logistic_probe(
@@ -114,11 +118,9 @@ def linear_transfer(
             "converged": probe.converged,
         }
 
-    key = {
-        "protocol": "linear transfer", "subject": subject.identity, "data": data_identity(data), "seed": seed,
-        "strengths": list(strengths), "crop": 1.0, "test": data.test.fingerprint,
-    }  # fmt: skip
-    found = (ledger or Ledger(None)).get(key, measure)
+    key = linear_transfer_key(subject, data, seed, strengths=list(strengths), crop=CROP, version=TRANSFER_VERSION)
+    about = {"subject": subject.name, "images": data.name, "split": data.how}
+    found = (ledger or Ledger(None)).get(key, measure, about=about)
     return Transferred(subject=subject.name, data=data.name, metric=data.metric, seed=seed, **found)
 
 
@@ -218,8 +220,3 @@ def shown(images: Images) -> np.ndarray:
     found = images.labels if images.targets is None else images.targets
     assert found is not None
     return found
-
-
-def data_identity(data: TransferSet) -> list[str | None]:
-    """What choices depend on: no test image is in it."""
-    return [data.train.fingerprint, None if data.validation is None else data.validation.fingerprint, data.metric]

@@ -1,27 +1,21 @@
 """Accuracies that `simclr evaluate` left with a run, each checked to be of the very weights that are exported.
 
-RUN/evaluation/results.jsonl knows for each result whose features it is of, to the bit. It does not name the data; a
-file of `simclr evaluate --json` in the run's folder does, and where one holds the same result, its name is taken.
+Each line of RUN/evaluation/results.jsonl holds the digest of the weights that it is of, and the name of the images.
 """
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from simclr.distributed import World
-from simclr.evaluation.ledger import name_of
+from simclr.errors import UserError
+from simclr.evaluation.ledger import Entry, name_of, read_results
 from simclr.evaluation.measure import TITLES
-from simclr.evaluation.subjects import Subject
 from simclr.evaluation.table import BASELINES, SUPERVISED, Row
 from simclr.models.config import TIMM, TORCHVISION
-from simclr.weights import Embedder
+from simclr.weights import Embedder, digest_of
 
-OWN = "encoder"  # the ledger's name for what was judged
+OWN = "encoder"  # row of what was judged
 
 
 @dataclass
@@ -51,13 +45,12 @@ def results_of(folder: Path, model: Embedder) -> list[Table]:
         model: What was loaded from it.
     """
     if (folder / "run.json").is_file():
-        return _tables(folder, _entries(folder / "evaluation" / "results.jsonl"), _identities(model))
-    if (folder / "finetune.json").is_file() or (folder / "distill.json").is_file():
-        return _reported(folder)
-    entries = _entries(folder.parent / "results.jsonl")
-    trained = [entry for entry in entries if folder.name.endswith(f"-{name_of(entry['key'])[:12]}")]
-    run = folder.parent.parent
-    return _finetuned(run, entries, trained[0]) if trained else []
+        return _tables(_accuracies(folder / "evaluation" / "results.jsonl"), digest_of(model.encoder))
+    if reported := _reported(folder):
+        return reported
+    records = _accuracies(folder.parent / "results.jsonl")
+    trained = [record for record in records if folder.name.endswith(f"-{name_of(record['key'])[:12]}")]
+    return _finetuned(records, trained[0]) if trained else []
 
 
 def _reported(folder: Path) -> list[Table]:
@@ -72,92 +65,58 @@ def _reported(folder: Path) -> list[Table]:
             data, split = Path(summary["data"].partition(":")[0]).name, summary["split"]
             rows = {OWN: summary["accuracy"]["top-1"], **summary["baselines"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return []  # it was not tested, or has not ended
+        return []  # it was not tested, has not ended, or is a network that `simclr evaluate` trained
     return [Table(data, split, {name: {"top-1": {0: value}} for name, value in rows.items()})]
 
 
-def _tables(run: Path, entries: list[dict[str, Any]], identities: set[str]) -> list[Table]:
+def _tables(records: list[Entry], weights: str) -> list[Table]:
     """Every split on which the encoder itself was measured, with all rows of that split."""
-    own = [e["key"] for e in entries if e["key"]["identity"] in identities and e["key"]["subject"] == OWN]
+    own = [record["key"]["data"] for record in records if _is_of(record, weights)]
     found: dict[str, Table] = {}
-    for entry in entries:
-        key = entry["key"]
-        if not any(_same_images(key, one) for one in own):
-            continue
-        if key["subject"] == OWN and key["identity"] not in identities:
-            continue  # of weights that the run had at another time
-        _add(found, run, entry)
+    for record in records:
+        of_other_weights = record["about"]["subject"] == OWN and not _is_of(record, weights)
+        if record["key"]["data"] in own and not of_other_weights:
+            _add(found, record, weights)
     return list(found.values())
 
 
-def _finetuned(run: Path, entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[Table]:
+def _finetuned(records: list[Entry], trained: Entry) -> list[Table]:
     """The network's own accuracy, and that of the same network from scratch on the same labels."""
     found: dict[str, Table] = {}
-    for other in entries:
-        same_labels = _same_images(other["key"], entry["key"]) and other["key"]["seed"] == entry["key"]["seed"]
-        if other is entry or (same_labels and other["key"]["protocol"] == SUPERVISED):
-            _add(found, run, other)
+    for record in records:
+        key, mine = record["key"], trained["key"]
+        from_scratch = key["protocol"] == SUPERVISED and (key["data"], key["seed"]) == (mine["data"], mine["seed"])
+        if record is trained or from_scratch:
+            _add(found, record, mine["model"]["weights"])
     return list(found.values())
 
 
-def _add(found: dict[str, Table], run: Path, entry: dict[str, Any]) -> None:
-    key, top1 = entry["key"], entry["value"]["figures"]["top1"]
-    split = re.sub(r",? seed \d+", "", key["split"])
-    table = found.setdefault(split, Table(None, split))
-    row = _row(key)
+def _add(found: dict[str, Table], record: Entry, weights: str) -> None:
+    key, about = record["key"], record["about"]
+    split = re.sub(r",? seed \d+", "", about["split"])
+    table = found.setdefault(split, Table(about["images"], split))
+    row = _row(record, weights)
     if not row.startswith((TIMM, TORCHVISION)):
         row = Path(row).name  # another run's folder: where it lies is nobody's business
-    table.values.setdefault(row, {}).setdefault(TITLES[key["protocol"]], {})[key["seed"]] = top1
-    table.data = table.data or _data_of(run, entry)
+    column = table.values.setdefault(row, {}).setdefault(TITLES[key["protocol"]], {})
+    column[key["seed"]] = record["value"]["figures"]["top1"]
 
 
-def _row(key: dict[str, Any]) -> str:
-    return SUPERVISED if key["protocol"] == SUPERVISED else key["subject"]
+def _row(record: Entry, weights: str) -> str:
+    key = record["key"]
+    if key["protocol"] == SUPERVISED:
+        return SUPERVISED
+    return OWN if _is_of(record, weights) else record["about"]["subject"]
 
 
-def _same_images(key: dict[str, Any], other: dict[str, Any]) -> bool:
-    return (key["train"], key["test"]) == (other["train"], other["test"])
+def _is_of(record: Entry, weights: str) -> bool:
+    return record["key"]["model"]["weights"] == weights
 
 
-def _entries(file: Path) -> list[dict[str, Any]]:
-    """The accuracies in a ledger, in the order in which they were measured."""
-    needed = {"identity", "split", "train", "test"}
-    records = [record for record in _lines(file) if record.get("key", {}).get("protocol") in TITLES]
-    return [record for record in records if needed <= set(record["key"])]
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
-    for line in file.read_bytes().split(b"\n") if file.is_file() else []:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue  # cut short by a kill, or empty
-
-
-def _data_of(run: Path, entry: dict[str, Any]) -> str | None:
-    """The name of the data in a file of --json that holds this very result."""
-    key = entry["key"]
-    wanted = (_row(key), key["protocol"], key["seed"], entry["value"]["figures"]["top1"], entry["value"]["how"])
-    for file in sorted([*run.glob("*.json"), *(run / "evaluation").glob("*.json")]):
-        try:
-            summary = json.loads(file.read_bytes())
-            data = summary["protocol"]["data"]
-            results = [(r["features"], r["protocol"], r["seed"], r["top1"], r["how"]) for r in summary["results"]]
-        except (ValueError, KeyError, TypeError):
-            continue  # another file of the run
-        if wanted in results:
-            source = data if isinstance(data, str) else data[0]
-            return Path(source.partition(":")[0]).name
-    return None
-
-
-def _identities(model: Embedder) -> set[str]:
-    """What the encoder's results are noted under; the kind of device that computed them is part of it."""
-    config = model.encoder.config
-    return {
-        Subject(
-            name=OWN, encoder=model.encoder, preprocessing=model.preprocessing, size=config.size,
-            channels=config.channels, world=World(device=torch.device(device)),
-        ).identity
-        for device in ("cpu", "cuda")
-    }  # fmt: skip
+def _accuracies(file: Path) -> list[Entry]:
+    """The accuracies in a result file, in the order in which they were measured."""
+    try:
+        records, _ = read_results(file)
+    except (OSError, UserError):
+        return []
+    return [record for record in records if record["key"].get("protocol") in TITLES]

@@ -1,0 +1,195 @@
+"""Keys of cached features and of results: all that decides a value, one function for each kind of value.
+
+A key is a JSON object with the fields of a `Result`: protocol, version of the computation, model (digest of the
+weights, preprocessing, kind of device), data (digests of the images and labels that take part), settings, seed.
+What decides nothing stays out: where files lie and how a path is spelled, batch sizes of inference, threads, workers.
+
+Versions are numbers that stand beside each computation (FEATURES_VERSION, KNN_VERSION, ...): a release of the package
+keeps the results, a change of an algorithm does not. Versions of torch, NumPy and other libraries are recorded with a
+result, and are no part of its key: between them numbers agree to rounding.
+"""
+
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from simclr.data.images import Images
+from simclr.device import precision_of
+from simclr.evaluation.curve import CURVE_VERSION
+from simclr.evaluation.finetune import TRAINING_VERSION
+from simclr.evaluation.finetune_config import FinetuneConfig
+from simclr.evaluation.knn import KNN_K, KNN_TEMPERATURE, KNN_VERSION
+from simclr.evaluation.ledger import Entry
+from simclr.evaluation.logistic import L2_PATH, LOGISTIC_VERSION, OPTIMUM_STRENGTHS, TOL, VALIDATION_ROWS
+from simclr.evaluation.metrics import METRICS_VERSION
+from simclr.evaluation.probe import PROBE_VERSION, probe_settings
+from simclr.features import FEATURES_VERSION
+
+if TYPE_CHECKING:
+    from simclr.data.presets import TransferSet
+    from simclr.evaluation.split import Split
+    from simclr.evaluation.subjects import Subject
+
+
+def pixels_digest(images: Images) -> str:
+    """SHA-256 (hexadecimal) of what an encoder sees of the images: their contents, in order, and as how many channels.
+
+    Labels may be part of the fingerprint that this builds on; what is made of pixels alone is then made again when
+    they change.
+    """
+    digest = sha256(f"{images.fingerprint} {len(images)} {images.channels}".encode())
+    digest.update(images.sizes.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def labelled_digest(images: Images) -> str:
+    """SHA-256 (hexadecimal) of the images, their labels and the classes that these stand for."""
+    digest = sha256(f"{pixels_digest(images)} {images.classes!r}".encode())
+    for column in (images.labels, images.targets):
+        digest.update(b"-" if column is None else f"{column.shape}".encode() + column.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def features_key(subject: "Subject", images: Images, crop: float | None) -> Entry:
+    """Features of images by one model."""
+    return {
+        "protocol": "features",
+        "version": {"features": FEATURES_VERSION},
+        "model": subject.model,
+        "data": {"images": pixels_digest(images)},
+        "settings": {"crop": crop},
+    }
+
+
+def accuracy_key(
+    protocol: str, subject: "Subject", split: "Split", seed: int, config: FinetuneConfig | None = None
+) -> Entry:
+    """A result of `measure`.
+
+    Args:
+        config: Settings of a protocol that trains a network; None: it classifies frozen features.
+    """
+    if config is not None:
+        versions, settings = {"training": TRAINING_VERSION}, _training(config, subject)
+    elif protocol == "knn":
+        versions = {"features": FEATURES_VERSION, "knn": KNN_VERSION}
+        settings = {"k": KNN_K, "temperature": KNN_TEMPERATURE, "leave_one_out": split.test is split.train}
+    else:
+        versions = {"features": FEATURES_VERSION, "logistic": LOGISTIC_VERSION}
+        settings = _optimum() if protocol == "linear" else _logistic(L2_PATH)
+    return {
+        "protocol": protocol,
+        "version": versions | {"metrics": METRICS_VERSION},
+        "model": _begins(subject, config, from_scratch=protocol == "supervised"),
+        "data": {"train": labelled_digest(split.train), "test": labelled_digest(split.test)},
+        "settings": settings,
+        "seed": seed,
+    }
+
+
+def curve_key(subject: "Subject", split: "Split", count: int | str, seed: int) -> Entry:
+    """A point of the label-efficiency curve: the linear classifier on the features of a model."""
+    return {
+        "protocol": "curve",
+        "version": {"features": FEATURES_VERSION, "logistic": LOGISTIC_VERSION, "curve": CURVE_VERSION},
+        "model": subject.model,
+        "data": {"train": labelled_digest(split.train), "test": labelled_digest(split.test)},
+        "settings": {"labels_per_class": count, **_optimum()},
+        "seed": seed,
+    }
+
+
+def curve_from_scratch_key(
+    subject: "Subject", split: "Split", count: int | str, seed: int, configs: list[FinetuneConfig]
+) -> Entry:
+    """A point of the label-efficiency curve: a network of the model's shape, trained on the few labels alone.
+
+    Args:
+        configs: Settings of the training, by the number of images.
+    """
+    return {
+        "protocol": "curve, supervised",
+        "version": {"training": TRAINING_VERSION, "curve": CURVE_VERSION},
+        "model": _begins(subject, None, from_scratch=True),
+        "data": {"train": labelled_digest(split.train), "test": labelled_digest(split.test)},
+        "settings": {"labels_per_class": count, "training": [_training(config, subject) for config in configs]},
+        "seed": seed,
+    }
+
+
+def probe_key(subject: "Subject", split: "Split", seed: int) -> Entry:
+    """What the layers of a model and its projection head know; labels take no part."""
+    return {
+        "protocol": "probe",
+        "version": {"probe": PROBE_VERSION, "features": FEATURES_VERSION},
+        "model": subject.model | {"head": subject.head_weights},
+        "data": {name: pixels_digest(part) for name, part in (("train", split.train), ("test", split.test))},
+        "settings": probe_settings(),
+        "seed": seed,
+    }
+
+
+def linear_transfer_key(
+    subject: "Subject", data: "TransferSet", seed: int, *, strengths: list[float], crop: float, version: int
+) -> Entry:
+    """Transfer by logistic regression on frozen features; `version` is that of the protocol, TRANSFER_VERSION."""
+    return {
+        "protocol": "linear transfer",
+        "version": {
+            "features": FEATURES_VERSION, "logistic": LOGISTIC_VERSION, "metrics": METRICS_VERSION, "transfer": version,
+        },
+        "model": subject.model,
+        "data": transfer_data(data) | {"test": labelled_digest(data.test)},
+        "settings": {**_logistic(strengths), "crop": crop},
+        "seed": seed,
+    }  # fmt: skip
+
+
+def grid_key(subject: "Subject", seed: int, *, from_scratch: bool, batch_size: int, steps: int, version: int) -> Entry:
+    """What the trainings of a grid search share; cell and images are added (`choose_and_test`)."""
+    return {
+        "protocol": "from scratch" if from_scratch else "fine-tuning",
+        "version": {"training": TRAINING_VERSION, "metrics": METRICS_VERSION, "grid": version},
+        "model": _begins(subject, None, from_scratch=from_scratch),
+        "settings": {"steps": steps, "batch_size": batch_size},
+        "seed": seed,
+    }
+
+
+def training_key(subject: "Subject", learn: Images, seed: int, config: FinetuneConfig, *, from_scratch: bool) -> Entry:
+    """One training of a grid search: what its checkpoints belong to."""
+    return {
+        "version": {"training": TRAINING_VERSION},
+        "model": _begins(subject, config, from_scratch=from_scratch),
+        "data": {"train": labelled_digest(learn)},
+        "settings": _training(config, subject),
+        "seed": seed,
+    }
+
+
+def transfer_data(data: "TransferSet") -> Entry:
+    """What the choices on a transfer set depend on: no test image is in it."""
+    return {
+        "train": labelled_digest(data.train),
+        "validation": None if data.validation is None else labelled_digest(data.validation),
+        "metric": data.metric,
+    }
+
+
+def _begins(subject: "Subject", config: FinetuneConfig | None, *, from_scratch: bool) -> Entry:
+    """The network that a training begins with; only its shape if from scratch, its head if used."""
+    if from_scratch:
+        return subject.model | {"weights": None}
+    uses_head = config is not None and config.head_layer > 0
+    return subject.model | {"head": subject.head_weights} if uses_head else subject.model
+
+
+def _training(config: FinetuneConfig, subject: "Subject") -> Entry:
+    return config.deciding() | {"precision": str(precision_of(config.precision, subject.world))}
+
+
+def _optimum() -> Entry:
+    return {"strengths": list(OPTIMUM_STRENGTHS), "tolerance": TOL, "validation_rows": VALIDATION_ROWS}
+
+
+def _logistic(strengths: Any) -> Entry:
+    return {"strengths": list(strengths), "tolerance": TOL}
