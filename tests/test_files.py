@@ -96,14 +96,14 @@ def test_the_longest_name_can_be_written(tmp_path, name):
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
 def test_what_the_system_refuses_is_a_sentence(tmp_path, code):
-    with pytest.raises(UserError, match=rf"file cannot be written: {os.strerror(code).lower()}; make room\."):
+    with pytest.raises(UserError, match=rf"file cannot be written: {os.strerror(code).lower()}; make room\."):  # noqa: SIM117
         with writing(tmp_path / "file", hint="make room"):
             raise OSError(code, os.strerror(code))
 
 
 def test_a_sentence_names_the_file_that_was_in_the_way(tmp_path):
     (tmp_path / "a").write_bytes(b"")
-    with pytest.raises(UserError, match=r"a/b/c cannot be written: not a directory \(.*/a/b\); give another path"):
+    with pytest.raises(UserError, match=r"a/b/c cannot be written: not a directory \(.*/a/b\); give another path"):  # noqa: SIM117
         with writing(tmp_path / "a" / "b" / "c"):
             (tmp_path / "a" / "b").mkdir()
     with pytest.raises(UserError, match="cannot be written: file name too long; "), writing(tmp_path / ("x" * 256)):

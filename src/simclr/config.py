@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from simclr.errors import UserError
+from simclr.files import write_atomically
 
 # Settings that a resumed run may change: they move no number of its result.
 FREE_ON_RESUME = frozenset({"workers", "save_every", "keep", "knn_every"})
@@ -181,7 +182,7 @@ class PretrainConfig:
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_atomically(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
 
 def _require(name: str, value: object, fine: bool, allowed: str) -> None:

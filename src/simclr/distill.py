@@ -33,13 +33,13 @@ from simclr.errors import UserError
 from simclr.evaluation.finetune import Stopped
 from simclr.evaluation.metrics import accuracy
 from simclr.features import outputs, require_channels
-from simclr.files import write_atomically
+from simclr.files import write_atomically, writing
 from simclr.methods.distill import Distill
 from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier
 from simclr.optim import build_optimizer
 from simclr.progress import Progress, say
-from simclr.run import RunFolder, describe_machine
+from simclr.run import RunFolder, describe_machine, hold
 from simclr.teacher import teachers_columns
 from simclr.train import Inputs, Outcome, Task, restore, train
 from simclr.weights import Embedder, digest_of, save_classifier
@@ -109,28 +109,29 @@ def distill(
         "preprocessing": teacher.preprocessing,
         "student": digest_of(student),
     }
-    _claim(folder, identity, origin or {}, world)
-    choose_kernels(world, deterministic=config.deterministic)
-    teacher.to(str(world.device))
-    taught_by.to(memory_format=torch.channels_last)
-    student = student.to(world.device).to(memory_format=torch.channels_last)
-    task = build_task(teacher, student, images, targets, config, folder, seed=seed, world=world)
-    outcome = _run(task, folder, config, world)
-    if outcome.signal is not None:
-        say(f"Stopped at step {outcome.step}, saved; the same command goes on.", main=world.is_main)
-        raise Stopped(outcome)
-    tested: dict[str, float] = {}
-    if test is not None and test_targets is not None:
-        networks = {"student": (student, student.encoder), "teacher": (taught_by, teacher.encoder)}
-        for name, (network, encoder) in networks.items():
-            logits = outputs(
-                network, test, len(teacher.classes),
-                size=encoder.config.size, semantics=teacher.preprocessing, world=world,
-            )  # fmt: skip
-            tested[name] = accuracy(logits.argmax(axis=1), test_targets)
-    if world.is_main:
-        _report_end(folder, outcome, images, config, tested, test)
-    return Distilled(student.eval(), outcome.step, tested.get("student"), tested.get("teacher"))
+    with hold(run, world):
+        same_threads(world.on_main(partial(_claim, folder, identity, origin or {})), world)
+        choose_kernels(world, deterministic=config.deterministic)
+        teacher.to(str(world.device))
+        taught_by.to(memory_format=torch.channels_last)
+        student = student.to(world.device).to(memory_format=torch.channels_last)
+        task = build_task(teacher, student, images, targets, config, folder, seed=seed, world=world)
+        outcome = _run(task, folder, config, world)
+        if outcome.signal is not None:
+            say(f"Stopped at step {outcome.step}, saved; the same command goes on.", main=world.is_main)
+            raise Stopped(outcome)
+        tested: dict[str, float] = {}
+        if test is not None and test_targets is not None:
+            networks = {"student": (student, student.encoder), "teacher": (taught_by, teacher.encoder)}
+            for name, (network, encoder) in networks.items():
+                logits = outputs(
+                    network, test, len(teacher.classes),
+                    size=encoder.config.size, semantics=teacher.preprocessing, world=world,
+                )  # fmt: skip
+                tested[name] = accuracy(logits.argmax(axis=1), test_targets)
+        if world.is_main:
+            _report_end(folder, outcome, images, config, tested, test)
+        return Distilled(student.eval(), outcome.step, tested.get("student"), tested.get("teacher"))
 
 
 def build_task(
@@ -225,8 +226,8 @@ def _batches(
     return batch
 
 
-def _claim(folder: RunFolder, identity: dict[str, Any], origin: dict[str, Any], world: World) -> None:
-    """Make the folder of a new run, or see that it holds the same one, and take as many threads as that began with."""
+def _claim(folder: RunFolder, identity: dict[str, Any], origin: dict[str, Any]) -> int:
+    """Make the folder of a new run, or see that it holds the same one; how many threads that began with."""
     described = folder.path / "distill.json"
     if described.is_file():
         try:
@@ -238,20 +239,15 @@ def _claim(folder: RunFolder, identity: dict[str, Any], origin: dict[str, Any], 
             raise UserError(
                 f"{folder.path} holds a distillation of other images, networks or settings; give another --out."
             )
-        same_threads(threads, world)
     else:
         folder.refuse_existing()
-    world.barrier()  # all have looked before one writes
-    if world.is_main and not described.is_file():
-        content = {"identity": identity, "origin": origin, "machine": describe_machine()}
-        try:
-            folder.path.mkdir(parents=True, exist_ok=True)
+        machine = describe_machine()
+        content, threads = {"identity": identity, "origin": origin, "machine": machine}, machine["cpu_threads"]
+        with writing(folder.path, hint="give another --out"):
             write_atomically(described, (json.dumps(content, indent=2) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"The folder {folder.path} cannot be made: {error.strerror}; give another --out.") from None
-    if world.is_main:
+    with writing(folder.path, hint="give another --out"):
         folder.checkpoints.mkdir(exist_ok=True)
-    world.barrier()
+    return threads
 
 
 def _run(task: Task, folder: RunFolder, config: DistillConfig, world: World) -> Outcome:

@@ -23,6 +23,7 @@ from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.opening import lasting, open_parts
 from simclr.progress import say
+from simclr.run import hold
 from simclr.teacher import open_teacher
 from simclr.weights import Embedder, load
 
@@ -41,24 +42,8 @@ def distill(args: "commands.Distill", over: Callable[[DistillConfig], DistillCon
     _check(args, over(DistillConfig()))
     world = distributed.start(args.device)
     try:
-        teacher = open_teacher(args.teacher, size=args.teacher_size)
-        assert teacher.classifier is not None
-        student, how = open_student(args, teacher)
-        images, test = _open_images(args, teacher, world)
-        config = _settle(args, over, images, student, teacher, world)
-        origin = {
-            "teacher": args.teacher, "student": how, "data": lasting(args.data), "labels": args.labels,
-            "only_labels": args.only_labels,
-        }  # fmt: skip
-        size = {name: sum(p.numel() for p in n.parameters()) for name, n in (("t", teacher.classifier), ("s", student))}
-        say(
-            f"The student ({how}, {size['s']:,} parameters) learns from {args.teacher} ({size['t']:,}) on "
-            f"{len(images):,} images at temperature {config.temperature:g}; the run is in {args.out}.",
-            main=world.is_main,
-        )
-        result = run_distillation(
-            teacher, student, images, config, args.out, seed=args.seed, test=test, world=world, origin=origin
-        )
+        with hold(args.out, world):
+            result, test = _distill(args, over, world)
     except Stopped as stopped:
         if world.size == 1:
             raise SystemExit(128 + (stopped.signal or 15)) from None
@@ -67,6 +52,31 @@ def distill(args: "commands.Distill", over: Callable[[DistillConfig], DistillCon
         distributed.stop()
     if world.is_main:
         _print(result, test)
+
+
+def _distill(
+    args: "commands.Distill", over: Callable[[DistillConfig], DistillConfig], world: World
+) -> tuple[Distilled, Images | None]:
+    """The student, and the images that it was tested on."""
+    teacher = open_teacher(args.teacher, size=args.teacher_size)
+    assert teacher.classifier is not None
+    student, how = open_student(args, teacher)
+    images, test = _open_images(args, teacher, world)
+    config = _settle(args, over, images, student, teacher, world)
+    origin = {
+        "teacher": args.teacher, "student": how, "data": lasting(args.data), "labels": args.labels,
+        "only_labels": args.only_labels,
+    }  # fmt: skip
+    size = {name: sum(p.numel() for p in n.parameters()) for name, n in (("t", teacher.classifier), ("s", student))}
+    say(
+        f"The student ({how}, {size['s']:,} parameters) learns from {args.teacher} ({size['t']:,}) on "
+        f"{len(images):,} images at temperature {config.temperature:g}; the run is in {args.out}.",
+        main=world.is_main,
+    )
+    result = run_distillation(
+        teacher, student, images, config, args.out, seed=args.seed, test=test, world=world, origin=origin
+    )
+    return result, test
 
 
 def open_student(args: "commands.Distill", teacher: Embedder) -> tuple[Classifier, str]:

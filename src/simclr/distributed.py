@@ -9,9 +9,10 @@ or a Python object never waits for the GPU.
 
 import atexit
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -109,6 +110,25 @@ class World:
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0, group=self.group, device=torch.device("cpu"))
         return box[0]
+
+    def on_main(self, action: Callable[[], Object]) -> Object:
+        """What `action` returns in the main process, the only one that calls it, in every process.
+
+        Raises:
+            UserError: The main process's, in every process: none waits for one that has given up.
+        """
+        if self.size == 1:
+            return action()
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except UserError as raised:
+                error = raised
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return cast("Object", result)
 
     def barrier(self) -> None:
         """Wait until every process is here."""

@@ -37,7 +37,7 @@ def reason_of(error: OSError, path: Path | None = None) -> str:
     named = error.filename if isinstance(error.filename, str) else None
     if error.errno == errno.ENOSPC and _out_of_inodes(named or path):
         reason += ", because no more files can be made there: its inodes are used up"
-    if path is not None and named is not None and named != str(path) and not _is_temporary(Path(named).name):
+    if path is not None and named is not None and named != str(path) and not is_temporary(Path(named).name):
         reason += f" ({named})"
     return reason
 
@@ -143,7 +143,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
         return
     prefix = "." if name is None else f".{_stem(name)}."
     with os.scandir(folder) as entries:
-        found = [Path(entry.path) for entry in entries if entry.name.startswith(prefix) and _is_temporary(entry.name)]
+        found = [Path(entry.path) for entry in entries if entry.name.startswith(prefix) and is_temporary(entry.name)]
     for leftover in found:
         if not _is_being_written(leftover):
             leftover.unlink(missing_ok=True)
@@ -154,7 +154,8 @@ def _stem(name: str) -> str:
     return os.fsdecode(os.fsencode(name)[:200])
 
 
-def _is_temporary(name: str) -> bool:
+def is_temporary(name: str) -> bool:
+    """Whether a file's name is one that `replacing` gives to what it is writing."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
@@ -243,10 +244,14 @@ class FileLock:
         """
         if self._file is not None:
             return True
-        file = open(self.path, "ab+")  # noqa: SIM115, it stays open while the lock is held
-        if not _try_lock(file.fileno()):
-            file.close()
-            return False
+        while True:
+            file = open(self.path, "ab+")  # noqa: SIM115, it stays open while the lock is held
+            if not _try_lock(file.fileno()):
+                file.close()
+                return False
+            if _is_same_file(file.fileno(), self.path):
+                break
+            file.close()  # its last holder has removed it since it was opened, and another may lie there now
         self._file = file
         with suppress(OSError):  # a full disk: the lock holds without a name in it
             file.truncate(0)
@@ -262,11 +267,26 @@ class FileLock:
         except (OSError, ValueError, KeyError, TypeError):
             return "another process"
 
-    def release(self) -> None:
-        """Give the lock back; the file stays, because removing it would let two processes hold two files."""
+    def release(self, *, remove: bool = False) -> None:
+        """Give the lock back.
+
+        Args:
+            remove: Also remove the file, while the lock is still held; `acquire` sees to it that nobody then holds a
+                file that is gone.
+        """
         if self._file is not None:
+            if remove and fcntl is not None:
+                with suppress(OSError):
+                    self.path.unlink()
             self._file.close()
             self._file = None
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from simclr import commands, distributed
+from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluate import Session
 from simclr.evaluation.finetune import Finetuned, Stopped, finetune, supervised
@@ -27,7 +28,7 @@ from simclr.evaluation.subjects import PIXELS, RANDOM, Subject
 from simclr.evaluation.table import error_note
 from simclr.opening import require_writable, side_of, write
 from simclr.progress import counting, say
-from simclr.run import RunFolder
+from simclr.run import RunFolder, hold
 
 PIXELS_MOST = 1 << 30
 """Bytes of raw pixels, as features, up to which their accuracy stands beside the classifier's."""
@@ -50,24 +51,29 @@ def finetune_run(args: commands.Finetune, over: Callable[[FinetuneConfig], Finet
     _check(args)
     world = distributed.start(args.device)
     try:
-        session = Session.open(_as_evaluation(args), ["finetune"], world)
-        split = session.split(args.seed)
-        session.tell(f"{session.train.name}: {split.how}.")
-        subject, pixels = session.subjects()
-        config = how_to_finetune(subject, split, Settings(recipe=args.finetune_recipe, over=over, flip=session.flip))
-        session.tell(
-            f"Training by {config.optimizer}, rate {config.lr:g}: {config.steps(len(split.train)):,} steps of "
-            f"{config.batch_size} images (--epochs changes it)."
-        )
-        network = _train(args, session, subject, split, config)
-        if world.is_main:
-            _tell(args, network, split, pixels)
+        with hold(args.out, world):
+            _finetune(args, over, world)
     except Stopped as stopped:
         say(f"Stopped; what is done is in {args.out}: the same command goes on.", main=world.is_main)
         if world.size == 1:
             raise SystemExit(128 + (stopped.signal or 15)) from None
     finally:
         distributed.stop()
+
+
+def _finetune(args: commands.Finetune, over: Callable[[FinetuneConfig], FinetuneConfig], world: World) -> None:
+    session = Session.open(_as_evaluation(args), ["finetune"], world)
+    split = session.split(args.seed)
+    session.tell(f"{session.train.name}: {split.how}.")
+    subject, pixels = session.subjects()
+    config = how_to_finetune(subject, split, Settings(recipe=args.finetune_recipe, over=over, flip=session.flip))
+    session.tell(
+        f"Training by {config.optimizer}, rate {config.lr:g}: {config.steps(len(split.train)):,} steps of "
+        f"{config.batch_size} images (--epochs changes it)."
+    )
+    network = _train(args, session, subject, split, config)
+    if world.is_main:
+        _tell(args, network, split, pixels)
 
 
 def _check(args: commands.Finetune) -> None:

@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simclr.distributed import World
 from simclr.errors import UserError
+from simclr.files import writing
 from simclr.models.classifier import Classifier, usual_names
 from simclr.models.import_tf import EMA, Imported, import_tf
 from simclr.models.import_torch import import_torch
 from simclr.opening import require_writable
 from simclr.progress import say
+from simclr.run import hold
 from simclr.weights import save_classifier, save_encoder
 
 if TYPE_CHECKING:
@@ -23,16 +26,14 @@ def import_checkpoint(args: "commands.Import") -> None:
     Raises:
         UserError: The checkpoint is damaged or of another network, or OUT holds something or cannot be written.
     """
-    if (args.out / "config.json").exists():
-        raise UserError(f"{args.out} holds an encoder or a run already; give another folder, or remove it first.")
     require_writable(args.out / "config.json")
     if args.format not in ("auto", "tensorflow") and not args.checkpoint.is_file():
         raise UserError(f"There is no file {args.checkpoint}; check the path.")
     tensorflow = args.format == "tensorflow" or (args.format == "auto" and not _is_torch(args.checkpoint))
-    try:
+    with hold(args.out, World()), writing(args.out, hint="give another folder"):
+        if (args.out / "config.json").exists():
+            raise UserError(f"{args.out} holds an encoder or a run already; give another folder, or remove it first.")
         (_import_tf if tensorflow else _import_torch)(args)
-    except OSError as error:
-        raise UserError(f"{args.out} cannot be written: {error.strerror}; give another folder.") from None
     say(f'The encoder is in {args.out}: `simclr evaluate {args.out} DATA`, or simclr.load("{args.out}").')
 
 

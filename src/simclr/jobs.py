@@ -24,7 +24,7 @@ from simclr.opening import lasting, open_aloud, require_writable, side_of, tell_
 from simclr.plan import plan as plan_run
 from simclr.progress import counting, say
 from simclr.recipes import RECIPES, Recipe, choose_recipe, find_recipe, settings_for
-from simclr.run import RunFolder, describe_machine, open_run
+from simclr.run import RunFolder, describe_machine, hold, open_run
 from simclr.train import Outcome
 from simclr.weights import load
 
@@ -53,10 +53,11 @@ def pretrain(args: "commands.Pretrain", flags_over: FlagsOver) -> None:
     try:
         asked = flags_over(recipe.config if recipe else PretrainConfig())
         pretraining.check_settings(asked, world)
-        images = open_aloud(source, world, channels=asked.channels, **options)
-        config = _settled(recipe, images, flags_over, world)
-        origin = pretraining.origin_of(images, source, options, describe_machine())
-        outcome = pretraining.pretrain(images, config, RunFolder(out), world, origin=origin, memory_budget=budget)
+        with hold(out, world):
+            images = open_aloud(source, world, channels=asked.channels, **options)
+            config = _settled(recipe, images, flags_over, world)
+            origin = pretraining.origin_of(images, source, options, describe_machine())
+            outcome = pretraining.pretrain(images, config, RunFolder(out), world, origin=origin, memory_budget=budget)
     finally:
         distributed.stop()
     _leave(outcome, world)
@@ -75,17 +76,22 @@ def resume(args: "commands.Resume", flags_over: FlagsOver) -> None:
             "a new run with --recipe " + str(args.run / "config.json") + "."
         )
     origin = run.origin
+    finished = f"{args.run} has already reached its end; the encoder is in {run.encoder}."
     if run.summary.exists():
-        say(f"{args.run} has already reached its end; the encoder is in {run.encoder}.")
+        say(finished)
         return
     world = distributed.start(config.device)
     try:
-        same_threads(int(origin["machine"]["cpu_threads"]), world)
-        source = lasting(args.data) if args.data else _known_place(origin, args.run)
-        options = origin["data"]["options"] | ({"pack": args.pack} if args.pack else {})
-        images = open_aloud(source, world, channels=config.channels, **options)
-        pretraining.same_data(images, origin, args.run, main=world.is_main)
-        outcome = pretraining.pretrain(images, config, run, world)
+        with hold(run.path, world):
+            if world.broadcast(run.summary.exists()):  # another process has brought it to its end since
+                say(finished, main=world.is_main)
+                return
+            same_threads(int(origin["machine"]["cpu_threads"]), world)
+            source = lasting(args.data) if args.data else _known_place(origin, args.run)
+            options = origin["data"]["options"] | ({"pack": args.pack} if args.pack else {})
+            images = open_aloud(source, world, channels=config.channels, **options)
+            pretraining.same_data(images, origin, args.run, main=world.is_main)
+            outcome = pretraining.pretrain(images, config, run, world)
     finally:
         distributed.stop()
     _leave(outcome, world)

@@ -34,7 +34,7 @@ from simclr.models.heads import ProjectionHead
 from simclr.models.recompute import recompute_blocks
 from simclr.optim import build_optimizer
 from simclr.progress import Progress, say
-from simclr.run import RunFolder, create_run
+from simclr.run import RunFolder, create_run, hold
 from simclr.schedule import learning_rate, peak_lr, total_steps, warmup_steps
 from simclr.train import Inputs, Outcome, Task, restore, train
 from simclr.weights import save_encoder
@@ -94,6 +94,8 @@ def pretrain(
 ) -> Outcome:
     """Train, from the newest good checkpoint of the run if it has one, until the end or a signal.
 
+    The run's folder is held for the time being: no other process can write it.
+
     Args:
         images: All processes open the same images.
         run: Only the main process writes to it.
@@ -103,8 +105,21 @@ def pretrain(
         memory_budget: Bytes that a process of a new run may take; None: nearly all that are free.
 
     Raises:
-        UserError: Images and settings do not go together, or memory, disk or the loss gave out.
+        UserError: Images and settings do not go together, another process writes the run, or memory, disk or the loss
+            gave out.
     """
+    with hold(run.path, world):
+        return _pretrain(images, config, run, world, origin, memory_budget)
+
+
+def _pretrain(
+    images: Images,
+    config: PretrainConfig,
+    run: RunFolder,
+    world: World,
+    origin: dict[str, Any] | None,
+    memory_budget: int | None,
+) -> Outcome:
     check_images(images, config, world)
     choose_kernels(world, deterministic=config.deterministic)
     if origin is None:  # a chunk is part of the result: a run keeps the rung that it began on
@@ -116,11 +131,10 @@ def pretrain(
         config, sentence = settle(config, images, build, world, precision=precision, budget=memory_budget)
         say(sentence, main=world.is_main and bool(sentence))
     task, steps_per_epoch = build_task(images, config, run, world)
-    if origin is not None and world.is_main:
-        create_run(run.path, config, origin)
+    if origin is not None:
+        world.on_main(partial(create_run, run.path, config, origin))
         where = f"; the run is in {run.path}" if run.lasting else ""
-        say(f"Training {config.encoder} at {config.size} pixels for {config.epochs} epochs{where}.")
-    world.barrier()
+        say(f"Training {config.encoder} at {config.size} pixels for {config.epochs} epochs{where}.", main=world.is_main)
     start = restore(task, run, world)
     if start:
         say(f"Going on from step {start} of {task.total_steps}.", main=world.is_main)

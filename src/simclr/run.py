@@ -8,19 +8,27 @@ RUN/
   checkpoints/     step-*.pt, atomic and checksummed (checkpoint.py)
   encoder/         model.safetensors + config.json: what `simclr.load` reads
   summary.json     written when the run ends
+  .lock            while a process writes the folder
 """
 
 import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from simclr.config import PretrainConfig, load_config
+from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.files import reason_of, sweep, write_atomically
+from simclr.files import FileLock, is_temporary, reason_of, sweep, write_atomically, writing
+
+LOCK = ".lock"
+"""Of a folder that a process is writing: held by that process (`hold`)."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +82,14 @@ class RunFolder:
         return origin
 
     def refuse_existing(self) -> None:
-        """Stop where a new run would overwrite something."""
-        if (self.path / "config.json").exists():
+        """Stop where a new run would overwrite something, but for what a process left that was killed at its start."""
+        config = self.path / "config.json"
+        if config.exists() and not _is_leftover(config):
             raise UserError(
                 f"{self.path} already holds a run; `simclr resume {self.path}` goes on with it, and another --out "
                 "starts a new one."
             )
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and not (self.path.is_dir() and all(map(_is_leftover, self.path.iterdir()))):
             raise UserError(f"{self.path} exists and is no run; give another --out, or empty it first.")
 
     def append(self, file: Path, record: dict[str, Any]) -> None:
@@ -117,17 +126,99 @@ class RunFolder:
         return [json.loads(line) for line in self.metrics.read_bytes().splitlines() if _is_record_until(line, None)]
 
 
+_held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
+"""Folders that this thread holds."""
+
+
+@contextmanager
+def hold(folder: Path, world: World) -> Iterator[None]:
+    """Keep every other process from writing a folder, by the lock FOLDER/.lock, until the end of the block.
+
+    The main process takes the lock; the folder is made if it is missing, and removed again if it stays empty. The lock
+    ends with the process, so one that was left by a killed process is no obstacle. Blocks for the same folder may
+    lie within one another.
+
+    Raises:
+        UserError: Another process holds the folder, or it cannot be written; in every process of the world.
+    """
+    place = folder.absolute()
+    if place in _held.get():
+        yield
+        return
+    lock, made = FileLock(place / LOCK), []
+    world.on_main(lambda: _acquire(folder, lock, made))
+    token = _held.set(_held.get() | {place})
+    try:
+        yield
+    finally:
+        _held.reset(token)
+        if world.is_main:
+            _release(lock, made)
+
+
+def _acquire(folder: Path, lock: FileLock, made: list[Path]) -> None:
+    """Take the lock of a folder, adding the folders that are made for it to `made`, innermost first."""
+    try:
+        with writing(folder):
+            acquired = None
+            while acquired is None:
+                made[:] = [place for place in (folder, *folder.parents) if not place.exists()]
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    acquired = lock.acquire()
+                except FileNotFoundError:
+                    if folder.is_dir():  # else its last holder left it empty, and has removed it just now
+                        raise
+        if not acquired:
+            raise UserError(f"{folder} is being written by {lock.holder()}; wait for its end, or stop it first.")
+    except BaseException:
+        _release(lock, made)
+        raise
+
+
+def _release(lock: FileLock, made: list[Path]) -> None:
+    lock.release(remove=True)
+    for folder in made:
+        with suppress(OSError):  # not empty, or another process has begun there
+            folder.rmdir()
+
+
 def create_run(path: Path, config: PretrainConfig, origin: dict[str, Any]) -> RunFolder:
-    """Make the folder of a new run; a folder that holds one already, or anything else, is left as it is."""
+    """Make the folder of a new run; a folder that holds one already, or anything else, is left as it is.
+
+    config.json comes last and makes it a run: a folder without it, left by a process that was killed here, counts as
+    empty. What was made is removed again where the disk refuses the rest.
+    """
     run = RunFolder(path)
     run.refuse_existing()
     try:
-        run.checkpoints.mkdir(parents=True)
-        write_atomically(path / "run.json", (json.dumps(origin, indent=2) + "\n").encode())
-        config.save(path / "config.json")
-    except OSError as error:
-        raise UserError(f"The run folder {path} cannot be made: {error.strerror}; give another --out.") from None
+        with writing(path, hint="give another --out"):
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomically(path / "run.json", (json.dumps(origin, indent=2) + "\n").encode())
+            config.save(path / "config.json")
+    except BaseException:
+        with suppress(OSError):
+            for name in ("config.json", "run.json"):
+                (path / name).unlink(missing_ok=True)
+            run.checkpoints.rmdir()
+        raise
     return run
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a file or folder is what a process leaves that was killed while it made a run's folder."""
+    if path.is_dir():
+        return path.name == "checkpoints" and all(is_temporary(inner.name) for inner in path.iterdir())
+    if path.name == "config.json":  # as versions wrote it that did not write it atomically
+        return path.stat().st_size == 0
+    return path.name == LOCK or is_temporary(path.name) or (path.name == "run.json" and _is_origin(path))
+
+
+def _is_origin(path: Path) -> bool:
+    try:
+        return bool(RunFolder(path.parent).origin)
+    except UserError:
+        return False
 
 
 def open_run(path: Path) -> RunFolder:

@@ -30,7 +30,7 @@ from simclr.distributed import World
 from simclr.errors import Diverged, NotFinite, UserError
 from simclr.evaluation.finetune_config import FinetuneConfig
 from simclr.features import device_of, outputs, require_channels
-from simclr.files import write_atomically
+from simclr.files import write_atomically, writing
 from simclr.methods.classify import Classify, share_right
 from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier
@@ -38,7 +38,7 @@ from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.optim import build_optimizer
-from simclr.run import RunFolder
+from simclr.run import RunFolder, hold
 from simclr.train import Outcome, Task, restore
 from simclr.train import train as run_loop
 from simclr.weights import digest_of, save_classifier
@@ -302,21 +302,23 @@ def _run_folder(path: Path | None, identity: str, world: World) -> Iterator[RunF
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
             yield folder
         return
-    folder, described = RunFolder(path, how_to_resume="run the same command again"), path / "finetune.json"
+    folder = RunFolder(path, how_to_resume="run the same command again")
+    with hold(path, world):
+        world.on_main(partial(_claim, folder, identity))
+        yield folder
+
+
+def _claim(folder: RunFolder, identity: str) -> None:
+    """Make the folder of a new training, or see that it holds the same one."""
+    described = folder.path / "finetune.json"
     if not described.is_file():
         folder.refuse_existing()
     elif described.read_text() != identity:
-        raise UserError(f"{path} holds a training of other settings, images or weights; give another folder.")
-    world.barrier()  # all have looked before one writes
-    if world.is_main:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"{folder.path} holds a training of other settings, images or weights; give another folder.")
+    with writing(folder.path, hint="give another folder"):
+        if not described.is_file():
             write_atomically(described, identity.encode())
-            folder.checkpoints.mkdir(exist_ok=True)
-        except OSError as error:
-            raise UserError(f"The folder {path} cannot be made: {error.strerror}; give another one.") from None
-    world.barrier()
-    yield folder
+        folder.checkpoints.mkdir(exist_ok=True)
 
 
 def _publishing(task: Task, network: Classifier, folder: RunFolder, classes: list[str], semantics: Semantics) -> Task:

@@ -4,14 +4,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from simclr import __version__
+from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.exporting.hub import CARD, PREPROCESSING, write_card, write_folder
 from simclr.exporting.libraries import to_library
 from simclr.exporting.onnx_file import BATCHES, to_onnx
 from simclr.exporting.preprocessing import in_words, preprocessing_of
+from simclr.files import writing
 from simclr.models.classifier import Classifier
 from simclr.opening import require_writable
 from simclr.progress import say
+from simclr.run import hold
 from simclr.single_file import SUFFIXES, VERSION, description_of, write_described, write_state
 from simclr.weights import Embedder, load
 
@@ -30,28 +33,28 @@ def export(args: "commands.Export") -> None:
     if args.licence is not None and args.format != "hub-folder":
         raise UserError("--licence goes into the model card of --format hub-folder; leave it out, or take that format.")
     model = load(args.run)
-    try:
+    with writing(args.out):
         if args.format in ("safetensors", "hub-folder"):
             _folder(args, model)
         elif args.format == "onnx":
             _onnx(model, _file(args.out, "onnx"))
         else:
             _state(model, args.format, _file(args.out, args.format))
-    except OSError as error:
-        raise UserError(f"{args.out} cannot be written: {error.strerror}; give another path.") from None
 
 
 def _folder(args: "commands.Export", model: Embedder) -> None:
     out = args.out
     if out.suffix == ".safetensors" or (out.exists() and not out.is_dir()):
         raise UserError(f"--format {args.format} writes a folder, and --out was {out}; give the name of a folder.")
-    if (out / "config.json").exists():
-        raise UserError(f"{out} holds an encoder or a run already; give another folder, or remove it first.")
     require_writable(out / "config.json")
-    write_folder(args.run, model, out)
+    with hold(out, World()):
+        if (out / "config.json").exists():
+            raise UserError(f"{out} holds an encoder or a run already; give another folder, or remove it first.")
+        write_folder(args.run, model, out)
+        if args.format == "hub-folder":
+            write_card(args.run, model, out, licence=args.licence)
     say(f'The encoder is in {out}: simclr.load("{out}"); {PREPROCESSING} says what it expects.')
     if args.format == "hub-folder":
-        write_card(args.run, model, out, licence=args.licence)
         unstated = " No licence is stated (--licence)." if args.licence is None else ""
         say(f"The model card is {out / CARD}: read it, then `simclr push {out} USER/NAME`.{unstated}")
 
