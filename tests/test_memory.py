@@ -93,7 +93,7 @@ def test_amounts_of_memory():
 
 
 def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
-    monkeypatch.setattr("simclr.meter._machine_free", lambda: 10**9)
+    monkeypatch.setattr("simclr.data.place._machine_free", lambda: 10**9)
     assert free_bytes(World()) <= 10**9 and available(World()) <= 9 * 10**8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_bytes(World()) <= 10**9 // 4

@@ -9,7 +9,6 @@ import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from simclr.data.place import free_memory
 from simclr.distributed import World
-
-UNKNOWN_FREE = 4 * 10**9
-"""Bytes taken as free where the operating system does not say: what a small machine has to spare."""
 
 
 def peak_bytes(compute: Callable[[], Iterable[Tensor]]) -> int:
@@ -82,40 +79,4 @@ def free_bytes(world: World) -> int:
         unused = torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
         return torch.cuda.mem_get_info(world.device)[0] + unused
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))  # torchrun says how many processes share the machine
-    return min([_machine_free(), *_cgroups_free()]) // here
-
-
-def _machine_free() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux
-    return UNKNOWN_FREE
-
-
-def _cgroups_free() -> Iterator[int]:
-    """What is left to each cgroup above this process that has a limit; files that it caches can be given back."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, place = line.split(":", 2)
-        if controllers == "":  # version 2
-            root, cached = Path("/sys/fs/cgroup"), ("inactive_file ", "active_file ")
-            limit, usage = "memory.max", "memory.current"
-        elif controllers == "memory":  # version 1
-            root, cached = Path("/sys/fs/cgroup/memory"), ("total_inactive_file ", "total_active_file ")
-            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        inside = root / place.lstrip("/")
-        for folder in (inside, *inside.parents):
-            if (folder / limit).is_file() and (folder / limit).read_text().strip() != "max":
-                stat = (folder / "memory.stat").read_text().splitlines()
-                given_back = sum(int(entry.split()[1]) for entry in stat if entry.startswith(cached))
-                yield int((folder / limit).read_text()) - int((folder / usage).read_text()) + given_back
-            if folder == root:
-                break
+    return free_memory() // here

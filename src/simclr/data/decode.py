@@ -16,10 +16,11 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from simclr.errors import UserError
 from simclr.files import Stamp, stamp_of
@@ -28,6 +29,11 @@ MAX_PIXELS = 100_000_000
 """An image whose header claims more is refused as a decompression bomb; the largest cameras have about it."""
 MAX_FILE_BYTES = 1 << 30
 """No image within MAX_PIXELS needs a file this large, and some of Pillow's readers read it whole."""
+MAX_SCANS = 100
+"""Of a progressive JPEG: every scan goes over all pixels again, even one of a few bytes, so that 400 scans in a small
+file take a minute. Encoders write 6 to 20; libtiff has the same limit."""
+MAX_SCANNED_PIXELS = 2_000_000_000
+"""Scans times pixels of a progressive JPEG: 20 scans of an image of MAX_PIXELS, some 3 s."""
 BACKGROUND = 255
 """Gray value (of every channel) behind transparent pixels: white, as on the pages they are made for."""
 
@@ -38,6 +44,8 @@ ENDINGS = frozenset([
     ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".avif",
 ])
 # fmt: on
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
+"""Neither a byte that was escaped within a scan nor a restart marker."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -100,7 +108,7 @@ def decode_file(path: Path, side: int | None = None, expected: Stamp | None = No
             return f"file of {found.st_size:,} bytes, more than {MAX_FILE_BYTES:,}"
         with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
             before = stamp_of(os.fstat(file.fileno()))
-            pixels = _guarded(image)
+            pixels = _too_many_scans(image, file) or _guarded(image)
             if expected is not None and not (before == expected == stamp_of(os.fstat(file.fileno()))):
                 return Changed("changed while it was read")
         return pixels if side is None or isinstance(pixels, str) else shrink(pixels, side)
@@ -168,9 +176,14 @@ def to_pixels(image: Image.Image) -> np.ndarray:
 
 def composite(pixels: np.ndarray) -> np.ndarray:
     """(..., C + 1) uint8 pixels with alpha last -> (..., C) over BACKGROUND, rounded to the nearest."""
-    colour, alpha = pixels[..., :-1].astype(np.uint16), pixels[..., -1:].astype(np.uint16)
-    # At most 255 * 255 + 127, which 16 bits hold; no half can occur, as 255 is odd.
-    return ((colour * alpha + BACKGROUND * (255 - alpha) + 127) // 255).astype(np.uint8)
+    result = np.empty((*pixels.shape[:-1], pixels.shape[-1] - 1), np.uint8)
+    step = max(1, (1 << 20) // max(1, pixels[:1].size))  # not all at once: 16-bit values of 100 million pixels take GiB
+    for begin in range(0, len(pixels), step):
+        part = pixels[begin : begin + step]
+        colour, alpha = part[..., :-1].astype(np.uint16), part[..., -1:].astype(np.uint16)
+        # At most 255 * 255 + 127, which 16 bits hold; no half can occur, as 255 is odd.
+        result[begin : begin + step] = (colour * alpha + BACKGROUND * (255 - alpha) + 127) // 255
+    return result
 
 
 def _guarded(image: Image.Image) -> np.ndarray | str:
@@ -184,6 +197,34 @@ def _guarded(image: Image.Image) -> np.ndarray | str:
         return to_pixels(image)
     except Exception as error:  # as in decode_file
         return _reason(error)
+
+
+def _too_many_scans(image: Image.Image, file: BinaryIO) -> str | None:
+    """Why a progressive JPEG would take too long to decode; None for one that would not, and for other files."""
+    if "progressive" not in image.info or not isinstance(image, JpegImageFile):
+        return None
+    limit = min(MAX_SCANS, MAX_SCANNED_PIXELS // max(1, image.width * image.height))
+    place = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(place)
+    if content.count(b"\xff\xda") <= limit or _count_scans(content, limit) <= limit:
+        return None
+    return f"progressive JPEG of more than {limit} scans at {image.width} x {image.height} pixels"
+
+
+def _count_scans(content: bytes, limit: int) -> int:
+    """Scans of a JPEG's first image, at most `limit` + 1; bytes within a segment, such as a thumbnail, do not count."""
+    scans = place = 0
+    while scans <= limit and (found := _JPEG_MARKER.search(content, place)):
+        place = found.end()
+        marker = content[place - 1]
+        if marker == 0xD9:  # end of image
+            break
+        if marker not in (0x01, 0xD8):  # others bring a segment, which begins with its length
+            scans += marker == 0xDA
+            place += max(2, int.from_bytes(content[place : place + 2], "big"))
+    return scans
 
 
 def _upright(image: Image.Image) -> Image.Image:

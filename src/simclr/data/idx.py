@@ -13,8 +13,9 @@ import numpy as np
 
 from simclr.errors import UserError
 
-MAX_BYTES = 1 << 32
+MAX_BYTES = 1 << 30
 """A header that claims more is damaged; the largest set of this family (EMNIST) has half a gigabyte."""
+_PIECE = 1 << 20  # bytes read at a time
 
 
 def read_idx(folder: Path, name: str, num_dims: int) -> np.ndarray:
@@ -43,13 +44,17 @@ def read_idx(folder: Path, name: str, num_dims: int) -> np.ndarray:
             size = int(np.prod(shape, dtype=object))
             if size > MAX_BYTES:
                 raise UserError(f"{path} is damaged: its header claims {size:,} bytes.")
-            content = file.read(size + 1)  # one more, to see an end that does not fit
+            content = np.empty(size, np.uint8)  # memory is taken only as bytes come, whatever the header claims
+            place = 0
+            while place < size and (count := file.readinto(content[place : place + _PIECE].data)):
+                place += count
+            too_long = place == size and file.read(1) != b""
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); fetch it again.") from error
-    if len(content) != size:
-        found = "more" if len(content) > size else f"{len(content):,}"
+    if place != size or too_long:
+        found = "more" if too_long else f"{place:,}"
         raise UserError(f"{path} is damaged: its header claims {size:,} bytes and it has {found}; fetch it again.")
-    return np.frombuffer(content, np.uint8).reshape(shape)
+    return content.reshape(shape)
 
 
 def find_idx(folder: Path, name: str) -> Path | None:

@@ -1,15 +1,26 @@
 """Arrays in an .npz file as `Images`: x and maybe y, or x_train, y_train, x_test and y_test."""
 
+import io
+import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from numpy.lib import format as npy
 
 from simclr.data.decode import composite
 from simclr.data.images import Channels, Images, Split, array_images, part_of
 from simclr.data.labels import UNLABELLED, index_labels
+from simclr.data.place import free_memory, size_text
+from simclr.data.scan import some
 from simclr.errors import UserError
+
+_HEADER_BYTES = 12 + 10_000
+"""Beginning of a member that may hold its header; NumPy reads no longer one."""
+_READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 def open_npz(path: Path, *, split: Split = "train", channels: Channels = "auto") -> Images:
@@ -23,11 +34,16 @@ def open_npz(path: Path, *, split: Split = "train", channels: Channels = "auto")
         UserError: not an .npz file, no `x`, another shape or type, values out of range or NaN, labels that
             do not fit.
     """
-    arrays = _load(path)
-    has_own_split = "x_train" in arrays and "x_test" in arrays
-    if has_own_split == ("x" in arrays):
+    with _opened(path) as archive:
+        return _open(archive, path, split, channels)
+
+
+def _open(archive: zipfile.ZipFile, path: Path, split: Split, channels: Channels) -> Images:
+    members = _members(archive, path)
+    has_own_split = "x_train" in members and "x_test" in members
+    if has_own_split == ("x" in members):
         raise UserError(
-            f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}: give either x (and y), or x_train and "
+            f"{path} holds {some(sorted(members), most=20) or 'nothing'}: give either x (and y), or x_train and "
             "x_test (and y_train and y_test)."
         )
     part = part_of(split, has_own_split, str(path))
@@ -35,10 +51,13 @@ def open_npz(path: Path, *, split: Split = "train", channels: Channels = "auto")
     names = [f"_{part}"] if has_own_split and part != "all" else every
     notes: list[str] = []
     used = {f"{letter}{name}" for letter in "xy" for name in every}
-    if others := sorted(set(arrays) - used):
-        notes.append(f"{path.name} also holds {', '.join(others)}: not used.")
-    pixels = _join([_pixels(arrays[f"x{name}"], f"x{name} in {path}", notes) for name in names], path)
-    labels, classes = _labels(arrays, every, names, path, notes)
+    if others := sorted(set(members) - used):
+        notes.append(f"{path.name} also holds {some(others)}: not used.")
+    headers = {name: _header(archive, members[name], path) for name in sorted(used & set(members))}
+    wanted = [f"x{name}" for name in names] + [name for name in headers if name.startswith("y")]
+    _require_memory([members[name] for name in wanted if name in headers], path)
+    labels, classes = _labels(archive, headers, every, names, path, notes)
+    pixels = _join([_pixels(_read(archive, headers[f"x{name}"]), f"x{name} in {path}", notes) for name in names], path)
     return array_images(
         pixels,
         labels,
@@ -51,18 +70,84 @@ def open_npz(path: Path, *, split: Split = "train", channels: Channels = "auto")
     )
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
-    if not zipfile.is_zipfile(path):
-        raise UserError(
-            f"{path} is no .npz file, or it is cut short: write one with numpy.savez('images.npz', x=images)."
-        )
+class _Header(NamedTuple):
+    """What a member says it holds, before it is read."""
+
+    member: zipfile.ZipInfo
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The archive; whatever its reader raises becomes a sentence."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-            return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
-    except Exception as error:  # damaged members and array headers raise nearly every kind of error
-        why = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"{path} cannot be read as an .npz file of plain arrays: {why}.") from error
+        if not zipfile.is_zipfile(path):
+            raise UserError(
+                f"{path} is no .npz file, or it is cut short: write one with numpy.savez('images.npz', x=images)."
+            )
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except UserError:
+        raise
+    except Exception as error:  # damaged members raise nearly every kind of error
+        raise _unreadable(path, str(error).split("\n")[0][:200] or type(error).__name__) from error
+
+
+def _unreadable(path: Path, why: str) -> UserError:
+    return UserError(f"{path} cannot be read as an .npz file of plain arrays: {why}.")
+
+
+def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """The arrays by name; nothing is read."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        name = member.filename.removesuffix(".npy")
+        if name in members:
+            raise _unreadable(path, f"it holds {name!r:.60} twice")
+        members[name] = member
+    return members
+
+
+def _header(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> _Header:
+    """Shape and type that a member claims, which have to fit the size that the archive states for it."""
+    what = f"{member.filename!r:.60}"
+    if member.flag_bits & 1:
+        raise _unreadable(path, f"{what} is encrypted")
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise _unreadable(path, f"{what} is compressed in a way that numpy.savez and savez_compressed do not use")
+    with archive.open(member) as file:
+        start = io.BytesIO(file.read(_HEADER_BYTES))  # a header may claim 4 GiB of itself
+    read_header = _READERS.get(npy.read_magic(start))
+    if read_header is None:
+        raise _unreadable(path, f"{what} has a version of the .npy format that holds no plain array")
+    shape, _, dtype = read_header(start)
+    if dtype.hasobject:
+        raise _unreadable(path, f"{what} holds pickled objects, which are not loaded")
+    num_bytes = start.tell() + math.prod(shape) * dtype.itemsize
+    if num_bytes != member.file_size or dtype.itemsize == 0 or min(shape, default=0) < 0:
+        raise _unreadable(
+            path, f"{what} claims an array of shape {shape} and type {dtype}, and has {member.file_size:,} bytes"
+        )
+    return _Header(member, shape, dtype)
+
+
+def _require_memory(members: Sequence[zipfile.ZipInfo], path: Path) -> None:
+    """Refuse arrays that do not fit the memory, before any is read: a small file may inflate a thousandfold."""
+    needed, available = sum(member.file_size for member in members), free_memory()
+    if needed > available:
+        raise UserError(
+            f"The arrays in {path} take {size_text(needed)}, and {size_text(available)} of memory are free: give a "
+            "smaller file, or a folder of images, which may be larger than the memory."
+        )
+
+
+def _read(archive: zipfile.ZipFile, header: _Header) -> np.ndarray:
+    """The array. The archive's reader stops at the size that the archive states, and compares a checksum."""
+    with archive.open(header.member) as file:
+        array = npy.read_array(file, allow_pickle=False)
+        file.read(1)  # the end, where the checksum is compared
+    return array
 
 
 def _pixels(x: np.ndarray, what: str, notes: list[str]) -> np.ndarray:
@@ -109,21 +194,30 @@ def _join(parts: list[np.ndarray], path: Path) -> np.ndarray:
 
 
 def _labels(
-    arrays: Mapping[str, np.ndarray], every: list[str], names: list[str], path: Path, notes: list[str]
+    archive: zipfile.ZipFile,
+    headers: Mapping[str, _Header],
+    every: list[str],
+    names: list[str],
+    path: Path,
+    notes: list[str],
 ) -> tuple[np.ndarray | None, list[str] | None]:
     """Labels of the parts `names`; names of classes become indices into those of `every` part."""
-    missing = [f"y{name}" for name in names if f"y{name}" not in arrays]
+    missing = [f"y{name}" for name in names if f"y{name}" not in headers]
     if missing:
         if len(missing) < len(names):
             notes.append(f"{path.name} lacks {missing[0]}: no labels.")
         return None, None
-    given = {name: arrays[f"y{name}"] for name in every if f"y{name}" in arrays}
-    for name, y in given.items():
-        if y.shape != arrays[f"x{name}"].shape[:1] or not (np.issubdtype(y.dtype, np.integer) or y.dtype.kind == "U"):
+    given: dict[str, np.ndarray] = {}
+    for name in every:
+        if (y := headers.get(f"y{name}")) is None:
+            continue
+        num_images = headers[f"x{name}"].shape[:1]
+        if y.shape != num_images or not (np.issubdtype(y.dtype, np.integer) or y.dtype.kind == "U"):
             raise UserError(
                 f"y{name} in {path} has shape {y.shape} and type {y.dtype}: give one whole number, or name, "
-                f"for each of the {len(arrays[f'x{name}']):,} images."
+                f"for each of the {math.prod(num_images):,} images."
             )
+        given[name] = _read(archive, y)
     part_of_row = np.concatenate([np.full(len(y), name) for name, y in given.items()])
     if len({y.dtype.kind == "U" for y in given.values()}) > 1:
         raise UserError(f"y_train and y_test in {path} are of two kinds: give numbers in both, or names in both.")

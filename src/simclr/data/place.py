@@ -3,7 +3,7 @@
 import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,6 +21,8 @@ SIDES = (512, 384, 320, 256, 224, 192, 160, 128, 96, 64)
 """Shorter sides that are proposed where native size does not fit."""
 KEEP_FREE = 1 << 30
 """Bytes of the disk that a pack leaves to others, such as the checkpoints of the run."""
+UNKNOWN_FREE = 4 * 10**9
+"""Bytes taken as free where the operating system does not say: what a small machine has to spare."""
 _SAMPLE = 200  # headers read to estimate the size of a pack
 
 
@@ -84,6 +86,11 @@ def room_for(place: Path, files: Sequence[Found], side: int | None) -> tuple[int
     )
 
 
+def free_memory() -> int:
+    """Bytes of memory that are free on this machine and in this process's container or batch job."""
+    return min([_machine_free(), *_cgroups_free()])
+
+
 def size_text(num_bytes: int) -> str:
     """For a sentence."""
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
@@ -102,3 +109,39 @@ def _estimate(shapes: np.ndarray, num_files: int, side: int | None) -> int:
         return 0
     sizes = [shrunk_size(h, w, side) if side is not None else (h, w) for h, w, _ in shapes.tolist()]
     return int((np.array(sizes).prod(axis=1) * shapes[:, 2]).mean() * num_files)
+
+
+def _machine_free() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux
+    return UNKNOWN_FREE
+
+
+def _cgroups_free() -> Iterator[int]:
+    """What is left to each cgroup above this process that has a limit; files that it caches can be given back."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        if controllers == "":  # version 2
+            root, cached = Path("/sys/fs/cgroup"), ("inactive_file ", "active_file ")
+            limit, usage = "memory.max", "memory.current"
+        elif controllers == "memory":  # version 1
+            root, cached = Path("/sys/fs/cgroup/memory"), ("total_inactive_file ", "total_active_file ")
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        inside = root / place.lstrip("/")
+        for folder in (inside, *inside.parents):
+            if (folder / limit).is_file() and (folder / limit).read_text().strip() != "max":
+                stat = (folder / "memory.stat").read_text().splitlines()
+                given_back = sum(int(entry.split()[1]) for entry in stat if entry.startswith(cached))
+                yield int((folder / limit).read_text()) - int((folder / usage).read_text()) + given_back
+            if folder == root:
+                break
