@@ -42,6 +42,7 @@ from simclr.progress import Progress, say
 from simclr.run import RunFolder, describe_machine, hold
 from simclr.teacher import teachers_columns
 from simclr.train import Inputs, Outcome, Task, restore, train
+from simclr.training_progress import TrainingProgress
 from simclr.weights import Embedder, digest_of, save_classifier
 
 
@@ -151,6 +152,7 @@ def build_task(
         targets: (n,) int64 columns of the logits, -1 for an image without a label; None: labels do not count.
     """
     assert teacher.classifier is not None
+    total = config.steps(len(images))
     method = Distill(student, teacher.classifier, temperature=config.temperature, alpha=config.alpha, world=world)
     if world.size > 1:
         set_global_batch_norm(method, world.group)
@@ -161,15 +163,15 @@ def build_task(
             config.optimizer, method, lr=config.peak, weight_decay=config.weight_decay, momentum=config.momentum
         ),
         learning_rate=config.learning_rate(len(images)),
-        total_steps=config.steps(len(images)),
+        total_steps=total,
         images_per_step=config.batch_size,
         views_per_image=1,
         seed=seed,
         precision=precision_of(config.precision, world),
-        publish=partial(
-            save_classifier, student, run.encoder,
+        publish=lambda step: save_classifier(
+            student, run.encoder,
             classes=teacher.classes, preprocessing=teacher.preprocessing,
-            origin={"method": "distill", "run": str(run.path)},
+            origin={"method": "distill", "run": str(run.path)}, progress=TrainingProgress(step, total),
         ),
         remedy="Try a lower --lr, or a longer --warmup-epochs.",
     )  # fmt: skip

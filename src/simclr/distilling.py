@@ -21,11 +21,11 @@ from simclr.models.classifier import Classifier
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.opening import lasting, open_parts
+from simclr.opening import lasting, load_model, open_parts
 from simclr.progress import say
 from simclr.run import hold
 from simclr.teacher import open_teacher
-from simclr.weights import Embedder, load
+from simclr.weights import Embedder
 
 if TYPE_CHECKING:
     from simclr import commands
@@ -58,9 +58,9 @@ def _distill(
     args: "commands.Distill", over: Callable[[DistillConfig], DistillConfig], world: World
 ) -> tuple[Distilled, Images | None]:
     """The student, and the images that it was tested on."""
-    teacher = open_teacher(args.teacher, size=args.teacher_size)
+    teacher = open_teacher(args.teacher, size=args.teacher_size, main=world.is_main)
     assert teacher.classifier is not None
-    student, how = open_student(args, teacher)
+    student, how = open_student(args, teacher, main=world.is_main)
     images, test = _open_images(args, teacher, world)
     config = _settle(args, over, images, student, teacher, world)
     origin = {
@@ -79,8 +79,11 @@ def _distill(
     return result, test
 
 
-def open_student(args: "commands.Distill", teacher: Embedder) -> tuple[Classifier, str]:
+def open_student(args: "commands.Distill", teacher: Embedder, *, main: bool = True) -> tuple[Classifier, str]:
     """The network that is to learn, and what it is in words.
+
+    Args:
+        main: Whether this process prints messages.
 
     Raises:
         UserError: It cannot be built or loaded, has no such head layer, or takes other channels than the teacher.
@@ -96,7 +99,7 @@ def open_student(args: "commands.Distill", teacher: Embedder) -> tuple[Classifie
         encoder, how = build_encoder(expected, seed=args.seed), "fresh weights in the teacher's shape"
         head = _fresh_head(teacher.head, encoder, args.seed)
     else:
-        loaded = load(Path(args.student))
+        loaded = load_model(args.student, main=main)
         encoder, head, how = loaded.encoder, loaded.head, f"starting from {args.student}"
     if encoder.config.channels != expected.channels:
         raise UserError(

@@ -31,7 +31,8 @@ from simclr.progress import counting, say
 from simclr.recipes import choose_recipe, fit_recipe
 from simclr.reports import REPORTS, Report
 from simclr.run import RunFolder, open_run
-from simclr.weights import load
+from simclr.training_progress import TrainingProgress
+from simclr.weights import load_quietly
 
 if TYPE_CHECKING:
     from simclr import commands
@@ -98,7 +99,7 @@ class Session:
     def open(cls, args: "commands.Evaluate", protocols: list[str], world: World) -> "Session":
         """Open everything that can be wrong."""
         run = Path(args.run)
-        model = load(run, device="cpu") if _is_folder(args.run) else None
+        model = load_quietly(run) if _is_folder(args.run) else None
         first = None
         if protocols == ["transfer"]:
             first = _transfer_set(args, args.data[0], args.seed, world)
@@ -139,6 +140,7 @@ class Session:
 
     def check(self) -> None:
         """Fail, or warn, before the work begins."""
+        self.tell_unfinished()
         if self.protocols != ["transfer"]:
             subjects = self.subjects()
             for subject in subjects:
@@ -151,6 +153,16 @@ class Session:
                     )
         if self.folder is None and set(self.protocols) & LONG:
             self.tell("Results are kept for a second call only with --out FOLDER, or where RUN is a pretraining run.")
+
+    def unfinished(self) -> dict[str, TrainingProgress]:
+        """The subjects whose training had not reached its end, by name."""
+        subjects = {subject.name: subject.progress for subject in self.subjects()}
+        return {name: known for name, known in subjects.items() if known is not None and not known.finished}
+
+    def tell_unfinished(self) -> None:
+        """Say it of each subject whose training had not reached its end."""
+        for name, progress in self.unfinished().items():
+            self.tell(progress.warning(self.args.run if name == ENCODER else name))
 
     def tell(self, sentence: str) -> None:
         """Say it once, whatever the number of processes."""
@@ -237,6 +249,8 @@ def _tell(session: Session, measured: list[Measurement], reports: dict[str, Repo
         rows, split = _rows(measured), session.split(args.seed)
         print(text_table(rows, corner="features"))
         _print_legend(measured, rows, len(split.test))
+    for name, progress in session.unfinished().items():
+        print(f"Unfinished training: {name}, {progress.text}.")
     for name, report in reports.items():
         print(f"{chr(10) * bool(measured)}{name}\n{report.text}")
         for file, picture in report.pictures.items():
@@ -307,6 +321,7 @@ def _summary(session: Session, measured: list[Measurement], reports: dict[str, R
             {"features": one.subject, "protocol": one.protocol, "seed": one.seed, **one.figures, "how": one.how}
             for one in measured
         ],
+        "unfinished": {name: progress.to_dict() for name, progress in session.unfinished().items()},
         "reports": {name: report.figures for name, report in reports.items()},
     }
 

@@ -29,6 +29,7 @@ from simclr.evaluation.table import error_note
 from simclr.opening import require_writable, side_of, write
 from simclr.progress import counting, say
 from simclr.run import RunFolder, hold
+from simclr.training_progress import TrainingProgress
 
 PIXELS_MOST = 1 << 30
 """Bytes of raw pixels, as features, up to which their accuracy stands beside the classifier's."""
@@ -63,6 +64,7 @@ def finetune_run(args: commands.Finetune, over: Callable[[FinetuneConfig], Finet
 
 def _finetune(args: commands.Finetune, over: Callable[[FinetuneConfig], FinetuneConfig], world: World) -> None:
     session = Session.open(_as_evaluation(args), ["finetune"], world)
+    session.tell_unfinished()
     split = session.split(args.seed)
     session.tell(f"{session.train.name}: {split.how}.")
     subject, pixels = session.subjects()
@@ -73,7 +75,7 @@ def _finetune(args: commands.Finetune, over: Callable[[FinetuneConfig], Finetune
     )
     network = _train(args, session, subject, split, config)
     if world.is_main:
-        _tell(args, network, split, pixels)
+        _tell(args, network, split, pixels, subject.progress)
 
 
 def _check(args: commands.Finetune) -> None:
@@ -114,7 +116,9 @@ def _train(
         return finetune(subject.encoder, subject.head, train, test, config, **shared)
 
 
-def _tell(args: commands.Finetune, network: Finetuned, split: Split, pixels: Subject) -> None:
+def _tell(
+    args: commands.Finetune, network: Finetuned, split: Split, pixels: Subject, progress: TrainingProgress | None
+) -> None:
     """The accuracies on standard output and in summary.json, beside those that cost nothing."""
     accuracies = _accuracies(network)
     by_class = _by_class(network)
@@ -134,7 +138,8 @@ def _tell(args: commands.Finetune, network: Finetuned, split: Split, pixels: Sub
     summary = {
         "run": args.run, "data": args.data, "split": split.how, "labels": args.labels, "seed": args.seed,
         "images": len(split.train), "test_images": num_test, "steps": network.steps, "accuracy": accuracies,
-        "baselines": baselines, "classes": network.classes, "by_class": by_class, "settings": asdict(network.config),
+        "encoder_progress": None if progress is None else progress.to_dict(), "baselines": baselines,
+        "classes": network.classes, "by_class": by_class, "settings": asdict(network.config),
     }  # fmt: skip
     write(args.out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     side = side_of(Path(args.run), args.data, args.pack_side)

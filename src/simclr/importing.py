@@ -11,7 +11,7 @@ from simclr.files import writing
 from simclr.models.classifier import Classifier, usual_names
 from simclr.models.import_tf import EMA, Imported, import_tf
 from simclr.models.import_torch import import_torch
-from simclr.opening import require_writable
+from simclr.opening import require_writable, start_encoder_folder
 from simclr.progress import say
 from simclr.run import hold
 from simclr.weights import save_classifier, save_encoder
@@ -31,8 +31,7 @@ def import_checkpoint(args: "commands.Import") -> None:
         raise UserError(f"There is no file {args.checkpoint}; check the path.")
     tensorflow = args.format == "tensorflow" or (args.format == "auto" and not _is_torch(args.checkpoint))
     with hold(args.out, World()), writing(args.out, hint="give another folder"):
-        if (args.out / "config.json").exists():
-            raise UserError(f"{args.out} holds an encoder or a run already; give another folder, or remove it first.")
+        start_encoder_folder(args.out, ours={})
         (_import_tf if tensorflow else _import_torch)(args)
     say(f'The encoder is in {args.out}: `simclr evaluate {args.out} DATA`, or simclr.load("{args.out}").')
 

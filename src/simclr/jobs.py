@@ -20,13 +20,12 @@ from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.features import extract
 from simclr.memory import parse_bytes
-from simclr.opening import lasting, open_aloud, require_writable, side_of, tell_if_replaced, write
+from simclr.opening import lasting, load_model, open_aloud, require_writable, side_of, tell_if_replaced, write
 from simclr.plan import plan as plan_run
 from simclr.progress import counting, say
 from simclr.recipes import RECIPES, Recipe, choose_recipe, find_recipe, settings_for
 from simclr.run import RunFolder, describe_machine, hold, open_run
 from simclr.train import Outcome
-from simclr.weights import load
 
 if TYPE_CHECKING:
     from simclr import commands
@@ -122,7 +121,7 @@ def embed(args: "commands.Embed") -> None:
     """`simclr embed RUN DATA --out FILE.npz`: features, keys and labels of every image of every split."""
     require_writable(args.out)
     tell_if_replaced(args.out)
-    model = load(args.run, device=args.device)
+    model = load_model(args.run, device=args.device)
     side = side_of(args.run, args.data, args.pack_side)
     labels = str(args.labels_file) if args.labels_file else None
     images = open_aloud(args.data, World(), split="all", labels=labels, pack=args.pack, side=side)

@@ -1,19 +1,23 @@
-"""Open images and write files as the commands do: with a progress bar, and saying aloud what there is to say."""
+"""Open images and encoders and write files as the commands do: with a progress bar and messages."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryFile
+
+import torch
 
 from simclr.data.images import Channels, Images, Split
 from simclr.data.named import NAMES
 from simclr.data.source import open_data
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.files import reason_of, require_possible, write_atomically, writing
+from simclr.files import open_regular, reason_of, require_possible, write_atomically, writing
 from simclr.progress import counting, say
 from simclr.run import open_run
+from simclr.weights import FORMAT, WEIGHTS_MARK, Embedder, load_quietly
 
 
 def open_aloud(
@@ -39,6 +43,18 @@ def open_aloud(
         if note not in known:
             say(note, main=world.is_main)
     return images
+
+
+def load_model(path: str | PathLike[str], *, device: str | torch.device = "cpu", main: bool = True) -> Embedder:
+    """Load an encoder as `simclr.load` does, and say it where its training is unfinished.
+
+    Args:
+        main: Whether this process prints messages.
+    """
+    model = load_quietly(path, device=device)
+    if model.progress is not None and not model.progress.finished:
+        say(model.progress.warning(path), main=main)
+    return model
 
 
 def open_parts(
@@ -67,6 +83,40 @@ def lasting(source: str) -> str:
     if name in NAMES:
         return f"{name}:{Path(place).expanduser().resolve()}" if colon else source
     return str(Path(source).expanduser().resolve())
+
+
+def start_encoder_folder(folder: Path, *, ours: Mapping[str, str]) -> None:
+    """See that an encoder's folder can be made here, and remove what a killed command left of an earlier attempt.
+
+    config.json is written last, so a folder without it is no encoder's yet.
+
+    Args:
+        ours: Further files that will be written, and a text that those of this package contain.
+
+    Raises:
+        UserError: An encoder, a run, or a file that this package did not write is there.
+    """
+    config, tensors = folder / "config.json", folder / "model.safetensors"
+    # until 2026-11-30 config.json was written before the weights
+    if config.exists() and (tensors.exists() or not _contains(config, FORMAT)):
+        raise UserError(f"{folder} holds an encoder or a run already; give another folder, or remove it first.")
+    marks = {tensors.name: WEIGHTS_MARK, config.name: FORMAT, **ours}
+    left = [folder / name for name in marks if (folder / name).exists()]
+    for path in left:
+        if not _contains(path, marks[path.name]):
+            raise UserError(f"{path} is there already, and would be replaced; give another folder, or remove it first.")
+    with writing(folder):
+        for path in left:
+            path.unlink()
+
+
+def _contains(path: Path, text: str) -> bool:
+    """Whether a text stands near the beginning of a file."""
+    try:
+        with open_regular(path) as file:
+            return text.encode() in file.read(1 << 20)
+    except (OSError, UserError):
+        return False
 
 
 def require_writable(path: Path) -> None:

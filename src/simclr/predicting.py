@@ -16,11 +16,11 @@ from simclr.data.images import Skipped
 from simclr.data.scan import some
 from simclr.errors import UserError
 from simclr.features import device_of, inference, probabilities_of
-from simclr.opening import require_writable, tell_if_replaced
+from simclr.opening import load_model, require_writable, tell_if_replaced
 from simclr.progress import counting, say
 from simclr.streaming import Batch, View, stream_views
 from simclr.tables import open_table, require_table
-from simclr.weights import Embedder, load
+from simclr.weights import Embedder
 
 if TYPE_CHECKING:
     from simclr import commands
@@ -37,7 +37,7 @@ def predict(args: "commands.Predict") -> None:
             image that can be read, or FILE cannot be written.
     """
     _check(args)
-    model = load(args.model, device=args.device)
+    model = load_model(args.model, device=args.device)
     if model.classifier is None:
         raise UserError(
             f"{args.model} has no classifier; `simclr finetune {args.model} DATA --out FOLDER` makes one from labelled "

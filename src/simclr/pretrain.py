@@ -37,6 +37,7 @@ from simclr.progress import Progress, say
 from simclr.run import RunFolder, create_run, hold
 from simclr.schedule import learning_rate, peak_lr, total_steps, warmup_steps
 from simclr.train import Inputs, Outcome, Task, restore, train
+from simclr.training_progress import TrainingProgress
 from simclr.weights import save_encoder
 
 MONITOR_ROWS = 10_000  # labelled training images that the kNN check during training looks at
@@ -183,12 +184,13 @@ def build_task(images: Images, config: PretrainConfig, run: RunFolder, world: Wo
         evaluate=_knn_monitor(images, method, config) if world.is_main else None,
         evaluate_every=max(1, round(config.knn_every * n / batch_size)) if config.knn_every else 0,
         warnings=collapse_signs,
-        publish=lambda: save_encoder(
+        publish=lambda step: save_encoder(
             method.encoder,
             run.encoder,
             preprocessing=config.views,
             origin={"method": "simclr", "run": str(run.path)},
             head=method.head,
+            progress=TrainingProgress(step, total),
         ),
     )
     return task, n / batch_size

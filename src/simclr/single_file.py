@@ -30,6 +30,7 @@ from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder
 from simclr.models.onnx_bridge import LOGITS, OnnxEncoder, OnnxNetwork, metadata_of
 from simclr.models.torchvision_names import from_timm, from_torchvision
+from simclr.training_progress import TrainingProgress
 
 KEY = "simclr"
 VERSION = "simclr-export-1"
@@ -47,6 +48,8 @@ class Parts(NamedTuple):
     classifier: nn.Module | None
     """(B, C, S, S) -> (B, K) logits."""
     classes: list[str]
+    progress: TrainingProgress | None
+    """How far the training had come; None: unknown."""
 
 
 def write_state(path: Path, state: Mapping[str, Tensor], described: Described) -> None:
@@ -121,7 +124,9 @@ def _from_onnx(content: bytes, described: Described) -> Parts:
     encoder = OnnxEncoder(config, content, described["num_features"]).eval()
     classes = described["classes"]
     classifier = OnnxNetwork(content, LOGITS).eval() if classes else None
-    return Parts(encoder, described["preprocessing"]["semantics"], classifier, classes)
+    return Parts(
+        encoder, described["preprocessing"]["semantics"], classifier, classes, TrainingProgress.from_dict(described)
+    )
 
 
 def _from_state(path: Path, content: bytes, described: Described) -> Parts:
@@ -138,4 +143,6 @@ def _from_state(path: Path, content: bytes, described: Described) -> Parts:
         classifier = Classifier(encoder, None, len(classes))
         classifier.linear.load_state_dict(linear)
         classifier.eval()
-    return Parts(encoder, described["preprocessing"]["semantics"], classifier, classes)
+    return Parts(
+        encoder, described["preprocessing"]["semantics"], classifier, classes, TrainingProgress.from_dict(described)
+    )

@@ -1,7 +1,5 @@
 """Who teaches: any classifier that can be loaded, ours, imported, or of timm or torchvision, as one kind of thing."""
 
-from pathlib import Path
-
 import numpy as np
 
 from simclr.data.images import Images
@@ -9,15 +7,17 @@ from simclr.data.scan import some
 from simclr.errors import UserError
 from simclr.models.classifier import pretrained_classifier, usual_names
 from simclr.models.config import TIMM, TORCHVISION
-from simclr.weights import Embedder, load
+from simclr.opening import load_model
+from simclr.weights import Embedder
 
 
-def open_teacher(name: str, *, size: int) -> Embedder:
+def open_teacher(name: str, *, size: int, main: bool = True) -> Embedder:
     """The classifier that a user names, with its preprocessing and the names of its classes.
 
     Args:
         name: The folder of a fine-tuned, distilled or imported network, timm/NAME or torchvision/NAME.
         size: Of the images that a model of timm or torchvision is given, in pixels.
+        main: Whether this process prints messages.
 
     Raises:
         UserError: There is no such thing, or it is an encoder without a classifier.
@@ -26,7 +26,7 @@ def open_teacher(name: str, *, size: int) -> Embedder:
         network = pretrained_classifier(name, size=size)
         classes, _ = usual_names(network.linear.out_features)
         return Embedder(network.encoder, "torchvision", classifier=network, classes=classes)
-    teacher = load(Path(name))
+    teacher = load_model(name, main=main)
     if teacher.classifier is None:
         raise UserError(
             f"{name} is an encoder without a classifier, and a teacher needs one; fine-tune it on labelled images "

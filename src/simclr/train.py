@@ -45,7 +45,7 @@ class Task:
         precision: Autocast of the forward pass.
         evaluate: Metrics too costly for each record, such as kNN accuracy.
         evaluate_every: Steps between two of them; 0: never.
-        publish: Writes the encoder's file; called after each checkpoint.
+        publish: Writes the encoder's folder; called with the step after each checkpoint, and on resuming.
         warnings: Sentences on what a record shows to be wrong.
         remedy: What to try where the loss or the weights are no longer finite.
     """
@@ -61,7 +61,7 @@ class Task:
     precision: torch.dtype = torch.float32
     evaluate: Callable[[], dict[str, float]] | None = None
     evaluate_every: int = 0
-    publish: Callable[[], None] | None = None
+    publish: Callable[[int], None] | None = None
     warnings: Callable[[dict[str, float]], list[str]] = lambda _record: []
     remedy: str = "Try a lower --lr, a longer --warmup-epochs, or a higher --temperature in a new run."
 
@@ -110,6 +110,8 @@ def train(
     finite = torch.ones((), dtype=torch.bool, device=device)
     outcome = Outcome(step=start_step, finished=start_step >= task.total_steps)
     clock = time.perf_counter()
+    if start_step and task.publish is not None and world.is_main:
+        task.publish(start_step)  # a kill after the checkpoint may have left the encoder of an earlier one
 
     with _stop_signals() as asked, Prefetcher(task.batch, start_step, task.total_steps, workers) as batches:
         for step, inputs in batches:
@@ -152,7 +154,7 @@ def train(
                 }
                 save_checkpoint(run.checkpoints, done, state, keep=keep, resuming=run.resuming)
                 if task.publish is not None:
-                    task.publish()
+                    task.publish(done)
             if interrupted:
                 outcome.signal = next(iter(asked), signal.SIGTERM)
                 break

@@ -10,6 +10,7 @@ of what config.json says of them: two files that were not written together are r
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from hashlib import sha256
 from os import PathLike
@@ -34,8 +35,11 @@ from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.single_file import read_file
+from simclr.training_progress import TrainingProgress, UnfinishedTraining
 
 FORMAT = "simclr-encoder-1"
+WEIGHTS_MARK = '"described"'
+"""Stands in the header of every model.safetensors that `save_encoder` writes."""
 _HEAD, _CLASSIFIER = "head.", "classifier."  # names in model.safetensors; the encoder's begin with "backbone."
 
 
@@ -46,15 +50,17 @@ def save_encoder(
     preprocessing: Semantics,
     origin: dict[str, Any],
     head: ProjectionHead | None = None,
+    progress: TrainingProgress | None = None,
 ) -> None:
-    """Write the encoder's folder; each file appears whole or not at all.
+    """Write the encoder's folder; each file appears whole or not at all, config.json last.
 
     Args:
         preprocessing: Whose evaluation preprocessing belongs to it: "google" or "torchvision".
         origin: Free facts about where the weights come from, kept in config.json.
         head: The projection head that it was trained under, if there is one.
+        progress: How far its training has come; None: unknown.
     """
-    _save(folder, encoder, head, None, _describe(encoder, head, preprocessing) | {"origin": origin})
+    _save(folder, encoder, head, None, _describe(encoder, head, preprocessing, progress) | {"origin": origin})
 
 
 def save_classifier(
@@ -65,17 +71,18 @@ def save_classifier(
     preprocessing: Semantics,
     origin: dict[str, Any],
     head: ProjectionHead | None = None,
+    progress: TrainingProgress | None = None,
 ) -> None:
     """Write a network that names classes: its encoder's folder, with the classifier.
 
     Args:
         classes: Names of the classes, in the order of the logits.
-        preprocessing, origin: As in `save_encoder`.
+        preprocessing, origin, progress: As in `save_encoder`.
         head: A projection head that is to be kept though the classifier does not stand on it.
     """
     assert len(classes) == network.linear.out_features, (len(classes), network.linear)
     head = network.head or head
-    described = _describe(network.encoder, head, preprocessing)
+    described = _describe(network.encoder, head, preprocessing, progress)
     described |= {"classifier": {"classes": list(classes), "head_layer": network.head_layer}, "origin": origin}
     _save(folder, network.encoder, head, network.linear, described)
 
@@ -96,12 +103,24 @@ def load(path: str | PathLike[str], *, device: str | torch.device = "cpu") -> "E
 
     Raises:
         UserError: There is no encoder at `path`, its files do not fit together, or there is no such device.
+
+    Warns:
+        UnfinishedTraining: The training of these weights had not reached its end.
     """
+    model = load_quietly(path, device=device)
+    if model.progress is not None and not model.progress.finished:
+        warnings.warn(model.progress.warning(path), UnfinishedTraining, stacklevel=2)
+    return model
+
+
+def load_quietly(path: str | PathLike[str], *, device: str | torch.device = "cpu") -> "Embedder":
+    """As `load`, without the warning, for callers that say it in their own way."""
     path, device = Path(path), find_device(device)
     if path.is_file():
         parts = read_file(path)
         return Embedder(
-            parts.encoder, parts.preprocessing, classifier=parts.classifier, classes=parts.classes
+            parts.encoder, parts.preprocessing, classifier=parts.classifier, classes=parts.classes,
+            progress=parts.progress,
         ).to(device)  # fmt: skip
     folder = path / "encoder" if (path / "encoder" / "config.json").is_file() else path
     try:
@@ -132,6 +151,8 @@ class Embedder:
         classifier: Encoder, head and linear classifier as one network, (n, C, S, S) -> (n, K) logits; None for an
             encoder that was not fine-tuned. A `Classifier`, or what onnxruntime computes.
         classes: Names of the K classes; empty without a classifier.
+        progress: How far the training of these weights had come, `progress.step` of `progress.total_steps`; None where
+            that is unknown, as of imported weights.
     """
 
     def __init__(
@@ -142,12 +163,19 @@ class Embedder:
         head: ProjectionHead | None = None,
         classifier: nn.Module | None = None,
         classes: Sequence[str] = (),
+        progress: TrainingProgress | None = None,
     ) -> None:
         self.encoder = encoder
         self.preprocessing = preprocessing
         self.head = head
         self.classifier = classifier
         self.classes = list(classes)
+        self.progress = progress
+
+    @property
+    def finished(self) -> bool | None:
+        """Whether the training of these weights reached its end; None where that is unknown."""
+        return None if self.progress is None else self.progress.finished
 
     def to(self, device: str | torch.device) -> "Embedder":
         """Move all parts to a device, named as in `load`; itself is returned."""
@@ -212,13 +240,17 @@ class Embedder:
         return outputs(network, fitting, width, size=size, semantics=self.preprocessing, batch_size=batch_size)
 
 
-def _describe(encoder: Encoder, head: ProjectionHead | None, preprocessing: Semantics) -> dict[str, Any]:
+def _describe(
+    encoder: Encoder, head: ProjectionHead | None, preprocessing: Semantics, progress: TrainingProgress | None
+) -> dict[str, Any]:
     described = {
         "format": FORMAT,
         "encoder": encoder.config.to_dict(),
         "input": {"range": [0.0, 1.0], "layout": "NCHW", "preprocessing": preprocessing},
         "num_features": encoder.num_features,
     }
+    if progress is not None:
+        described |= progress.to_dict()
     return described if head is None else described | {"head": head.to_dict()}
 
 
@@ -232,8 +264,9 @@ def _save(
             weights |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     content = save_tensors(weights, metadata={"described": _digest(described)})
-    write_atomically(folder / "config.json", (json.dumps(described, indent=2) + "\n").encode())
     write_atomically(folder / "model.safetensors", content)
+    # last: a folder without it is known to be unfinished, and after a kill between the two it states too few steps
+    write_atomically(folder / "config.json", (json.dumps(described, indent=2) + "\n").encode())
 
 
 def _restore(described: dict[str, Any], file: Path) -> "Embedder":
@@ -256,8 +289,9 @@ def _restore(described: dict[str, Any], file: Path) -> "Embedder":
         head.eval()
     encoder.load_state_dict(weights)  # which refuses what is left over
     return Embedder(
-        encoder.eval(), described["input"]["preprocessing"], head=head, classifier=classifier, classes=classes
-    )
+        encoder.eval(), described["input"]["preprocessing"], head=head, classifier=classifier, classes=classes,
+        progress=TrainingProgress.from_dict(described),
+    )  # fmt: skip
 
 
 def _taken(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -275,6 +309,7 @@ def digest_of(network: nn.Module) -> str:
 
 
 def _digest(described: dict[str, Any]) -> str:
-    """Of what gives the tensors their meaning; where they come from is free to be edited."""
-    meaning = {key: value for key, value in described.items() if key != "origin"}
+    """Of what gives the tensors their meaning; not of where they come from, which is free to be edited, nor of how far
+    the training had come, which changes from checkpoint to checkpoint."""
+    meaning = {key: value for key, value in described.items() if key not in ("origin", "step", "total_steps")}
     return sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()

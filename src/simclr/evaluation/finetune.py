@@ -41,6 +41,7 @@ from simclr.optim import build_optimizer
 from simclr.run import RunFolder, hold
 from simclr.train import Outcome, Task, restore
 from simclr.train import train as run_loop
+from simclr.training_progress import TrainingProgress
 from simclr.weights import digest_of, save_classifier
 
 TRAINING_VERSION = 1
@@ -323,7 +324,13 @@ def _claim(folder: RunFolder, identity: str) -> None:
 
 def _publishing(task: Task, network: Classifier, folder: RunFolder, classes: list[str], semantics: Semantics) -> Task:
     origin = {"method": "finetune", "run": str(folder.path)}
-    publish = partial(save_classifier, network, folder.encoder, classes=classes, preprocessing=semantics, origin=origin)
+
+    def publish(step: int) -> None:
+        save_classifier(
+            network, folder.encoder,
+            classes=classes, preprocessing=semantics, origin=origin, progress=TrainingProgress(step, task.total_steps),
+        )  # fmt: skip
+
     return replace(task, publish=publish)
 
 

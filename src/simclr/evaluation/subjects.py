@@ -3,9 +3,8 @@
 Each is a `Subject`: a name, perhaps an encoder with its projection head, and the features of any images, made once.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,8 @@ from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.progress import counting
-from simclr.weights import Embedder, digest_of, load
+from simclr.training_progress import TrainingProgress
+from simclr.weights import Embedder, digest_of, load_quietly
 
 RANDOM, PIXELS = "random", "pixels"
 MOST_PIXELS = 64  # a side, for `pixels`: larger ones cost memory and tell hardly more
@@ -42,6 +42,8 @@ class Subject:
     size: int
     """Of the images that it sees, in pixels."""
     channels: int
+    progress: TrainingProgress | None = None
+    """How far its training had come; None where that is unknown."""
     cache: FeatureCache = field(default_factory=lambda: FeatureCache(None))
     world: World = field(default_factory=World)
 
@@ -130,12 +132,13 @@ def open_subject(
     if name.startswith((TIMM, TORCHVISION)):
         config = EncoderConfig(name=name, channels=3, size=size)
         return _subject(name, build_encoder(config, seed=seed, pretrained=pretrained), None, "torchvision", **shared)
-    return subject_of(load(Path(name), device="cpu"), name, **shared)
+    return subject_of(load_quietly(name), name, **shared)
 
 
 def subject_of(model: Embedder, name: str, *, cache: FeatureCache, world: World) -> Subject:
     """What was loaded from a run, a folder or a file, by the name that the user gave it."""
-    return _subject(name, model.encoder, model.head, model.preprocessing, cache=cache, world=world)
+    subject = _subject(name, model.encoder, model.head, model.preprocessing, cache=cache, world=world)
+    return replace(subject, progress=model.progress)
 
 
 def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:

@@ -58,7 +58,7 @@ def model_card(
         + in_words(preprocessing)
         + " `preprocessing.json` has every number. `simclr.load(...).embed` does all of it, and refuses images with "
         "other channels, or floats outside [0, 1].",
-        "## Training\n\n" + _training(origin, run, config),
+        "## Training\n\n" + _training(origin, run, config) + _progress(model),
         "## Accuracy\n\n" + _accuracy(tables),
         "## Intended use and limits\n\n" + _limits(model, run, tables),
         "## Licence\n\n" + _licence(licence),
@@ -120,6 +120,14 @@ def _training(origin: dict[str, Any], run: dict[str, Any] | None, config: dict[s
     table = ["| setting | value |", "|---|---|"]
     table += [f"| {key} | {config[key]} |" for key in SETTINGS if config.get(key) is not None]
     return "\n".join(lines) + "\n\n" + "\n".join(table)
+
+
+def _progress(model: Embedder) -> str:
+    if model.progress is None:
+        return ""
+    if model.progress.finished:
+        return f"\n\nThe training of these weights reached its end, step {model.progress.step:,}."
+    return f"\n\n**The training of these weights is unfinished: they are from {model.progress.text}.**"
 
 
 def _accuracy(tables: list[Table]) -> str:

@@ -12,11 +12,11 @@ from simclr.exporting.onnx_file import BATCHES, to_onnx
 from simclr.exporting.preprocessing import in_words, preprocessing_of
 from simclr.files import writing
 from simclr.models.classifier import Classifier
-from simclr.opening import require_writable
+from simclr.opening import load_model, require_writable, start_encoder_folder
 from simclr.progress import say
 from simclr.run import hold
 from simclr.single_file import SUFFIXES, VERSION, description_of, write_described, write_state
-from simclr.weights import Embedder, load
+from simclr.weights import Embedder
 
 if TYPE_CHECKING:
     from simclr import commands
@@ -32,7 +32,7 @@ def export(args: "commands.Export") -> None:
         raise UserError(f"{args.run} is a file that was exported already; give the folder of the run or the encoder.")
     if args.licence is not None and args.format != "hub-folder":
         raise UserError("--licence goes into the model card of --format hub-folder; leave it out, or take that format.")
-    model = load(args.run)
+    model = load_model(args.run)
     with writing(args.out):
         if args.format in ("safetensors", "hub-folder"):
             _folder(args, model)
@@ -47,12 +47,12 @@ def _folder(args: "commands.Export", model: Embedder) -> None:
     if out.suffix == ".safetensors" or (out.exists() and not out.is_dir()):
         raise UserError(f"--format {args.format} writes a folder, and --out was {out}; give the name of a folder.")
     require_writable(out / "config.json")
+    ours = {PREPROCESSING: '"semantics"'} | ({CARD: "library_name: simclr"} if args.format == "hub-folder" else {})
     with hold(out, World()):
-        if (out / "config.json").exists():
-            raise UserError(f"{out} holds an encoder or a run already; give another folder, or remove it first.")
-        write_folder(args.run, model, out)
+        start_encoder_folder(out, ours=ours)
         if args.format == "hub-folder":
             write_card(args.run, model, out, licence=args.licence)
+        write_folder(args.run, model, out)
     say(f'The encoder is in {out}: simclr.load("{out}"); {PREPROCESSING} says what it expects.')
     if args.format == "hub-folder":
         unstated = " No licence is stated (--licence)." if args.licence is None else ""
@@ -112,7 +112,7 @@ def _described(model: Embedder, *, normalised: Literal["inside", "before"], clas
         "num_features": model.encoder.num_features,
         "preprocessing": preprocessing_of(config, model.preprocessing, normalised=normalised),
         "classes": classes,
-    }
+    } | ({} if model.progress is None else model.progress.to_dict())
 
 
 def _file(out: Path, kind: str) -> Path:

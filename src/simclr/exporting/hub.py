@@ -12,9 +12,9 @@ from simclr.exporting.preprocessing import as_json, preprocessing_of
 from simclr.exporting.results import results_of
 from simclr.models.classifier import Classifier
 from simclr.models.timm_bridge import first_line
-from simclr.opening import write
+from simclr.opening import load_model, write
 from simclr.progress import say
-from simclr.weights import FORMAT, Embedder, load, save_classifier, save_encoder
+from simclr.weights import FORMAT, Embedder, save_classifier, save_encoder
 
 if TYPE_CHECKING:
     from simclr import commands
@@ -28,15 +28,19 @@ def write_folder(source: Path, model: Embedder, out: Path) -> None:
     """config.json, model.safetensors and preprocessing.json: what `simclr.load(out)` reads, and what others need."""
     encoder = model.encoder
     origin = _public(origin_of(source))
+    write(out / PREPROCESSING, as_json(preprocessing_of(encoder.config, model.preprocessing, normalised="inside")))
     if model.classifier is None:
-        save_encoder(encoder, out, preprocessing=model.preprocessing, origin=origin, head=model.head)
+        save_encoder(
+            encoder, out,
+            preprocessing=model.preprocessing, origin=origin, head=model.head, progress=model.progress,
+        )  # fmt: skip
     else:
         assert isinstance(model.classifier, Classifier)
         save_classifier(
             model.classifier, out,
             classes=model.classes, preprocessing=model.preprocessing, origin=origin, head=model.head,
+            progress=model.progress,
         )  # fmt: skip
-    write(out / PREPROCESSING, as_json(preprocessing_of(encoder.config, model.preprocessing, normalised="inside")))
 
 
 def write_card(source: Path, model: Embedder, out: Path, *, licence: str | None) -> None:
@@ -77,7 +81,7 @@ def push(args: "commands.Push") -> None:
             f"{args.folder} has no {', '.join(missing)}; make it with `simclr export RUN --format hub-folder --out "
             f"{args.folder}`, and read its {CARD} before the world does."
         )
-    load(args.folder)  # what cannot be loaded here cannot be loaded there
+    load_model(args.folder)  # what cannot be loaded here cannot be loaded there
     try:
         from huggingface_hub import HfApi
     except ImportError:
