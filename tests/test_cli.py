@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr import cli
+from simclr import SimCLR, cli, jobs
 from simclr.evaluation.finetune_config import FINETUNE_RECIPES
 
 FAST = ["--recipe", "digits", "--epochs", "1", "--batch-size", "64", "--width", "0.5", "--workers", "0"]
@@ -159,7 +159,7 @@ def test_recipes_are_printed_complete(simclr):
         (["evaluate", "pixels", "digits", "--protocol", "finetune"], "pixels brings none to train"),
         (["evaluate", "RUN", "digits", "--protocol", "knn,liner"], "--protocol was 'knn,liner'.*logistic"),
         (["evaluate", "RUN", "digits", "fashion-mnist"], "2 data sets were given.*--protocol transfer"),
-        (["evaluate", "RUN", "digits", "--seeds", "0"], "--seeds 0"),
+        (["evaluate", "RUN", "digits", "--seeds", "0"], "--seeds was 0"),
         (["evaluate", "RUN", "digits", "--finetune-recipe", "v9"], "no fine-tuning recipe 'v9'.*v1-1%"),
         (["evaluate", "torchvision/alexnt", "digits"], "did you mean torchvision/alexnet"),
         (["evaluate", "pixels", "digits", "--protocol", "probe", "--compare"], "pixels have none"),
@@ -256,6 +256,49 @@ def test_a_damaged_record_of_the_run_is_said(simclr, run_folder, tmp_path):
     (tmp_path / "run" / "run.json").write_text("{")
     code, _, err = simclr("resume", tmp_path / "run")
     assert code == 2 and "run.json is damaged" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device", "/full/file"), "no space left on device (/full/file)"),
+        (PermissionError(13, "Permission denied"), "permission denied; check"),
+        (MemoryError(), "memory of this machine is used up"),
+        (RecursionError("maximum recursion depth"), "nested too deeply"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_machine_refuses_is_a_sentence_and_code_2(simclr, monkeypatch, error, said):
+    def refuse(_args):
+        raise error
+
+    monkeypatch.setattr(jobs, "recipes", refuse)
+    code, out, err = simclr("recipes")
+    assert code == 2 and not out and said in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 10**30])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["pretrain", "digits"],
+        ["finetune", "random", "digits"],
+        ["distill", "x", "digits"],
+        ["evaluate", "random", "digits"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_seed_that_the_random_numbers_cannot_take_is_refused(simclr, tmp_path, command, seed):
+    code, _, err = simclr(*command, "--out", tmp_path / "out", "--seed", seed)
+    assert code == 2 and "from 0 to 18446744073709551615" in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_last_seed_leaves_none_to_follow(simclr, tmp_path):
+    code, _, err = simclr("evaluate", "random", "digits", "--seed", 2**64 - 2, "--seeds", 3)
+    assert code == 2 and "less the 2 that follow it" in err
+    with pytest.raises(ValueError, match=r"random_state was -3; .* from 0 to"):
+        SimCLR(random_state=-3).fit(np.zeros((4, 8, 8), np.uint8))
 
 
 def test_a_picture_of_hardly_anything(simclr, run_folder, tmp_path):

@@ -182,3 +182,34 @@ def test_an_empty_config_of_a_former_version_does_not_bar_a_folder(tmp_path):
     (run.path / "config.json").write_bytes(b"")
     assert create_run(run.path, PretrainConfig(epochs=3), ORIGIN).config.epochs == 3
     shutil.rmtree(run.path)
+
+
+def test_a_disk_that_refuses_the_encoder_is_said_with_what_to_do(simclr, tmp_path, monkeypatch):
+    flags = ["--recipe", "digits", "--epochs", 1, "--batch-size", 512, "--width", 0.25, "--workers", 0]
+    out, real = tmp_path / "run", os.replace
+
+    def full(source, target):
+        if str(target).endswith("model.safetensors"):
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    code, _, err = simclr("pretrain", "digits", "--out", out, *flags)
+    assert code == 2 and f"{out} cannot be written: no space left on device; what was saved before is kept" in err
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    code, _, err = simclr("resume", out)
+    assert code == 2 and f"{out} cannot be written: permission denied" in err and "Traceback" not in err
+    monkeypatch.setattr(os, "replace", real)
+    assert simclr("resume", out)[0] == 0 and (out / "encoder" / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_of_another_network_is_a_sentence(simclr, tmp_path):
+    flags = ["--recipe", "digits", "--epochs", 1, "--batch-size", 512, "--workers", 0]
+    for name, width in (("run", 0.25), ("other", 0.5)):
+        assert simclr("pretrain", "digits", "--out", tmp_path / name, *flags, "--width", width)[0] == 0
+    run = tmp_path / "run"
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", run / "checkpoints")
+    code, _, err = simclr("resume", run)
+    assert code == 2 and "does not fit the settings" in err and "Traceback" not in err

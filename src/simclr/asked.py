@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, get_args
 
+from simclr.config import require_seed
 from simclr.errors import UserError
 from simclr.evaluation.finetune_config import FinetuneConfig, find_finetune_recipe
 from simclr.evaluation.measure import Protocol
@@ -34,8 +35,9 @@ def check_asked(
     """
     if len(args.data) != 1 and (list(protocols) != ["transfer"] or not args.data):
         raise UserError(f"{len(args.data)} data sets were given; give one, or several with --protocol transfer alone.")
-    if args.seed < 0 or args.seeds < 1:
-        raise UserError(f"--seed was {args.seed} and --seeds {args.seeds}; the first is at least 0, the second 1.")
+    if args.seeds < 1:
+        raise UserError(f"--seeds was {args.seeds}; it must be at least 1.")
+    require_seed(args.seed, count=args.seeds)
     for path in (args.json, args.picture):
         if path is not None:
             require_writable(path)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from simclr.errors import UserError
-from simclr.files import reason_of, write_atomically
+from simclr.files import open_regular, reason_of, write_atomically
 
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 
@@ -70,10 +70,13 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> tuple[int, dict[str
         match = _NAME.fullmatch(path.name)
         assert match
         try:
-            content = path.read_bytes()
+            with open_regular(path) as file:
+                content = file.read()
             if hashlib.sha256(content).hexdigest()[:16] != match[2]:
                 raise ValueError("its content does not match its checksum")
             return int(match[1]), torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except (PermissionError, MemoryError):  # it is not damaged
+            raise
         except Exception as error:  # whatever a damaged file raises, the one before it may be good
             say(f"The checkpoint {path.name} is damaged ({error}); trying the one before.")
     return None

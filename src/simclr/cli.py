@@ -3,6 +3,8 @@
 import difflib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -11,6 +13,7 @@ import tyro
 
 from simclr import UserError, __version__
 from simclr.commands import COMMANDS
+from simclr.files import reason_of
 
 
 def main() -> None:
@@ -23,7 +26,8 @@ def main() -> None:
         print(f"simclr {__version__}")
         return
     try:
-        _run(arguments[0], arguments[1:])
+        with _sentences():
+            _run(arguments[0], arguments[1:])
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"simclr: {'' if rank == '0' else f'[process {rank}] '}{error}", file=sys.stderr)
@@ -34,6 +38,28 @@ def main() -> None:
     except KeyboardInterrupt:
         print("simclr: stopped.", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """What is nobody's mistake in the program, but the machine's limits, as a sentence instead of a traceback."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(
+            f"The system refused to go on: {reason_of(error)}{where}; check the paths, their permissions and the "
+            "room on the disk, then try again."
+        ) from error
+    except MemoryError:
+        raise UserError(
+            "The memory of this machine is used up; end other programs, or take fewer or smaller images, or a smaller "
+            "batch."
+        ) from None
+    except RecursionError:
+        raise UserError("Something that was read is nested too deeply; check the files that were given.") from None
 
 
 def _run(name: str, arguments: list[str]) -> None:

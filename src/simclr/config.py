@@ -13,6 +13,9 @@ from typing import ClassVar, Literal
 from simclr.errors import UserError
 from simclr.files import write_atomically
 
+MAX_SEED = 2**64 - 1
+"""Philox, which draws order and views, has keys of 64 bits."""
+
 # Settings that a resumed run may change: they move no number of its result.
 FREE_ON_RESUME = frozenset({"workers", "save_every", "keep", "knn_every"})
 
@@ -165,7 +168,6 @@ class PretrainConfig:
             ("save_every", 1),
             ("keep", 1),
             ("workers", 0),
-            ("seed", 0),
             ("chunk", 0),
         ):
             _require(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
@@ -176,6 +178,7 @@ class PretrainConfig:
         for name in ("flip", "jitter", "grayscale", "blur"):
             value = getattr(self, name)
             _require(name, value, value is None or 0 <= value <= 1, "a probability between 0 and 1")
+        require_seed(self.seed)
         _require("chunk", self.chunk, self.chunk == 0 or self.memory == "cache", "0, unless --memory is cache")
         _require("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
         _require("crop_min", self.crop_min, 0 < self.crop_min <= 1, "an area share in (0, 1]")
@@ -183,6 +186,18 @@ class PretrainConfig:
     def save(self, path: Path) -> None:
         """Write the settings as JSON."""
         write_atomically(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
+
+
+def require_seed(seed: int, *, count: int = 1, name: str = "--seed") -> None:
+    """Refuse a seed that the random numbers (Philox) cannot take.
+
+    Args:
+        count: Seeds that are used: `seed` and those after it.
+        name: What the user calls it.
+    """
+    if not 0 <= seed <= MAX_SEED - (count - 1):
+        after = "" if count == 1 else f", less the {count - 1} that follow it"
+        raise UserError(f"{name} was {seed}; it must be a whole number from 0 to {MAX_SEED} (2**64 - 1){after}.")
 
 
 def _require(name: str, value: object, fine: bool, allowed: str) -> None:

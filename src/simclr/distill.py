@@ -289,5 +289,6 @@ def _report_end(
             "test_images": None if test is None else len(test),
             "test_accuracy": tested,
         }
-        write_atomically(folder.summary, (json.dumps(summary, indent=2) + "\n").encode())
+        with folder.writing():
+            write_atomically(folder.summary, (json.dumps(summary, indent=2) + "\n").encode())
     say(f"Done: {outcome.step} steps. The student is in {folder.encoder}.")

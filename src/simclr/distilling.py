@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simclr import distributed
+from simclr.config import require_seed
 from simclr.data.images import Images, fit_channels
 from simclr.data.labels import chosen_by
 from simclr.distill import Distilled
@@ -119,8 +120,7 @@ def _fresh_head(like: ProjectionHead | None, encoder: Encoder, seed: int) -> Pro
 
 def _check(args: "commands.Distill", asked: DistillConfig) -> None:
     """Fail before anything is opened where flags do not go together."""
-    if args.seed < 0:
-        raise UserError(f"--seed was {args.seed}; it must be at least 0.")
+    require_seed(args.seed)
     if args.encoder is None:
         given = {"width": args.width != 1, "stem": args.stem != "auto", "sk": args.sk, "size": args.size is not None}
         if any(given.values()):

@@ -32,7 +32,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data  # pyrefly: 
 from torch import Tensor
 
 from simclr import pretrain as pretraining
-from simclr.config import PretrainConfig
+from simclr.config import PretrainConfig, require_seed
 from simclr.data.forms import ROUNDING, ImagesLike, open_images
 from simclr.data.images import Images
 from simclr.device import find_device
@@ -195,6 +195,7 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         seed = self.random_state
         if seed is None or not isinstance(seed, int | np.integer):
             seed = check_random_state(seed).randint(2**31)
+        require_seed(int(seed), name="random_state")
         world = World(device=find_device(self.device))
         given = {**given, "seed": seed, "device": world.device.type}
         recipe = find_recipe(self.recipe) if self.recipe is not None else None

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from simclr import commands, distributed
+from simclr.config import require_seed
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluate import Session
@@ -82,8 +83,7 @@ def _check(args: commands.Finetune) -> None:
     """What can be wrong before any image is opened."""
     if args.run == PIXELS:
         raise UserError("pixels are no network; give a run's folder, timm/NAME, torchvision/NAME or random.")
-    if args.seed < 0:
-        raise UserError(f"--seed was {args.seed}; it must be at least 0.")
+    require_seed(args.seed)
     if args.finetune_recipe is not None:
         find_finetune_recipe(args.finetune_recipe)
     require_writable(args.out / "summary.json")

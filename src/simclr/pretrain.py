@@ -280,7 +280,8 @@ def _report_end(
         "final": outcome.last,
         "warnings": outcome.warnings,
     }
-    write_atomically(run.summary, (json.dumps(summary, indent=2) + "\n").encode())
+    with run.writing():
+        write_atomically(run.summary, (json.dumps(summary, indent=2) + "\n").encode())
     say(
         f"Done: {outcome.step} steps, {summary['views_per_second']:,.0f} views/s, {summary['wait_share']:.0%} of the "
         "time waiting for views." + (f" The encoder is in {run.encoder}." if run.lasting else "")

@@ -92,6 +92,12 @@ class RunFolder:
         if self.path.exists() and not (self.path.is_dir() and all(map(_is_leftover, self.path.iterdir()))):
             raise UserError(f"{self.path} exists and is no run; give another --out, or empty it first.")
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn what the disk refuses in the block into a sentence that says how to go on."""
+        with writing(self.path, hint=f"what was saved before is kept; make room, then {self.resuming}"):
+            yield
+
     def append(self, file: Path, record: dict[str, Any]) -> None:
         """Add one JSON line."""
         try:

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simclr.checkpoint import checkpoints, load_newest, save_checkpoint, set_aside_newer
 from simclr.distributed import World
-from simclr.errors import Diverged
+from simclr.errors import Diverged, UserError
 from simclr.optim import set_lr
 from simclr.progress import say
 from simclr.run import RunFolder
@@ -111,7 +111,8 @@ def train(
     outcome = Outcome(step=start_step, finished=start_step >= task.total_steps)
     clock = time.perf_counter()
     if start_step and task.publish is not None and world.is_main:
-        task.publish(start_step)  # a kill after the checkpoint may have left the encoder of an earlier one
+        with run.writing():
+            task.publish(start_step)  # a kill after the checkpoint may have left the encoder of an earlier one
 
     with _stop_signals() as asked, Prefetcher(task.batch, start_step, task.total_steps, workers) as batches:
         for step, inputs in batches:
@@ -145,16 +146,9 @@ def train(
             else:
                 progress.step(done)
             if save and world.is_main:
-                run.sync()
-                state = {
-                    "step": done,
-                    "method": task.method.state_dict(),
-                    "optimizer": task.optimizer.state_dict(),
-                    "processes": world.size,
-                }
-                save_checkpoint(run.checkpoints, done, state, keep=keep, resuming=run.resuming)
-                if task.publish is not None:
-                    task.publish(done)
+                with run.writing():
+                    run.sync()
+                    _save(task, run, done, world, keep)
             if interrupted:
                 outcome.signal = next(iter(asked), signal.SIGTERM)
                 break
@@ -165,6 +159,19 @@ def train(
     return outcome
 
 
+def _save(task: Task, run: RunFolder, step: int, world: World, keep: int) -> None:
+    """Write the checkpoint of a step, then publish what was trained."""
+    state = {
+        "step": step,
+        "method": task.method.state_dict(),
+        "optimizer": task.optimizer.state_dict(),
+        "processes": world.size,
+    }
+    save_checkpoint(run.checkpoints, step, state, keep=keep, resuming=run.resuming)
+    if task.publish is not None:
+        task.publish(step)
+
+
 def restore(task: Task, run: RunFolder, world: World) -> int:
     """Load the run's newest good checkpoint into the task, on every process; the step that it was written after."""
     loaded = load_newest(run.checkpoints, say if world.is_main else lambda _: None)
@@ -172,20 +179,42 @@ def restore(task: Task, run: RunFolder, world: World) -> int:
     start = 0
     if loaded is not None:
         start, state = loaded
-        task.method.load_state_dict(state["method"])
-        task.optimizer.load_state_dict(state["optimizer"])
-        if state["processes"] != world.size:
+        processes = _load(task, state, f"The checkpoint of step {start} in {run.checkpoints}")
+        if processes != world.size:
             say(
-                f"The run was trained by {state['processes']} processes and goes on with {world.size}: the same up "
+                f"The run was trained by {processes} processes and goes on with {world.size}: the same up "
                 "to rounding, not bit for bit.",
                 main=world.is_main,
             )
     elif checkpoints(run.checkpoints):
         say("No checkpoint is whole: starting again from step 0.", main=world.is_main)
     if world.is_main:
-        set_aside_newer(run.checkpoints, start)
-        run.rewind(start)
+        with run.writing():
+            set_aside_newer(run.checkpoints, start)
+            run.rewind(start)
     return start
+
+
+def _load(task: Task, state: dict[str, Any], name: str) -> int:
+    """Put a checkpoint's state into the task; the number of processes that wrote it.
+
+    Raises:
+        UserError: It is of another network or optimiser.
+    """
+    try:
+        task.method.load_state_dict(state["method"])
+        task.optimizer.load_state_dict(state["optimizer"])
+        for parameter, values in task.optimizer.state.items():
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"{key} has shape {tuple(value.shape)}, its weights {tuple(parameter.shape)}")
+        return int(state["processes"])
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        what = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch lists every tensor
+        raise UserError(
+            f"{name} does not fit the settings that the run began with ({what}); restore the run's settings or its "
+            "checkpoints, or start a new run."
+        ) from None
 
 
 def take_step(
