@@ -14,3 +14,9 @@ class NotFinite(UserError):
 
 class Diverged(UserError):
     """The loss or the weights are no longer finite; a search over learning rates goes on with the next."""
+
+
+def shown(text: str, length: int = 80) -> str:
+    """Text from a file, fit for a message: at most `length` characters, those that are not printable escaped."""
+    cut = text if len(text) <= length else text[: length - 3] + "..."
+    return cut if cut.isprintable() else ascii(cut)[1:-1]

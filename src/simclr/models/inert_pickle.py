@@ -4,18 +4,33 @@ A pickle is a program; here its instructions are read by `pickletools` and follo
 nothing is ever imported or called: containers become containers, tensors become descriptions of where their numbers
 lie, and whatever else the file would build becomes `Opaque`. So Lightning's checkpoints are read too, though they hold
 objects of classes that are not installed.
+
+A pickle of a few bytes can describe containers of containers that would take years to print, hash or compare, so the
+type of a value is checked before the value is looked at, and no container is ever turned into text, hashed, compared or
+copied. What a pickle takes is bounded by the number of its instructions, and that by `MAX_INSTRUCTIONS`.
 """
 
 import pickletools
 import warnings
 from collections.abc import Iterator
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import torch
 
-from simclr.errors import UserError
+from simclr.errors import UserError, shown
 from simclr.models.protobuf import Malformed
 
+MAX_INSTRUCTIONS = 1_000_000
+"""Of one pickle; a checkpoint of 3,000 tensors has about 100,000. Each makes at most one object of 250 bytes."""
+
+MAX_BYTES = 64 << 20
+"""Of the pickles of one file, without the numbers of its tensors; large checkpoints have 1 MB. A text may take four
+times its bytes in memory."""
+
+_MAX_NAME = 200  # characters of a module, a class or a storage's key
+_MAX_DIMENSIONS = 8
+_MAX_NUMBER = 1 << 62  # of offsets, sizes and integer keys; larger integers are slow to hash
 _DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -56,7 +71,7 @@ class Lazy(NamedTuple):
     stride: tuple[int, ...]
 
 
-def follow(file: Any) -> Any:
+def follow(file: BytesIO) -> Any:
     """What the pickle at the file's position describes; afterwards the file stands behind it.
 
     Raises:
@@ -67,10 +82,11 @@ def follow(file: Any) -> Any:
         return _follow(file)
 
 
-def _follow(file: Any) -> Any:
+def _follow(file: BytesIO) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     mark = object()
+    allowance = MAX_INSTRUCTIONS
 
     def since_mark() -> list[Any]:
         items = []
@@ -80,6 +96,9 @@ def _follow(file: Any) -> Any:
 
     for opcode, given, _ in pickletools.genops(file):
         argument: Any = given
+        allowance -= 1
+        if allowance < 0:
+            raise Malformed(f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions")
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
@@ -172,12 +191,14 @@ class _Name(str):
 
 
 def _allowed(module: Any, name: Any) -> str:
-    top = str(module).partition(".")[0]
+    if not (isinstance(module, str) and isinstance(name, str) and max(len(module), len(name)) <= _MAX_NAME):
+        raise Malformed("its pickle names a class by something that is no name")
+    top = module.partition(".")[0]
     harmless = top in ("builtins", "__builtin__") and name in _HARMLESS
     if top in _KNOWN or harmless or (module, name) in (("_codecs", "encode"), ("copyreg", "_reconstructor")):
         return f"{module}.{name}"
     raise UserError(
-        f"The checkpoint's pickle would call {str(module)[:80]}.{str(name)[:80]}, which weights do not need; nothing "
+        f"The checkpoint's pickle would call {shown(module)}.{shown(name)}, which weights do not need; nothing "
         "of it was run. If you trust the file, load it where it was made and save its state_dict alone."
     )
 
@@ -188,29 +209,37 @@ def _call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, _Name):
         return Opaque()
     if str(function) == "collections.OrderedDict":
-        return dict(arguments[0]) if arguments and isinstance(arguments[0], dict) else {}
+        return arguments[0] if arguments and isinstance(arguments[0], dict) else {}  # not copied: it may be huge
     if function in _REBUILD and len(arguments) >= 4 and isinstance(arguments[0], Storage):
         storage, offset, shape, stride = arguments[:4]
-        numbers = (offset, *shape, *stride)
-        if len(shape) != len(stride) or len(shape) > 8 or any(type(n) is not int or n < 0 for n in numbers):
+        if not _are_sizes(shape) or not _are_sizes(stride) or not _are_sizes((offset,)) or len(shape) != len(stride):
             raise Malformed("a tensor's shape makes no sense")
-        return Lazy(storage, offset, tuple(shape), tuple(stride))
+        return Lazy(storage, offset, shape, stride)
     if function in _PARAMETER and arguments and isinstance(arguments[0], Lazy):
         return arguments[0]
     return Opaque()
 
 
+def _are_sizes(numbers: Any) -> bool:
+    """Whether it is a tuple of a few integers that are not negative."""
+    if type(numbers) is not tuple or len(numbers) > _MAX_DIMENSIONS:
+        return False
+    return all(type(number) is int and 0 <= number < _MAX_NUMBER for number in numbers)
+
+
 def _storage(identity: Any) -> Storage:
     """('storage', class, key, device, count[, view]) of torch's persistent identities."""
-    if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
+    if type(identity) is not tuple or not 5 <= len(identity) <= 6:
         raise Malformed("its pickle refers to something that is no storage")
-    _, kind, key, _, count = identity[:5]
-    dtype = _DTYPES.get(str(kind).rpartition(".")[2])
-    if dtype is None or type(count) is not int or count < 0:
-        raise Malformed(f"a storage has the type {str(kind)[:80]} and {str(count)[:20]} numbers")
+    word, kind, key, _, count = identity[:5]
+    if not (isinstance(word, str) and word == "storage" and isinstance(key, str) and len(key) <= _MAX_NAME):
+        raise Malformed("its pickle refers to something that is no storage")
+    dtype = _DTYPES.get(kind.rpartition(".")[2]) if isinstance(kind, _Name) else None
+    if dtype is None or not _are_sizes((count,)):
+        raise Malformed("a storage has an unknown type or an impossible length")
     if len(identity) > 5 and identity[5] is not None:
         raise Malformed("a storage is a part of another, as torch before 0.4 wrote it")
-    return Storage(str(key), dtype, count)
+    return Storage(key, dtype, count)
 
 
 def _set(target: Any, items: list[Any]) -> None:
@@ -219,6 +248,7 @@ def _set(target: Any, items: list[Any]) -> None:
 
 
 def _pairs(items: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """Keys and values; a key of another kind than state dicts have is left out, for its hash may take for ever."""
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if isinstance(key, str | int | float | bool):
+        if isinstance(key, str) or (isinstance(key, int) and -_MAX_NUMBER < key < _MAX_NUMBER):
             yield key, value
