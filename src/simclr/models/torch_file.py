@@ -134,7 +134,7 @@ class TorchFile:
 
     def _open_legacy(self, file: BinaryIO) -> Any:
         self._folder = ""
-        reader = io.BytesIO(file.read(MAX_BYTES))  # pickles in memory: they may claim any length
+        reader = io.BytesIO(file.read(min(self.size, MAX_BYTES)))  # pickles in memory: they may claim any length
         magic = follow(reader)
         if type(magic) is not int or magic != _MAGIC:
             raise Malformed("it does not begin as one")
