@@ -7,8 +7,8 @@ class Malformed(Exception):
     """What is wrong with a file, as a part of a sentence."""
 
 
-def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a message in the order of the file, numbers unsigned.
+def fields(message: bytes | memoryview) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of a message in the order of the file, numbers unsigned; those of a view of bytes are views.
 
     Raises:
         Malformed: The message is cut off, or is none.
@@ -31,10 +31,10 @@ def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         if len(raw) < length:
             raise Malformed("an entry of it is cut off")
         position += length
-        yield tag >> 3, raw if wire == 2 else int.from_bytes(raw, "little")
+        yield tag >> 3, raw if wire == 2 else int.from_bytes(raw, "little")  # pyrefly: ignore
 
 
-def varint(data: bytes, position: int) -> tuple[int, int]:
+def varint(data: bytes | memoryview, position: int) -> tuple[int, int]:
     """Seven bits a byte, lowest first; the top bit says that more follow. Returns the number and what is next."""
     number = 0
     for shift in range(0, 70, 7):
