@@ -199,9 +199,13 @@ def test_files_that_are_not_what_they_say_are_refused(tmp_path: Path) -> None:
     for name, content, reason in (
         ("foreign.pth", (tmp_path / "foreign.pth").read_bytes(), "not written by `simclr export`"),
         ("a.pth", pth[:-9] + b"123456789", "describes another file"),
-        ("a.safetensors", safe[:1000], "cannot be loaded"),
-        ("a.safetensors", safe.replace(b"layer1.0.conv1.weight", b"layer9.0.conv1.weight"), "cannot be loaded"),
-        ("a.safetensors", safe.replace(b"simclr-export-1", b"simclr-export-9"), "cannot be loaded"),
+        ("a.safetensors", safe[:1000], "no whole safetensors file"),
+        (
+            "a.safetensors",
+            safe.replace(b"layer1.0.conv1.weight", b"layer9.0.conv1.weight"),
+            "lacks layer1.0.conv1.weight",
+        ),
+        ("a.safetensors", safe.replace(b"simclr-export-1", b"simclr-export-9"), "another format"),
         ("notes.txt", b"hello", "not written by `simclr export`"),
     ):
         (tmp_path / name).write_bytes(content)

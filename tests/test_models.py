@@ -304,7 +304,7 @@ def test_a_config_survives_json() -> None:
         ({"width": 0}, "greater than 0"),
         ({"width": float("nan")}, "greater than 0"),
         ({"name": "small", "width": 0.01}, "at least 0.0625"),
-        ({"channels": 0}, "at least 1"),
+        ({"channels": 0}, "from 1 to"),
         ({"size": 32.0}, "whole number"),
         ({"stem": "none"}, "auto, cifar, strided, imagenet"),
         ({"name": "timm/test_resnet", "stem": "cifar"}, "stem at auto"),
@@ -331,7 +331,7 @@ def test_a_config_says_what_is_wrong(settings: dict[str, Any], message: str) -> 
     [
         ({"kind": "mlp"}, "none, linear or nonlinear"),
         ({"layers": 1}, "2 \\(SimCLR\\)"),
-        ({"dim": 0}, "at least 1"),
+        ({"dim": 0}, "from 1 to"),
     ],
 )
 def test_a_head_says_what_is_wrong(settings: dict[str, Any], message: str) -> None:

@@ -9,26 +9,27 @@ with.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from simclr.augment.policy import Semantics
-from simclr.errors import UserError
-from simclr.files import write_atomically
+from simclr.encoder_record import ExportRecord, parse_json, require_class_names, validated
+from simclr.errors import UserError, shown
+from simclr.files import MAX_RECORD_BYTES, open_regular, read_regular, reason_of, write_atomically
 from simclr.models.classifier import Classifier
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder
 from simclr.models.onnx_bridge import LOGITS, OnnxEncoder, OnnxNetwork, metadata_of
+from simclr.models.restoring import require_same
+from simclr.models.safetensors_file import TensorInfo, open_safetensors
+from simclr.models.torch_file import TorchFile
 from simclr.models.torchvision_names import from_timm, from_torchvision
 from simclr.training_progress import TrainingProgress
 
@@ -83,23 +84,15 @@ def read_file(path: Path) -> Parts:
         UserError: The file is damaged, is not one of ours, or needs a package that is missing.
     """
     try:
-        content = path.read_bytes()
-        described = _description(path, content)
-        if described["format"] != VERSION:
-            raise KeyError(f"format {described['format']!r}")
-        return _from_onnx(content, described) if path.suffix == ".onnx" else _from_state(path, content, described)
+        with open_regular(path) as file:
+            content = file.read()
+        record = _record(path, content)
+        return _from_onnx(content, record) if path.suffix == ".onnx" else _from_state(path, record)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except (
-        KeyError, TypeError, ValueError, AttributeError, RuntimeError, EOFError, UnpicklingError, SafetensorError
-    ) as error:  # fmt: skip
-        if isinstance(error, UserError):
-            raise
-        what = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch lists every tensor
-        raise UserError(f"{path} cannot be loaded, it is damaged or of another network: {what}") from None
+        raise UserError(f"{path} cannot be read: {reason_of(error, path)}.") from None
 
 
-def _description(path: Path, content: bytes) -> Described:
+def _record(path: Path, content: bytes) -> ExportRecord:
     foreign = UserError(
         f"{path} was not written by `simclr export` (it has no description of its input); give the folder of a run or "
         "of an encoder, or turn it into one with `simclr import`."
@@ -107,42 +100,54 @@ def _description(path: Path, content: bytes) -> Described:
     if path.suffix == ".onnx":
         text = metadata_of(content).get(KEY)
     elif path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as stored:
-            text = (stored.metadata() or {}).get(KEY)
+        with open_safetensors(path) as stored:
+            text = stored.metadata.get(KEY)
     else:
-        text = description_of(path).read_text() if description_of(path).is_file() else None
+        beside = description_of(path)
+        text = read_regular(beside, MAX_RECORD_BYTES) if os.path.lexists(beside) else None
     if text is None:
         raise foreign
-    described = json.loads(text)
-    if described.get("sha256", "") not in ("", sha256(content).hexdigest()):
+    name = f"The description of {path}"
+    values = parse_json(text, name)
+    if values.get("format") != VERSION:
+        raise UserError(f"{name} has another format than {VERSION}; a newer version of simclr may have written it.")
+    record = validated(ExportRecord, values, name)
+    require_class_names(record.classes, name)
+    if record.sha256 not in ("", sha256(content).hexdigest()):
         raise UserError(f"{description_of(path)} describes another file than {path}; export it again.")
-    return described
+    return record
 
 
-def _from_onnx(content: bytes, described: Described) -> Parts:
-    config = EncoderConfig.from_dict(described["encoder"])
-    encoder = OnnxEncoder(config, content, described["num_features"]).eval()
-    classes = described["classes"]
-    classifier = OnnxNetwork(content, LOGITS).eval() if classes else None
-    return Parts(
-        encoder, described["preprocessing"]["semantics"], classifier, classes, TrainingProgress.from_dict(described)
-    )
+def _from_onnx(content: bytes, record: ExportRecord) -> Parts:
+    encoder = OnnxEncoder(record.config, content, record.num_features).eval()
+    encoder.network.session()  # a damaged graph is named now, not at the first image
+    classifier = OnnxNetwork(content, LOGITS).eval() if record.classes else None
+    return Parts(encoder, record.preprocessing.semantics, classifier, record.classes, record.progress)
 
 
-def _from_state(path: Path, content: bytes, described: Described) -> Parts:
+def _from_state(path: Path, record: ExportRecord) -> Parts:
     if path.suffix == ".safetensors":
-        state = load_tensors(content)
+        with open_safetensors(path) as stored:
+            state = {name: stored.get_tensor(name) for name in stored.tensors}
     else:
-        state = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
-    layer, classes = described["classifier"], described["classes"]
-    linear = {name: state.pop(f"{layer}.{name}") for name in ("weight", "bias")} if classes else {}
-    read = {"torchvision": from_torchvision, "timm": from_timm}[described["library"]]
-    encoder = read(state, EncoderConfig.from_dict(described["encoder"]))
+        file = TorchFile(path)
+        state = dict(file.read(file.shapes))
+    if record.library is None:
+        raise UserError(f"The description of {path} does not name the library that its weights are for.")
+    classes, layer = record.classes, record.classifier
+    names = {name: f"{layer}.{name}" for name in ("weight", "bias")} if classes else {}
+    missing = [name for name in names.values() if name not in state]
+    if missing:
+        raise UserError(f"{path} names {len(classes)} classes and lacks the weights {shown(', '.join(missing))}.")
+    linear = {name: state.pop(place) for name, place in names.items()}
+    read = {"torchvision": from_torchvision, "timm": from_timm}[record.library]
+    encoder = read(state, record.config)
     classifier = None
     if classes:
-        classifier = Classifier(encoder, None, len(classes))
-        classifier.linear.load_state_dict(linear)
+        with torch.device("meta"):
+            classifier = Classifier(encoder, None, len(classes))
+        stored = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in linear.items()}
+        require_same(classifier.linear.state_dict(), stored, f"The classifier of {path}")
+        classifier.linear.load_state_dict(linear, assign=True)
         classifier.eval()
-    return Parts(
-        encoder, described["preprocessing"]["semantics"], classifier, classes, TrainingProgress.from_dict(described)
-    )
+    return Parts(encoder, record.preprocessing.semantics, classifier, classes, record.progress)

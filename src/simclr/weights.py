@@ -19,25 +19,32 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import nn
 
 from simclr.augment.policy import Semantics
 from simclr.data.forms import ImagesLike, Pixels
 from simclr.data.images import Images, fit_channels
 from simclr.device import find_device
-from simclr.errors import UserError
+from simclr.encoder_record import (
+    FORMAT,
+    EncoderRecord,
+    escaped,
+    read_json,
+    require_class_names,
+    validated,
+)
+from simclr.errors import UserError, shown
 from simclr.features import outputs, probabilities_of
-from simclr.files import write_atomically
+from simclr.files import reason_of, write_atomically
 from simclr.models.classifier import Classifier
-from simclr.models.config import EncoderConfig
-from simclr.models.encoder import Encoder, build_encoder
+from simclr.models.encoder import Encoder
 from simclr.models.heads import ProjectionHead
+from simclr.models.restoring import require_same, restore_encoder, sketch_encoder
+from simclr.models.safetensors_file import open_safetensors
 from simclr.single_file import read_file
 from simclr.training_progress import TrainingProgress, UnfinishedTraining
 
-FORMAT = "simclr-encoder-1"
 WEIGHTS_MARK = '"described"'
 """Stands in the header of every model.safetensors that `save_encoder` writes."""
 _HEAD, _CLASSIFIER = "head.", "classifier."  # names in model.safetensors; the encoder's begin with "backbone."
@@ -83,7 +90,10 @@ def save_classifier(
     assert len(classes) == network.linear.out_features, (len(classes), network.linear)
     head = network.head or head
     described = _describe(network.encoder, head, preprocessing, progress)
-    described |= {"classifier": {"classes": list(classes), "head_layer": network.head_layer}, "origin": origin}
+    described |= {
+        "classifier": {"classes": [escaped(name) for name in classes], "head_layer": network.head_layer},
+        "origin": origin,
+    }
     _save(folder, network.encoder, head, network.linear, described)
 
 
@@ -124,21 +134,16 @@ def load_quietly(path: str | PathLike[str], *, device: str | torch.device = "cpu
         ).to(device)  # fmt: skip
     folder = path / "encoder" if (path / "encoder" / "config.json").is_file() else path
     try:
-        described = json.loads((folder / "config.json").read_bytes())
-        if described.get("format") != FORMAT:
-            raise FileNotFoundError  # the config.json of a run that has saved no checkpoint yet, for instance
-        model = _restore(described, folder / "model.safetensors")
+        values = read_json(folder / "config.json")
+        _require_format(values, folder)
+        return _restore(values, folder).to(device)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path} holds no encoder (config.json and model.safetensors); give the folder of a run that has "
             "saved a checkpoint, or of an exported encoder, or a file that `simclr export` wrote."
         ) from None
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        what = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch lists every tensor
-        raise UserError(f"The encoder in {folder} cannot be loaded, its files do not fit together: {what}") from None
-    return model.to(device)
+    except OSError as error:
+        raise UserError(f"The encoder in {folder} cannot be read: {reason_of(error, folder)}.") from None
 
 
 class Embedder:
@@ -269,34 +274,63 @@ def _save(
     write_atomically(folder / "config.json", (json.dumps(described, indent=2) + "\n").encode())
 
 
-def _restore(described: dict[str, Any], file: Path) -> "Embedder":
-    """The parts that config.json describes, with their weights from `file`."""
-    with safe_open(file, framework="pt") as stored:
-        digest = (stored.metadata() or {}).get("described")
-        weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, it is no dict
-    if digest is not None and digest != _digest(described):  # folders of old have none
-        raise ValueError("config.json is not the one that model.safetensors was written with")
-    encoder = build_encoder(EncoderConfig.from_dict(described["encoder"]))
-    head = ProjectionHead(encoder.num_features, **described["head"]) if "head" in described else None
-    classes = described["classifier"]["classes"] if "classifier" in described else []
-    classifier = None
-    if classes:
-        classifier = Classifier(encoder, head, len(classes), head_layer=described["classifier"]["head_layer"])
-        classifier.linear.load_state_dict(_taken(weights, _CLASSIFIER))
-        classifier.eval()
-    if head is not None:
-        head.load_state_dict(_taken(weights, _HEAD))
-        head.eval()
-    encoder.load_state_dict(weights)  # which refuses what is left over
+def _require_format(values: dict[str, Any], folder: Path) -> None:
+    """Refuse another version's record.
+
+    Raises:
+        UserError: A newer version of simclr wrote it.
+        FileNotFoundError: It is no encoder's: the config.json of a run that has saved no checkpoint yet, for instance.
+    """
+    format = values.get("format")
+    if not isinstance(format, str) or not format.startswith("simclr-encoder-"):
+        raise FileNotFoundError
+    if format != FORMAT:
+        raise UserError(
+            f"The encoder in {folder} has the format '{shown(format)}', and this version of simclr reads {FORMAT}; "
+            "install a newer one."
+        )
+
+
+def _restore(values: dict[str, Any], folder: Path) -> "Embedder":
+    """The parts that config.json describes, with their weights from model.safetensors."""
+    record = validated(EncoderRecord, values, f"{folder / 'config.json'}")
+    classes = record.classifier.classes if record.classifier else []
+    require_class_names(classes, f"{folder / 'config.json'}")
+    with open_safetensors(folder / "model.safetensors") as stored:
+        digest = stored.metadata.get("described")
+        if digest is not None and digest != _digest(values):  # folders of old have none
+            raise UserError(
+                f"The encoder in {folder} cannot be loaded, its files do not fit together: config.json is not the one "
+                "that model.safetensors was written with."
+            )
+        encoder = sketch_encoder(record.config)
+        if record.num_features != encoder.num_features:
+            raise UserError(
+                f"{folder / 'config.json'} does not fit: num_features is {record.num_features}, and its encoder has "
+                f"{encoder.num_features}."
+            )
+        with torch.device("meta"):
+            head = ProjectionHead(encoder.num_features, **record.head.model_dump()) if record.head else None
+            head_layer = record.classifier.head_layer if record.classifier else 0
+            network = Classifier(encoder, head, len(classes), head_layer=head_layer) if classes else None
+        linear = None if network is None else network.linear
+        expected = encoder.state_dict()
+        for prefix, part in ((_HEAD, head), (_CLASSIFIER, linear)):
+            expected |= {} if part is None else {prefix + name: value for name, value in part.state_dict().items()}
+        require_same(expected, stored.tensors, folder / "model.safetensors")
+        encoder = restore_encoder(encoder, stored.get_tensor)
+        for prefix, part in ((_HEAD, head), (_CLASSIFIER, linear)):
+            if part is not None:
+                part.load_state_dict(
+                    {name: stored.get_tensor(prefix + name) for name in part.state_dict()}, assign=True
+                )
+                part.eval()
+    if network is not None:
+        network.encoder = encoder
+        network.eval()
     return Embedder(
-        encoder.eval(), described["input"]["preprocessing"], head=head, classifier=classifier, classes=classes,
-        progress=TrainingProgress.from_dict(described),
-    )  # fmt: skip
-
-
-def _taken(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under `prefix`, moved out of `weights`."""
-    return {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+        encoder, record.input.preprocessing, head=head, classifier=network, classes=classes, progress=record.progress
+    )
 
 
 def digest_of(network: nn.Module) -> str:

@@ -9,13 +9,19 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
 
-from simclr.errors import UserError
+from simclr.errors import UserError, shown
 
 TIMM, TORCHVISION = "timm/", "torchvision/"
 Stem = Literal["auto", "cifar", "strided", "imagenet"]
 STEMS: tuple[Stem, ...] = get_args(Stem)
 CIFAR_STEM_UP_TO = 32  # pixels; the authors' run.py takes the small stem at and below this size
 
+
+MAX_CHANNELS = 1 << 16
+"""Of any layer; SimCLR's widest network, ResNet-50 (4x), has 8,192."""
+MAX_INPUT_CHANNELS = 1024  # hyperspectral cameras have up to some hundred
+MAX_SIZE = 2048  # pixels; timm's largest models take 1,024, and a batch of 256 colour images of 2,048 is 13 GB
+MAX_NAME = 200  # characters of an encoder's name; timm's longest has 70
 
 ADAPTABLE = tuple(f"{TORCHVISION}resnet{depth}" for depth in (18, 34, 50, 101, 152))
 
@@ -87,15 +93,19 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         _check_name(self.name)
-        for name in ("channels", "size"):
+        for name, limit in (("channels", MAX_INPUT_CHANNELS), ("size", MAX_SIZE)):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise UserError(f"The encoder's {name} was {value!r}; it must be a whole number of at least 1.")
+            if type(value) is not int or not 1 <= value <= limit:
+                raise UserError(
+                    f"The encoder's {name} was {_value(value)}; it must be a whole number from 1 to {limit}."
+                )
         if type(self.sk) is not bool:
-            raise UserError(f"The encoder's sk was {self.sk!r}; it must be true or false.")
+            raise UserError(f"The encoder's sk was {_value(self.sk)}; it must be true or false.")
         self._check_width()
-        if self.stem not in STEMS:
-            raise UserError(f"The stem was {self.stem!r}; it must be one of {', '.join(STEMS)}.")
+        if not isinstance(self.stem, str) or self.stem not in STEMS:
+            raise UserError(f"The stem was {_value(self.stem)}; it must be one of {', '.join(STEMS)}.")
+        if type(self.stem_padding) is not int or self.stem_padding not in range(4) or type(self.stem_relu) is not bool:
+            raise UserError("The encoder's stem_padding must be from 0 to 3, and its stem_relu true or false.")
         if self.is_foreign and self.sk:
             raise UserError(
                 f"{self.name} was given --sk; selective kernels are made for our ResNets, such as resnet50."
@@ -110,10 +120,8 @@ class EncoderConfig:
                 f"{self.name} with the {self.stem} stem was given stem_padding {self.stem_padding} and stem_relu "
                 f"{self.stem_relu}; only the cifar stem of a torchvision ResNet has other than 1 and true."
             )
-        if type(self.stem_padding) is not int or self.stem_padding not in range(4) or type(self.stem_relu) is not bool:
-            raise UserError("The encoder's stem_padding must be from 0 to 3, and its stem_relu true or false.")
-        if self.feature != "h":
-            raise UserError(f"The feature layer was {self.feature!r}; it must be h, the encoder's output.")
+        if not isinstance(self.feature, str) or self.feature != "h":
+            raise UserError(f"The feature layer was {_value(self.feature)}; it must be h, the encoder's output.")
         self._check_normalisation()
 
     @property
@@ -147,15 +155,23 @@ class EncoderConfig:
         known = {field.name for field in fields(cls)}
         unknown, missing = sorted(set(values) - known), sorted({"name", "channels", "size"} - set(values))
         if unknown or missing:
-            found = [f"{key} is unknown" for key in unknown] + [f"{key} is missing" for key in missing]
+            found = [f"{shown(str(key))} is unknown" for key in unknown[:3]] + [f"{key} is missing" for key in missing]
             raise UserError(f"The encoder's description does not fit: {', '.join(found)}; fields: {sorted(known)}.")
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
 
     def _check_width(self) -> None:
         width = self.width
-        if isinstance(width, bool) or not isinstance(width, int | float) or not (0 < width < math.inf):
-            raise UserError(f"The width multiplier was {width!r}; it must be a number greater than 0.")
+        if not _is_number(width) or width <= 0:
+            raise UserError(f"The width multiplier was {_value(width)}; it must be a number greater than 0.")
+        if self.is_foreign and self.name not in ADAPTABLE:
+            return
+        shape = RESNETS[self.name.removeprefix(TORCHVISION)]
+        limit = MAX_CHANNELS / ((2048 if shape.bottleneck else 512) * shape.width)
+        if width > limit:
+            raise UserError(
+                f"A width multiplier of {width:g} is more than {self.name} can have; take at most {limit:g}."
+            )
         if self.is_foreign:
             return
         least = (2 if self.sk else 1) / (64 * RESNETS[self.name].width)  # ResNet-D's stem begins with half the channels
@@ -166,13 +182,33 @@ class EncoderConfig:
         if (self.mean is None) != (self.std is None):
             raise UserError("Only one of mean and std was given; give both, or neither for pixels as they are.")
         for name, values in (("mean", self.mean), ("std", self.std)):
-            if values is not None and len(values) != self.channels:
+            if values is None:
+                continue
+            if not isinstance(values, tuple) or not all(_is_number(value) for value in values):
+                raise UserError(f"The encoder's {name} must be a list of numbers, one per channel.")
+            if len(values) != self.channels:
                 raise UserError(f"The {name} has {len(values)} values; it needs one per channel, {self.channels}.")
         if self.std is not None and min(self.std) <= 0:
-            raise UserError(f"The std was {self.std}; every value must be greater than 0.")
+            raise UserError(f"The std was {shown(str(self.std))}; every value must be greater than 0.")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < 1e30 and not math.isnan(value)
+
+
+def _value(value: Any) -> str:
+    """A value for a sentence; of a container, which may be huge, its type alone."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return "a number of more than 64 bits"
+    return shown(repr(value)) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _check_name(name: str) -> None:
+    if not isinstance(name, str) or len(name) > MAX_NAME or not name.isprintable():
+        raise UserError(f"The encoder's name was {_value(name)}; it must be a text of at most {MAX_NAME} characters.")
     if name in RESNETS or (name.startswith((TIMM, TORCHVISION)) and name not in (TIMM, TORCHVISION)):
         return
     close = difflib.get_close_matches(name.lower(), RESNETS, n=2, cutoff=0.5)

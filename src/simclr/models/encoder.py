@@ -33,7 +33,7 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.num_features = num_features
         for name, values in (("mean", config.mean), ("std", config.std)):
-            column = None if values is None else torch.tensor(values).view(-1, 1, 1)  # (C, 1, 1)
+            column = None if values is None else torch.tensor(values, device="cpu").view(-1, 1, 1)  # (C, 1, 1)
             self.register_buffer(name, column, persistent=False)  # the config carries them
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from simclr.errors import UserError
 from simclr.models.batchnorm import BatchNorm1d
+from simclr.models.config import MAX_CHANNELS
 from simclr.models.init import DENSE_STD, seeded
+
+MAX_LAYERS = 32
+"""Of a projection head; the papers' have at most 4."""
 
 
 class ProjectionHead(nn.Module):
@@ -41,13 +45,15 @@ class ProjectionHead(nn.Module):
         super().__init__()
         if kind not in ("none", "linear", "nonlinear"):
             raise UserError(f"The projection head was {kind!r}; it must be none, linear or nonlinear.")
+        if layers > MAX_LAYERS:
+            raise UserError(f"A projection head of {layers:,} layers was asked for; it has at most {MAX_LAYERS}.")
         if kind == "nonlinear" and layers < 2:
             raise UserError(
                 f"A nonlinear projection head of {layers} layers was asked for; it has 2 (SimCLR), 3 (SimCLR "
                 "v2) or more, and the linear head is the one of 1 layer."
             )
-        if dim < 1:
-            raise UserError(f"The projection's width was {dim}; it must be at least 1.")
+        if not 1 <= dim <= MAX_CHANNELS:
+            raise UserError(f"The projection's width was {dim}; it must be from 1 to {MAX_CHANNELS:,}.")
         num_layers = {"none": 0, "linear": 1, "nonlinear": layers}[kind]
         with seeded(seed, "projection head"):
             hidden = [_Layer(num_features, num_features, last=False) for _ in range(num_layers - 1)]

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from simclr.errors import UserError
 from simclr.models.config import RESNETS, TIMM, TORCHVISION, EncoderConfig
-from simclr.models.encoder import Encoder, build_encoder
+from simclr.models.encoder import Encoder
+from simclr.models.restoring import require_same, restore_encoder, sketch_encoder
+from simclr.models.safetensors_file import TensorInfo
 
 COUNTERPARTS = {
     TORCHVISION: ("resnet50", "resnet101", "resnet152"),
@@ -59,8 +61,7 @@ def from_torchvision(state: Mapping[str, Tensor], config: EncoderConfig) -> Enco
     """The encoder of `config`, in inference mode, with weights that `to_torchvision` gave.
 
     Raises:
-        UserError: torchvision has no model of this architecture.
-        RuntimeError: Names or shapes are not those of the architecture (torch's own error).
+        UserError: torchvision has no model of this architecture, or names, shapes or types are not those of it.
     """
     return _import(state, config, TORCHVISION)
 
@@ -116,11 +117,17 @@ def _export(encoder: Encoder, library: str) -> dict[str, Tensor]:
 
 def _import(state: Mapping[str, Tensor], config: EncoderConfig, library: str) -> Encoder:
     name_in(library, config)
-    encoder = build_encoder(config)
-    ours = encoder.backbone.state_dict().keys()
-    names = {name if config.is_foreign else _theirs(name): name for name in ours}
-    encoder.backbone.load_state_dict({names.get(name, name): tensor for name, tensor in state.items()})
-    return encoder.eval()
+    encoder = sketch_encoder(config)
+    expected = {_name_in_file(name, config): tensor for name, tensor in encoder.state_dict().items()}
+    stored = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    require_same(expected, stored, "The file")
+    return restore_encoder(encoder, lambda name: state[_name_in_file(name, config)])
+
+
+def _name_in_file(name: str, config: EncoderConfig) -> str:
+    """The library's name of a tensor of an encoder's state."""
+    name = name.removeprefix("backbone.")
+    return name if config.is_foreign else _theirs(name)
 
 
 def _theirs(name: str) -> str:
