@@ -89,7 +89,8 @@ def depth(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
                     name = f"{named(tune_from)}, head layer {head_layer}"
                     config = replace(FINETUNE_RECIPES["small"], tune_from=tune_from, head_layer=head_layer)
                     key = {
-                        "claim": "depth", "version": TRAINING_VERSION, "encoder": subject.identity, "seed": seed, "config": config.deciding(),
+                        "claim": "depth", "version": TRAINING_VERSION,
+                        "encoder": subject.identity, "seed": seed, "config": config.deciding(),
                         "train": split.train.fingerprint, "test": split.test.fingerprint,
                     }  # fmt: skip
                     assert subject.encoder is not None
@@ -136,7 +137,8 @@ def base(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
         }
         for name, encoder in students.items():
             key = {
-                "claim": "base", "version": TRAINING_VERSION, "teacher": digest_of(teacher.network), "student": digest_of(encoder), "seed": seed,
+                "claim": "base", "version": TRAINING_VERSION,
+                "teacher": digest_of(teacher.network), "student": digest_of(encoder), "seed": seed,
                 "config": DISTILLATION.deciding(), "train": train.fingerprint, "test": split.test.fingerprint,
             }  # fmt: skip
 
@@ -167,7 +169,8 @@ def classes(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
         split = split_data(train, test, seed=seed, labels=f"{LABELS_A_CLASS}/class")
         for subject in subjects(run, seed):
             key = {
-                "claim": "classes", "version": LOGISTIC_VERSION, "subject": subject.identity, "seed": seed, "draws": DRAWS,
+                "claim": "classes", "version": LOGISTIC_VERSION,
+                "subject": subject.identity, "seed": seed, "draws": DRAWS,
                 "train": split.train.fingerprint, "test": split.test.fingerprint,
             }  # fmt: skip
             found = ledger.get(key, partial(by_count, subject, split, seed))

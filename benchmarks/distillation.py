@@ -88,7 +88,8 @@ def one_seed(
     steps = total_steps(len(everything.train), on_all.epochs, on_all.batch_size)
     on_few = replace(on_all, epochs=0, least_steps=steps)
     key = {
-        "version": TRAINING_VERSION, "run": digest_of(base.encoder), "seed": seed, "few": few.train.fingerprint, "all": everything.train.fingerprint,
+        "version": TRAINING_VERSION,
+        "run": digest_of(base.encoder), "seed": seed, "few": few.train.fingerprint, "all": everything.train.fingerprint,
         "test": few.test.fingerprint, "tuning": tuning.deciding(),
     }  # fmt: skip
 

@@ -341,3 +341,14 @@ def test_what_is_not_a_number_stays_visible() -> None:
     y = BatchNorm2d(8)(x, relu=True)
     assert y[:, 3].isnan().all()
     assert not y[:, :3].isnan().any()
+
+
+def test_an_overflow_prints_no_warning_of_numpy():
+    """It is found once a step and said in a sentence; warnings are errors here."""
+    x = torch.full((4, 2, 8, 8), 1e38).contiguous(memory_format=torch.channels_last)
+    x[0] = -1e38
+    x[1, 0, 0, 0] = float("inf")
+    layer = BatchNorm2d(2)
+    y = layer(x.requires_grad_())
+    y.sum().backward()
+    assert not y.isfinite().all()

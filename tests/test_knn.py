@@ -109,3 +109,9 @@ def test_bad_input_is_said(clouds):
 def test_lengths_that_do_not_go_together_are_said(labels, test, leave_one_out):
     with pytest.raises(UserError, match=f"5 training rows, {labels} labels and {test} test rows"):
         knn(np.eye(5), np.arange(labels), np.eye(5)[:test], leave_one_out=leave_one_out)
+
+
+def test_progress_counts_the_rows_that_are_classified():
+    rows, told = np.eye(10, dtype=np.float32), []
+    knn_votes(rows, np.arange(10), rows, chunk=4, progress=lambda *done: told.append(done))
+    assert told == [(4, 10), (8, 10), (10, 10)]

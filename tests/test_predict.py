@@ -22,6 +22,7 @@ from simclr.models.classifier import Classifier
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
 from simclr.streaming import View, stream_views
+from simclr.tables import open_table
 from simclr.weights import save_classifier, save_encoder
 
 CLASSES = ['say "cheese", please', "zwei\nZeilen", "retour\rchariot", "猫, é", "plain", " 1.0 "]
@@ -304,3 +305,22 @@ def test_a_classifier_in_an_onnx_file_predicts_too(simclr, gray_model, tmp_path)
             written.append(list(csv.DictReader(file)))
     assert [row["class"] for row in written[0]] == [row["class"] for row in written[1]]
     assert len(written[0]) == 1797
+
+
+FORMULAS = ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "'quoted", "plain", "a=b", ""]
+
+
+def test_text_that_a_spreadsheet_would_run_is_neutralised_and_comes_back(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {"key": str, "=class": str, "probability": float}
+    for name in ("x.csv", "x.parquet"):
+        with open_table(tmp_path / name, columns) as add:
+            add([FORMULAS, FORMULAS, [-0.5] * len(FORMULAS)])
+    with open(tmp_path / "x.csv", newline="", encoding="utf-8") as file:
+        header, *lines = csv.reader(file)
+    assert header == ["key", "'=class", "probability"]
+    assert not any(text.startswith(("=", "+", "-", "@", "\t", "\r")) for line in lines for text in line[:2])
+    assert [line[0].removeprefix("'") for line in lines] == FORMULAS == [line[1].removeprefix("'") for line in lines]
+    assert lines[0][2] == "-0.5" and lines[7][0] == "plain"
+    table = parquet.read_table(tmp_path / "x.parquet")
+    assert table["key"].to_pylist() == FORMULAS

@@ -26,7 +26,7 @@ from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import PIXELS, RANDOM, Subject, open_subject, subject_of
 from simclr.evaluation.table import BASELINES, SUPERVISED, Row, error_note, mean_and_spread, seeds_note, text_table
 from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
-from simclr.opening import open_parts, side_of, write
+from simclr.opening import open_parts, require_writable, side_of, write
 from simclr.progress import counting, say
 from simclr.recipes import choose_recipe, fit_recipe
 from simclr.reports import REPORTS, Report
@@ -88,6 +88,8 @@ class Session:
     cache: FeatureCache
     ledger: Ledger
     world: World
+    folder: Path | None = None
+    """Where results are kept for a second call."""
     _opened: dict[tuple[str, int | None], Subject] = field(default_factory=dict)
     """By name and, where the weights depend on it, seed."""
     _first: TransferSet | None = None
@@ -118,9 +120,12 @@ class Session:
             _warn_if_seen(run, train, world)
         folder = _folder(args)
         ledger = Ledger(folder / "results.jsonl" if folder else None, world)
+        if folder is not None and not world.broadcast(_can_be_made(folder, world)):
+            say(f"{folder} cannot be written: nothing is kept there; --out names another folder.", main=world.is_main)
+            folder = None
         return cls(
             args=args, protocols=protocols, train=train, test=test, like=like, preprocessing=preprocessing,
-            cache=cache, ledger=ledger, world=world, _opened=opened, _first=first,
+            cache=cache, ledger=ledger, world=world, folder=folder, _opened=opened, _first=first,
         )  # fmt: skip
 
     @property
@@ -132,11 +137,6 @@ class Session:
         """Of training on labels: where mirror images mean something else in pretraining, they do so with labels too."""
         run = Path(self.args.run)
         return open_run(run).config.flip if (run / "run.json").is_file() else None
-
-    @property
-    def folder(self) -> Path | None:
-        """Where results are kept for a second call."""
-        return _folder(self.args)
 
     def check(self) -> None:
         """Fail, or warn, before the work begins."""
@@ -345,6 +345,16 @@ def _folder(args: "commands.Evaluate") -> Path | None:
     if args.out is not None:
         return args.out
     return Path(args.run) / "evaluation" if (Path(args.run) / "run.json").is_file() else None
+
+
+def _can_be_made(folder: Path, world: World) -> bool:
+    """Whether files can be made there; the main process looks."""
+    try:
+        if world.is_main:
+            require_writable(folder / "results.jsonl")
+    except UserError:
+        return False
+    return True
 
 
 def _shape(args: "commands.Evaluate", images: Images, world: World) -> tuple[EncoderConfig, Semantics]:

@@ -118,10 +118,17 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def counting(what: str, *, main: bool = True, lines: bool = False) -> Iterator[Callable[[int, int], None] | None]:
-    """A callback (done, total) that shows a bar on a terminal; elsewhere silence (None), or a line at every tenth."""
+def counting(
+    what: str, *, main: bool = True, lines: bool = False, unit: str = "step", after: float = 0
+) -> Iterator[Callable[[int, int], None] | None]:
+    """A callback (done, total) that shows a bar on a terminal; elsewhere silence (None), or a line at every tenth.
+
+    Args:
+        unit: What is counted, for the lines.
+        after: Seconds until the first line: shorter work has none.
+    """
     if not (main and sys.stderr.isatty()):
-        yield _tenths(what) if main and lines else None
+        yield _tenths(what, unit, after) if main and lines else None
         return
     from rich.console import Console
     from rich.progress import Progress as Bar
@@ -131,14 +138,14 @@ def counting(what: str, *, main: bool = True, lines: bool = False) -> Iterator[C
         yield lambda done, total: bar.update(row, completed=done, total=total)
 
 
-def _tenths(what: str) -> Callable[[int, int], None]:
+def _tenths(what: str, unit: str, after: float) -> Callable[[int, int], None]:
     begun, shown = time.perf_counter(), 0
 
     def tell(done: int, total: int) -> None:
         nonlocal shown
-        if 10 * done // total > shown:
+        seconds = time.perf_counter() - begun
+        if 10 * done // total > shown and seconds >= after:
             shown = 10 * done // total
-            left = (time.perf_counter() - begun) / done * (total - done)
-            say(f"    {what}: step {done:,} of {total:,}, {duration(left)} left")
+            say(f"    {what}: {unit} {done:,} of {total:,}, {duration(seconds / done * (total - done))} left")
 
     return tell

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simclr.data.images import Images
+from simclr.data.presets import TransferSet
 from simclr.errors import UserError
 from simclr.evaluation.curve import Key, labels_curve, when_it_pays
 from simclr.evaluation.duplicates import Duplicates
@@ -16,12 +17,12 @@ from simclr.evaluation.finetune import supervised
 from simclr.evaluation.grid import PAPER_GRID, finetune_transfer
 from simclr.evaluation.keys import curve_from_scratch_key, curve_key, probe_key
 from simclr.evaluation.label_free import LabelFree, label_free, view_features
-from simclr.evaluation.measure import SMALL, supervised_recipe
+from simclr.evaluation.measure import SMALL, fitting, supervised_recipe
 from simclr.evaluation.probe import probe
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import Subject
 from simclr.evaluation.table import BASELINES, SUPERVISED, Row, seeds_note, text_table
-from simclr.evaluation.transfer import Measure, differences, linear_transfer, rows, summary, transfer
+from simclr.evaluation.transfer import Measure, Transferred, differences, linear_transfer, rows, summary, transfer
 from simclr.report import draw_copies, draw_misfits, draw_neighbours
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def report_transfer(session: "Session") -> Report:
     for seed in session.seeds:
         subjects = session.subjects(seed)
         if args.transfer_by == "linear":
-            measure: Measure = partial(linear_transfer, seed=seed, ledger=session.ledger)
+            measure: Measure = partial(_linearly, session=session, seed=seed)
         else:
             subjects = [subject for subject in subjects if subject.encoder is not None]
             measure = partial(
@@ -203,6 +204,11 @@ def report_transfer(session: "Session") -> Report:
     ]
     text = [text_table(lines, corner="features"), f"In %, {seeds_note(lines)}. {'; '.join(metrics)}.", *tests]
     return Report("\n".join(text), summary(results), {})
+
+
+def _linearly(subject: Subject, data: TransferSet, *, session: "Session", seed: int) -> Transferred:
+    with fitting("fitting", session.world, unit="thousandth") as progress:
+        return linear_transfer(subject, data, seed=seed, ledger=session.ledger, progress=progress)
 
 
 REPORTS: dict[str, Callable[["Session"], Report]] = {

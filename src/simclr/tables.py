@@ -12,6 +12,10 @@ from simclr.files import replacing, writing
 ROW_GROUP = 16_384
 """Rows that are kept until they are written, in .parquet, whose readers want them in groups."""
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+"""Text that begins with one of these gets a ' in front in .csv: a spreadsheet would run it as a formula. The ' itself
+is among them, so that taking one leading ' away always gives the text back."""
+
 Columns = Mapping[str, type[str] | type[float]]
 """Name -> kind, in order; numbers are float32."""
 Write = Callable[[Sequence[Sequence[Any]]], None]
@@ -41,7 +45,8 @@ def open_table(path: Path, columns: Columns) -> Iterator[Write]:
     """A function that adds rows; at the end they are in `path`, after an exception nothing is.
 
     In .csv text is quoted and numbers are not, lines end in a line feed, and the encoding is UTF-8; a number has as
-    many digits as tell it from its neighbours.
+    many digits as tell it from its neighbours. Text that a spreadsheet would take for a formula (it begins with = + -
+    @, tab or carriage return) or that begins with ' has a ' in front. In .parquet text is as it is.
 
     Raises:
         UserError: The file cannot be written.
@@ -57,8 +62,20 @@ def open_table(path: Path, columns: Columns) -> Iterator[Write]:
 def _csv(path: Path, columns: Columns) -> Iterator[Write]:
     with open(path, "w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-        lines.writerow(columns)
-        yield lambda values: lines.writerows(zip(*values, strict=True))
+        lines.writerow(map(_no_formula, columns))
+        kinds = list(columns.values())
+
+        def add(values: Sequence[Sequence[Any]]) -> None:
+            shown = (
+                map(_no_formula, column) if kind is str else column for column, kind in zip(values, kinds, strict=True)
+            )
+            lines.writerows(zip(*shown, strict=True))
+
+        yield add
+
+
+def _no_formula(text: str) -> str:
+    return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Each of the k nearest rows votes for its class with weight exp(cosine / temperat
 Shapes: n labelled rows, m rows to classify, F features, K classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +67,7 @@ def knn_votes(
     leave_one_out: bool = False,
     device: torch.device | str = "cpu",
     chunk: int = CHUNK,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Votes:
     """Votes of each test row's k nearest training rows.
 
@@ -77,6 +79,7 @@ def knn_votes(
         leave_one_out: `test` is `train`, row by row, and no row votes for itself. Its duplicates do.
         device: Where the similarities are computed, in float32, or in float64 if the features are.
         chunk: Test rows at a time.
+        progress: Called with (done, total) test rows.
 
     Raises:
         UserError: Not a label for each row, NaN or infinite features, no row left to vote, or k or temperature not
@@ -106,6 +109,8 @@ def knn_votes(
             cosine.diagonal(begin).fill_(-torch.inf)
         nearest, rows = cosine.topk(k, dim=1)  # (chunk, k)
         scores[begin : begin + chunk] = _shares(nearest, votes_for[rows], temperature, len(classes)).cpu().numpy()
+        if progress is not None:
+            progress(min(begin + chunk, len(test)), len(test))
     return Votes(classes, scores, k)
 
 

@@ -12,7 +12,9 @@ Shapes: n rows, F features, K classes, K' of which can be fitted, R directions o
 with the intercepts in its last column.
 """
 
+import math
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -124,16 +126,32 @@ def _eigenbasis(x: Tensor) -> Tensor | None:
     return x.T @ (left[:, spanned] / squares[spanned].sqrt())
 
 
-def minimise(problem: Problem, l2: float, start: Tensor, pairs: Pairs, tol: float) -> tuple[Tensor, bool]:
-    """The optimum at one strength, and whether the gradient's norm came down to `tol`; adds to `pairs`."""
+def minimise(
+    problem: Problem,
+    l2: float,
+    start: Tensor,
+    pairs: Pairs,
+    tol: float,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[Tensor, bool]:
+    """The optimum at one strength, and whether the gradient's norm came down to `tol`; adds to `pairs`.
+
+    Args:
+        progress: Called in each step with the share of the way from the first gradient's norm to `tol`, on a
+            logarithmic axis, in [0, 1].
+    """
     penalty = torch.full_like(start[:1], l2)  # (1, R + 1)
     penalty[:, -1] = 0  # intercepts are free
     point = start
     value, gradient, curvature = problem.value(point, l2)
     first = 1 / (curvature.clamp(min=1e-12) * torch.cat([problem.spread, problem.spread.new_ones(1)]) + penalty)
+    begun = float(gradient.norm())
     for _ in range(MAX_STEPS):
-        if float(gradient.norm()) <= tol:
+        norm = float(gradient.norm())
+        if norm <= tol:
             return point, True
+        if progress is not None:
+            progress(min(1.0, max(0.0, math.log(max(begun / norm, 1e-300)) / math.log(begun / tol))))
         direction = -_inverse_hessian(gradient, [(s, y + penalty * s) for s, y in pairs], first)
         slope, length = float((gradient * direction).sum()), 1.0
         for _ in range(MAX_HALVINGS):

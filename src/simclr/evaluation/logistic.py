@@ -106,7 +106,7 @@ def logistic_probe(
         strengths: Values of l2. With a single one there is nothing to choose, and nothing is set apart.
         standardise: Scale each feature to mean 0 and variance 1 over the rows fitted; the paper does not.
         num_classes: K, if a class may be missing in `labels`; None: as far as the labels go.
-        progress: Called with (done, total) strengths.
+        progress: Called with (done, total) thousandths of a fit, several times within each.
 
     Raises:
         UserError: NaN or infinite features, labels below 0, fewer than two classes, or no row left to validate with.
@@ -127,6 +127,7 @@ def logistic_probe(
     metric = metric or (mean_average_precision_11 if multi_label else lambda scores, truth: top_k(scores, truth, 1))
 
     best, judged, converged = None, {}, True
+    told = _Fits(progress, len(set(strengths)) + 1 if len(strengths) > 1 else 1)
     if len(strengths) > 1:
         if not len(validate):
             raise UserError(
@@ -136,17 +137,15 @@ def logistic_probe(
         scale = _scale(rows[learn], standardise)
         judge = scale(rows[validate])
         for weights in path(
-            scale(rows[learn]), targets[learn], num_classes, strengths=strengths, device=device, tol=tol
+            scale(rows[learn]), targets[learn], num_classes, strengths=strengths, device=device, tol=tol, told=told
         ):
             judged[weights.l2] = metric(weights.scores(judge), targets[validate])
             converged &= weights.converged
             if best is None or judged[weights.l2] > judged[best.l2]:
                 best = weights
-            if progress is not None:
-                progress(len(judged), len(strengths))
     strength = strengths[0] if best is None else best.l2
     scale = _scale(rows, standardise)
-    final = fit(scale(rows), targets, num_classes, l2=strength, start=best, device=device, tol=tol)
+    final = fit(scale(rows), targets, num_classes, l2=strength, start=best, device=device, tol=tol, told=told)
     scores = final.scores(scale(test))
     return Probe(scores, np.arange(num_classes), strength, judged, converged and final.converged)
 
@@ -160,6 +159,7 @@ def optimum_probe(
     candidates: Sequence[float] = OPTIMUM_STRENGTHS,
     device: Device = "cpu",
     tol: float = TOL,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Probe:
     """Multinomial logistic regression on standardised features, the exact optimum: the linear probe of small data.
 
@@ -172,6 +172,7 @@ def optimum_probe(
         labels: (n,) integers, of any values.
         test: (m, F) features to classify.
         seed: Of the validation rows.
+        progress: Called with (done, total) thousandths of a fit, several times within each.
 
     Raises:
         UserError: NaN or infinite features, or a single class.
@@ -185,17 +186,20 @@ def optimum_probe(
 
     learn, validate = _validation_rows(targets, seed)
     judged, converged, strength = {}, True, candidates[0]
+    told = _Fits(progress, len(set(candidates)) + 1 if len(candidates) > 1 and len(validate) else 1)
     if len(candidates) > 1 and len(validate):
         scale = _scale(train[learn], standardise=True)
         judge, ordered = scale(train[validate]), sorted(candidates, reverse=True)
         strengths = [l2(candidate, len(learn)) for candidate in ordered]
-        fits = path(scale(train[learn]), targets[learn], len(classes), strengths=strengths, device=device, tol=tol)
+        fits = path(
+            scale(train[learn]), targets[learn], len(classes), strengths=strengths, device=device, tol=tol, told=told
+        )
         for candidate, weights in zip(ordered, fits, strict=True):
             judged[candidate] = top_k(weights.scores(judge), targets[validate], 1)
             converged &= weights.converged
         strength = max(candidates, key=judged.__getitem__)
     scale = _scale(train, standardise=True)
-    final = fit(scale(train), targets, len(classes), l2=l2(strength, len(train)), device=device, tol=tol)
+    final = fit(scale(train), targets, len(classes), l2=l2(strength, len(train)), device=device, tol=tol, told=told)
     return Probe(final.scores(scale(test)), classes, strength, judged, converged and final.converged)
 
 
@@ -207,6 +211,7 @@ def path(
     strengths: Sequence[float] = L2_PATH,
     device: Device = "cpu",
     tol: float = TOL,
+    told: "_Fits | None" = None,
 ) -> Iterator[Weights]:
     """The optimum at each strength, from the strongest to the weakest, each started from the ones before.
 
@@ -221,7 +226,9 @@ def path(
         if i > 1:  # a straight line in log l2 halves the evaluations
             ratio = math.log(ordered[i - 1] / l2) / math.log(ordered[i - 2] / ordered[i - 1])
             start = start + min(ratio, 1.0) * (points[-1] - points[-2])
-        point, converged = minimise(problem, l2, start, pairs, tol)
+        point, converged = minimise(problem, l2, start, pairs, tol, told)
+        if told is not None:
+            told.done()
         points = [points[-1], point]
         yield Weights(*problem.weights(point), l2, converged)
 
@@ -235,6 +242,7 @@ def fit(
     start: Weights | None = None,
     device: Device = "cpu",
     tol: float = TOL,
+    told: "_Fits | None" = None,
 ) -> Weights:
     """The optimum at one strength, in float64.
 
@@ -253,8 +261,29 @@ def fit(
     """
     problem = Problem(features, targets, num_classes, device)
     point = problem.origin() if start is None else problem.point(start.coefficients, start.intercepts)
-    point, converged = minimise(problem, l2, point, deque(maxlen=MEMORY), tol)
+    point, converged = minimise(problem, l2, point, deque(maxlen=MEMORY), tol, told)
+    if told is not None:
+        told.done()
     return Weights(*problem.weights(point), l2, converged)
+
+
+class _Fits:
+    """Progress over several fits and within each, as calls of (done, total) thousandths of a fit."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None, count: int) -> None:
+        self._progress, self._total = progress, 1000 * count
+        self._ended = self._shown = 0
+
+    def __call__(self, share: float) -> None:
+        """A share of the fit at hand, in [0, 1]; the gradient may grow in between, what is shown does not shrink."""
+        if self._progress is not None:
+            self._shown = max(self._shown, self._ended + int(1000 * share))
+            self._progress(self._shown, self._total)
+
+    def done(self) -> None:
+        """The fit at hand has ended."""
+        self._ended += 1000
+        self(0.0)
 
 
 def _scale(rows: np.ndarray, standardise: bool) -> Callable[[np.ndarray], np.ndarray]:

@@ -10,6 +10,7 @@ Each result is kept as soon as it is there (ledger.py), under everything that it
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,8 @@ TITLES: dict[str, str] = {
     "finetune": "fine-tuned",
     SUPERVISED: "fine-tuned",
 }
+QUIET_SECONDS = 10.0
+"""Of a fit, after which its progress is printed where there is no terminal."""
 SMALL = 20_000
 """Labelled images up to which the recipes for small data are taken."""
 
@@ -166,16 +169,21 @@ def _run(
     where = "" if subject.encoder is not None else f", on {subject.size} x {subject.size} pixels"
     if protocol == "knn":
         alone = split.test is split.train
-        votes = knn_votes(train, labels, test, leave_one_out=alone, device=world.device)
+        with fitting("neighbours", world, unit="image") as progress:
+            votes = knn_votes(train, labels, test, leave_one_out=alone, device=world.device, progress=progress)
         how = f"k {votes.k}, temperature {KNN_TEMPERATURE}, cosine{', leave-one-out' if alone else ''}{where}"
         return _figures(votes.scores, votes.classes, asked), how
     classes, targets = np.unique(labels, return_inverse=True)  # (K,), (n,)
-    if protocol == "linear":
-        fitted, how = optimum_probe(train, targets, test, seed=seed, device=world.device), "exact optimum"
-    else:
-        fitted, how = logistic_probe(train, targets, test, seed=seed, device=world.device), "best of 45 l2"
+    probe, how = (optimum_probe, "exact optimum") if protocol == "linear" else (logistic_probe, "best of 45 l2")
+    with fitting("fitting", world, unit="thousandth") as progress:
+        fitted = probe(train, targets, test, seed=seed, device=world.device, progress=progress)
     how = f"logistic regression on frozen features, {how}{'' if fitted.converged else ', not converged'}{where}"
     return {**_figures(fitted.scores, classes, asked), "l2": fitted.strength}, how
+
+
+def fitting(what: str, world: World, *, unit: str) -> AbstractContextManager[Callable[[int, int], None] | None]:
+    """Progress of work that mostly takes seconds: lines only where it takes longer."""
+    return counting(what, main=world.is_main, lines=True, unit=unit, after=QUIET_SECONDS)
 
 
 def _train(

@@ -94,7 +94,7 @@ def linear_transfer(
         seed: Noted with the result, which does not depend on it: the optimum is one, and the parts are given.
         strengths: The l2 strengths to choose among; the paper's are 45 from 1e-6 to 1e5.
         ledger: Where results are kept and looked up.
-        progress: Called with (done, total) strengths.
+        progress: Called with (done, total) thousandths of a fit.
 
     Raises:
         UserError: The images do not fit the subject, features are not finite, or there is no image to choose by.

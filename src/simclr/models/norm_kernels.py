@@ -36,6 +36,7 @@ _ZERO = np.float32(0)
 _one_at_a_time = Lock()  # of Numba's ways to run threads one, taken where there is no OpenMP, bears no two callers
 
 
+@np.errstate(over="ignore", invalid="ignore")  # NaN and infinity are looked for once a step, and said in a sentence
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (C,) and biased variance (C,) of channels-last fp32 x (B, C, H, W), in fp32."""
     rows, folds = _rows(x), _folds(x)
@@ -63,6 +64,7 @@ def normalize(x: Tensor, scale: Tensor, shift: Tensor, other: Tensor | None, rel
     return out
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def sums(dy: Tensor, out: Tensor | None, x: Tensor, mean: Tensor, inverse_std: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of dy and of dy xhat, (C,) each in fp32; dy counts where `out` (if there is a ReLU) is positive."""
     folds = _folds(x)
