@@ -126,6 +126,18 @@ def flagged(content: bytes, flag: int) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.parametrize("zip64", [False, True])
+def test_list_of_members_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zip64: bool) -> None:
+    if zip64:
+        monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 5)
+    path = write_npz(tmp_path / "a.npz", {f"{i}.npy": b"" for i in range(20)} | {"x.npy": npy(IMAGES)})
+    assert (b"PK\x06\x06" in path.read_bytes()) is zip64
+    assert len(open_npz(path)) == len(IMAGES)
+    monkeypatch.setattr(npz, "MAX_DIRECTORY_BYTES", 500)
+    with pytest.raises(UserError, match="its list of members is longer"):
+        open_npz(path)
+
+
 def test_member_that_inflates_beyond_its_size(tmp_path: Path) -> None:
     content = bytearray(made({"x.npy": npy(IMAGES) + bytes(1 << 26)}))
     for signature, place in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):

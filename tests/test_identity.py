@@ -131,6 +131,7 @@ def test_fingerprint_holds_labels_class_names_and_channels(tmp_path: Path) -> No
     fingerprints = {other.fingerprint for other in (images, *others)}
     assert len(fingerprints) == 1 + len(others)
     assert open_data(tmp_path / "photos", channels="1").fingerprint == replace(images, channels=1).fingerprint
+    assert replace(images, classes=["\ud800", "\udcff"]).fingerprint  # what an .npz file can hold, and UTF-8 cannot
     array = np.zeros((3, 4, 4, 1), np.uint8)
     other = array.copy()
     other[2, 3, 3] = 1
@@ -185,7 +186,7 @@ def test_files_are_hashed_once(tmp_path: Path, tables: Path, hashed: list[str]) 
 def test_digests_are_those_of_the_contents(tmp_path: Path, tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = write_folder(tmp_path / "photos", 0)
     expected = {path.name: sha256(path.read_bytes()).digest() for path in photos.glob("*/*")}
-    monkeypatch.setattr(digests, "_SMALL_BYTES", 1)
+    monkeypatch.setattr(digests, "_PIECE_BYTES", 100)
     monkeypatch.setattr(digests, "_CHUNK", 5)
     files = scan_folder(photos).files
     for workers in (0, 3, 3):

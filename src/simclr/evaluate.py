@@ -376,7 +376,7 @@ def _warn_if_seen(run: Path, images: Images, world: World) -> None:
         return
     began = open_run(run).origin["data"]
     seen = replace(images, channels=began.get("channels", images.channels))
-    is_first = not began["fingerprint"].startswith(SCHEME)
+    is_first = not str(began["fingerprint"]).startswith(SCHEME)
     if began["fingerprint"] == (first_scheme(seen) if is_first else seen.fingerprint):
         say(
             "The encoder saw these test images, without labels, while it was pretrained; new images may do worse.",

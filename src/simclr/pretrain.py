@@ -307,7 +307,7 @@ def origin_of(images: Images, source: str, options: dict[str, Any], machine: dic
 
 def same_data(images: Images, origin: dict[str, Any], run: Path, *, main: bool = True) -> None:
     """Refuse to go on with other images than the run began with."""
-    saved = origin["data"]["fingerprint"]
+    saved = str(origin["data"]["fingerprint"])
     first = not saved.startswith(SCHEME)
     if first:
         say(

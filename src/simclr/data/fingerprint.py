@@ -79,4 +79,4 @@ def _array_digest(shape: tuple[int, ...], read: Callable[[slice], Any]) -> Any:
 
 def _text(names: Sequence[str]) -> bytes:
     """Names with their lengths, so that no two lists give the same bytes."""
-    return "".join(f"{len(name)}:{name}" for name in names).encode("utf-8", "surrogateescape")
+    return "".join(f"{len(name)}:{name}" for name in names).encode("utf-8", "surrogatepass")

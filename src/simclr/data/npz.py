@@ -2,6 +2,9 @@
 
 import io
 import math
+import os
+import re
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +20,11 @@ from simclr.data.labels import UNLABELLED, index_labels
 from simclr.data.place import free_memory, size_text
 from simclr.data.scan import some
 from simclr.errors import UserError
+from simclr.files import open_regular
 
+MAX_DIRECTORY_BYTES = 1 << 20
+"""Of an archive's list of members, some 20,000 of them: Python's reader takes six times its size in memory."""
+_TAIL_BYTES = (1 << 16) + 200  # end of an archive: its last records, and a comment
 _HEADER_BYTES = 12 + 10_000
 """Beginning of a member that may hold its header; NumPy reads no longer one."""
 _READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
@@ -86,12 +93,27 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
             raise UserError(
                 f"{path} is no .npz file, or it is cut short: write one with numpy.savez('images.npz', x=images)."
             )
+        if _directory_bytes(path) > MAX_DIRECTORY_BYTES:
+            raise _unreadable(path, "its list of members is longer than that of any archive of arrays")
         with zipfile.ZipFile(path) as archive:
             yield archive
     except UserError:
         raise
     except Exception as error:  # damaged members raise nearly every kind of error
         raise _unreadable(path, str(error).split("\n")[0][:200] or type(error).__name__) from error
+
+
+def _directory_bytes(path: Path) -> int:
+    """Size of the list of members that the archive's end states, in the old form or that of ZIP64: the larger."""
+    with open_regular(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+        tail = file.read()
+    stated = [0]
+    for signature, place, form in ((b"PK\x05\x06", 12, "<I"), (b"PK\x06\x06", 40, "<Q")):
+        for found in re.finditer(re.escape(signature), tail):
+            field = tail[found.start() + place :][: struct.calcsize(form)]
+            stated += struct.unpack(form, field) if len(field) == struct.calcsize(form) else ()
+    return max(size for size in stated if size != 0xFFFFFFFF)  # which stands for "see the form of ZIP64"
 
 
 def _unreadable(path: Path, why: str) -> UserError:
