@@ -43,9 +43,9 @@ def test_a_recipe_survives_being_saved(recipe, tmp_path):
         ('{"size": "big"}', "size"),
         ('{"size": -1}', "--size was -1; it must be at least 4"),
         ('{"optimizer": "adam"}', "optimizer"),
-        ('{"temperature": NaN}', "temperature"),
-        ("[]", "the file"),
-        ("not json", "the file"),
+        ('{"temperature": NaN}', "NaN is no number"),
+        ("[]", "holds a list in place of an object"),
+        ("not json", "no valid JSON"),
     ],
 )
 def test_a_bad_settings_file_names_what_is_wrong(text, message, tmp_path):

@@ -412,7 +412,7 @@ def test_other_students(simclr, folders, tmp_path):
         ("teacher", ["--width", "2"], "--width go with --encoder"),
         ("teacher", ["--student", "encoder", "--encoder", "small"], "names one; give one"),
         ("teacher", ["--recipe", "v3"], "no recipe 'v3'"),
-        ("teacher", ["--out", "/proc/x"], "cannot be made"),
+        ("teacher", ["--out", "/proc/x"], "cannot be written"),
     ],
 )
 def test_a_mistake_is_one_sentence(simclr, folders, tmp_path, who, flags, sentence):

@@ -6,9 +6,11 @@ A run saves the settings that it resolved as `RUN/config.json`; that file is its
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from simclr.errors import UserError
 from simclr.files import write_atomically
@@ -185,7 +187,9 @@ class PretrainConfig:
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON."""
-        write_atomically(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
+        from simclr.records import versioned
+
+        write_atomically(path, versioned(asdict(self)))
 
 
 def require_seed(seed: int, *, count: int = 1, name: str = "--seed") -> None:
@@ -211,16 +215,21 @@ def load_config(path: Path) -> PretrainConfig:
     """Read settings saved by `PretrainConfig.save`; an unknown or mistyped one is an error that names it."""
     from pydantic import TypeAdapter, ValidationError
 
+    from simclr.records import first_error, read_json
+
+    values = read_json(path, remedy="restore it, or start a new run")
+    values.pop("schema_version", None)
     try:
-        return TypeAdapter(PretrainConfig).validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"The settings {path} cannot be read: {error.strerror}.") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(
-            f"The settings {path} do not fit: {where}: {first['msg'].removeprefix('Value error, ').rstrip('.')}."
-        ) from None
+        return TypeAdapter(PretrainConfig).validate_json(json.dumps(values), strict=True)
+    except (ValidationError, RecursionError) as error:
+        what = first_error(error) if isinstance(error, ValidationError) else "they are nested too deeply"
+        raise UserError(f"The settings {path} do not fit: {what}.") from None
+
+
+def settings_digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 (hexadecimal) of those settings, as they are saved, that determine a run's result."""
+    kept = {name: value for name, value in values.items() if name not in {"schema_version", *FREE_ON_RESUME}}
+    return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def changed_on_resume(saved: PretrainConfig, given: PretrainConfig) -> list[str]:

@@ -39,6 +39,7 @@ from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier
 from simclr.optim import build_optimizer
 from simclr.progress import Progress, say
+from simclr.records import DistillRecord, read_record, versioned
 from simclr.run import RunFolder, describe_machine, hold
 from simclr.teacher import teachers_columns
 from simclr.train import Inputs, Outcome, Task, restore, train
@@ -232,12 +233,9 @@ def _claim(folder: RunFolder, identity: dict[str, Any], origin: dict[str, Any]) 
     """Make the folder of a new run, or see that it holds the same one; how many threads that began with."""
     described = folder.path / "distill.json"
     if described.is_file():
-        try:
-            found = json.loads(described.read_bytes())
-            same, threads = found["identity"] == identity, int(found["machine"]["cpu_threads"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{described} is damaged; restore it, or give another --out.") from None
-        if not same:
+        found = read_record(described, DistillRecord, remedy="restore it, or give another --out")
+        threads = found.machine.cpu_threads
+        if found.identity != json.loads(json.dumps(identity)):
             raise UserError(
                 f"{folder.path} holds a distillation of other images, networks or settings; give another --out."
             )
@@ -246,7 +244,7 @@ def _claim(folder: RunFolder, identity: dict[str, Any], origin: dict[str, Any]) 
         machine = describe_machine()
         content, threads = {"identity": identity, "origin": origin, "machine": machine}, machine["cpu_threads"]
         with writing(folder.path, hint="give another --out"):
-            write_atomically(described, (json.dumps(content, indent=2) + "\n").encode())
+            write_atomically(described, versioned(content))
     with writing(folder.path, hint="give another --out"):
         folder.checkpoints.mkdir(exist_ok=True)
     return threads
@@ -290,5 +288,5 @@ def _report_end(
             "test_accuracy": tested,
         }
         with folder.writing():
-            write_atomically(folder.summary, (json.dumps(summary, indent=2) + "\n").encode())
+            write_atomically(folder.summary, versioned(summary))
     say(f"Done: {outcome.step} steps. The student is in {folder.encoder}.")

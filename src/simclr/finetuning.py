@@ -6,7 +6,6 @@ FOLDER/
   finetune.json, checkpoints/, metrics.jsonl, timing.jsonl   for the same command to go on with after a stop
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +28,7 @@ from simclr.evaluation.subjects import PIXELS, RANDOM, Subject
 from simclr.evaluation.table import error_note
 from simclr.opening import require_writable, side_of, write
 from simclr.progress import counting, say
+from simclr.records import versioned
 from simclr.run import RunFolder, hold
 from simclr.training_progress import TrainingProgress
 
@@ -141,7 +141,7 @@ def _tell(
         "encoder_progress": None if progress is None else progress.to_dict(), "baselines": baselines,
         "classes": network.classes, "by_class": by_class, "settings": asdict(network.config),
     }  # fmt: skip
-    write(args.out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    write(args.out / "summary.json", versioned(summary))
     side = side_of(Path(args.run), args.data, args.pack_side)
     shrunk = "" if side is None else f" --pack-side {side}"
     say(f"The classifier is in {args.out}: `simclr predict {args.out} IMAGES --out FILE.csv{shrunk}` uses it.")

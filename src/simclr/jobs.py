@@ -76,13 +76,14 @@ def resume(args: "commands.Resume", flags_over: FlagsOver) -> None:
         )
     origin = run.origin
     finished = f"{args.run} has already reached its end; the encoder is in {run.encoder}."
-    if run.summary.exists():
+    run.refuse_changed_settings()
+    if run.is_finished:
         say(finished)
         return
     world = distributed.start(config.device)
     try:
         with hold(run.path, world):
-            if world.broadcast(run.summary.exists()):  # another process has brought it to its end since
+            if world.on_main(lambda: run.is_finished):  # another process has brought it to its end since
                 say(finished, main=world.is_main)
                 return
             same_threads(int(origin["machine"]["cpu_threads"]), world)

@@ -1,6 +1,5 @@
 """Pretraining, put together: images and settings become a task, the loop trains it, the run folder keeps it."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +33,7 @@ from simclr.models.heads import ProjectionHead
 from simclr.models.recompute import recompute_blocks
 from simclr.optim import build_optimizer
 from simclr.progress import Progress, say
+from simclr.records import versioned
 from simclr.run import RunFolder, create_run, hold
 from simclr.schedule import learning_rate, peak_lr, total_steps, warmup_steps
 from simclr.train import Inputs, Outcome, Task, restore, train
@@ -281,7 +281,7 @@ def _report_end(
         "warnings": outcome.warnings,
     }
     with run.writing():
-        write_atomically(run.summary, (json.dumps(summary, indent=2) + "\n").encode())
+        write_atomically(run.summary, versioned(summary))
     say(
         f"Done: {outcome.step} steps, {summary['views_per_second']:,.0f} views/s, {summary['wait_share']:.0%} of the "
         "time waiting for views." + (f" The encoder is in {run.encoder}." if run.lasting else "")

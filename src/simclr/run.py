@@ -18,14 +18,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from simclr.config import PretrainConfig, load_config
+from simclr.config import PretrainConfig, load_config, settings_digest
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.files import FileLock, is_temporary, reason_of, sweep, write_atomically, writing
+from simclr.files import FileLock, is_temporary, open_regular, reason_of, sweep, write_atomically, writing
+from simclr.records import RunRecord, SummaryRecord, read_json, read_record, versioned
 
 LOCK = ".lock"
 """Of a folder that a process is writing: held by that process (`hold`)."""
@@ -73,13 +74,22 @@ class RunFolder:
     @property
     def origin(self) -> dict[str, Any]:
         """What run.json holds: data, versions, hardware, command."""
-        try:
-            origin = json.loads((self.path / "run.json").read_text())
-            _ = origin["data"]["source"], origin["data"]["options"], origin["data"]["fingerprint"]
-            _ = origin["machine"]["cpu_threads"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.path / 'run.json'} is damaged; restore it, or start a new run.") from None
-        return origin
+        return _read(self.path / "run.json").model_dump(exclude_unset=True)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end; it then has a whole summary."""
+        remedy = f"remove it, then {self.resuming}"
+        return self.summary.exists() and bool(read_record(self.summary, SummaryRecord, remedy=remedy))
+
+    def refuse_changed_settings(self) -> None:
+        """Stop where config.json is not what the run began with; a result has one set of settings."""
+        began, config = _read(self.path / "run.json").settings, self.path / "config.json"
+        if began is not None and began != settings_digest(read_json(config, remedy="restore it")):
+            raise UserError(
+                f"{config} was changed after the run began, and its result would be of neither settings; restore it, "
+                f"or start a new run with --recipe {config}."
+            )
 
     def refuse_existing(self) -> None:
         """Stop where a new run would overwrite something, but for what a process left that was killed at its start."""
@@ -122,14 +132,11 @@ class RunFolder:
         sweep(self.checkpoints)
         for file in (self.metrics, self.timing):
             if file.exists():
-                kept = [line for line in file.read_bytes().splitlines() if _is_record_until(line, step)]
-                write_atomically(file, b"".join(line + b"\n" for line in kept))
+                write_atomically(file, b"".join(line + b"\n" for line in _records(file, step)))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl, oldest first."""
-        if not self.metrics.exists():
-            return []
-        return [json.loads(line) for line in self.metrics.read_bytes().splitlines() if _is_record_until(line, None)]
+        return [json.loads(line) for line in _records(self.metrics, None)]
 
 
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
@@ -200,7 +207,7 @@ def create_run(path: Path, config: PretrainConfig, origin: dict[str, Any]) -> Ru
     try:
         with writing(path, hint="give another --out"):
             run.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(path / "run.json", (json.dumps(origin, indent=2) + "\n").encode())
+            write_atomically(path / "run.json", versioned(origin | {"settings": settings_digest(asdict(config))}))
             config.save(path / "config.json")
     except BaseException:
         with suppress(OSError):
@@ -222,9 +229,13 @@ def _is_leftover(path: Path) -> bool:
 
 def _is_origin(path: Path) -> bool:
     try:
-        return bool(RunFolder(path.parent).origin)
+        return bool(_read(path))
     except UserError:
         return False
+
+
+def _read(path: Path) -> RunRecord:
+    return read_record(path, RunRecord, remedy="restore it, or start a new run")
 
 
 def open_run(path: Path) -> RunFolder:
@@ -256,9 +267,22 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def _records(file: Path, step: int | None) -> Iterator[bytes]:
+    """The lines of a file of records, up to a step, without what a killed process left unfinished."""
+    if not file.exists():
+        return
+    with open_regular(file) as lines:
+        for line in lines:
+            if _is_record_until(line, step):
+                yield line.removesuffix(b"\n")
+
+
 def _is_record_until(line: bytes, step: int | None) -> bool:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and (step is None or record.get("step", 0) <= step)
+    if not isinstance(record, dict):
+        return False
+    written = record.get("step", 0)
+    return isinstance(written, int) and (step is None or written <= step)

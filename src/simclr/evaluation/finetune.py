@@ -15,6 +15,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.optim import build_optimizer
+from simclr.records import FinetuneRecord, read_record, versioned
 from simclr.run import RunFolder, hold
 from simclr.train import Outcome, Task, restore
 from simclr.train import train as run_loop
@@ -281,9 +283,9 @@ def _identity(
     config: FinetuneConfig,
     seed: int,
     semantics: Semantics,
-) -> str:
-    """What a training depends on, as JSON: one that is resumed must have the same."""
-    identity = {
+) -> dict[str, Any]:
+    """What a training depends on, as JSON can hold it: one that is resumed must have the same."""
+    return {
         "config": config.deciding(),
         "seed": seed,
         "semantics": semantics,
@@ -291,11 +293,10 @@ def _identity(
         "targets": sha256(targets.astype("<i8").tobytes()).hexdigest(),
         "weights": digest_of(network),
     }
-    return json.dumps(identity, indent=2) + "\n"
 
 
 @contextmanager
-def _run_folder(path: Path | None, identity: str, world: World) -> Iterator[RunFolder]:
+def _run_folder(path: Path | None, identity: dict[str, Any], world: World) -> Iterator[RunFolder]:
     """The folder that the loop writes to: a new one, one that holds the same training, or one for the time being."""
     if path is None:
         with TemporaryDirectory(prefix="simclr-") if world.is_main else nullcontext("") as scratch:
@@ -309,17 +310,23 @@ def _run_folder(path: Path | None, identity: str, world: World) -> Iterator[RunF
         yield folder
 
 
-def _claim(folder: RunFolder, identity: str) -> None:
+def _claim(folder: RunFolder, identity: dict[str, Any]) -> None:
     """Make the folder of a new training, or see that it holds the same one."""
     described = folder.path / "finetune.json"
     if not described.is_file():
         folder.refuse_existing()
-    elif described.read_text() != identity:
+    elif _described(described) != json.loads(json.dumps(identity)):
         raise UserError(f"{folder.path} holds a training of other settings, images or weights; give another folder.")
     with writing(folder.path, hint="give another folder"):
         if not described.is_file():
-            write_atomically(described, identity.encode())
+            write_atomically(described, versioned(identity))
         folder.checkpoints.mkdir(exist_ok=True)
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """What an earlier training in the folder depends on."""
+    record = read_record(file, FinetuneRecord, remedy="restore it, or give another folder")
+    return record.model_dump(exclude={"schema_version"})
 
 
 def _publishing(task: Task, network: Classifier, folder: RunFolder, classes: list[str], semantics: Semantics) -> Task:
