@@ -128,7 +128,7 @@ def test_damaged_files_and_missing_packages_end_in_a_sentence(classifier, tmp_pa
     content = classifier[1].read_bytes()
     for name, damaged in (("cut", content[:2000]), ("empty", b""), ("foreign", b"no onnx at all")):
         (tmp_path / f"{name}.onnx").write_bytes(damaged)
-        with pytest.raises(UserError, match="was not run|cannot read|not written by"):
+        with pytest.raises(UserError, match=r"was not run|cannot read|not written by"):
             simclr.load(tmp_path / f"{name}.onnx")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"pip install 'simclr-torch\[onnx\]'"):

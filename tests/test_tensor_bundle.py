@@ -166,6 +166,17 @@ def test_wrong_paths(tmp_path: Path) -> None:
         TensorBundle(tmp_path / "model.ckpt-5")
 
 
+def test_more_variables_than_a_network_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bundle(tmp_path / "x", {name: np.zeros(1, "float32") for name in "abcd"})
+    assert len(TensorBundle(tmp_path / "x").entries) == 4
+    monkeypatch.setattr("simclr.models.tensor_bundle.MAX_VARIABLES", 3)
+    with pytest.raises(UserError, match="more than 3 variables"):
+        TensorBundle(tmp_path / "x")
+    monkeypatch.setattr("simclr.models.tensor_bundle.MAX_INDEX_BYTES", 10)
+    with pytest.raises(UserError, match="at most 10"):
+        TensorBundle(tmp_path / "x")
+
+
 def mutate(content: bytes, rng: np.random.Generator) -> bytes:
     """Damage as disks, networks and enemies do it."""
     raw = bytearray(content)

@@ -97,7 +97,7 @@ def open_regular(path: Path, max_bytes: int | None = None) -> Iterator[BufferedR
 def read_regular(path: Path, max_bytes: int) -> bytes:
     """All bytes of a regular file of at most `max_bytes`; errors as in `open_regular`."""
     with open_regular(path, max_bytes) as file:
-        return file.read(max_bytes)
+        return file.read(os.fstat(file.fileno()).st_size)  # not max_bytes, which would be allocated first
 
 
 def file_digest(path: Path) -> str:

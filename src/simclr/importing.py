@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.files import writing
+from simclr.files import MAX_RECORD_BYTES, read_regular, reason_of, writing
 from simclr.models.classifier import Classifier, usual_names
 from simclr.models.import_tf import EMA, Imported, import_tf
 from simclr.models.import_torch import import_torch
@@ -115,9 +115,11 @@ def _classes(file: Path | None, count: int) -> tuple[list[str], str]:
     """Names in the order of the logits, and where they come from."""
     if file is not None:
         try:
-            names = file.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"The classes cannot be read from {file}: {error}.") from None
+            names = read_regular(file, MAX_RECORD_BYTES).decode().splitlines()
+        except OSError as error:
+            raise UserError(f"The classes cannot be read from {file}: {reason_of(error, file)}.") from None
+        except UnicodeDecodeError:
+            raise UserError(f"The classes cannot be read from {file}: it is no text in UTF-8.") from None
         names = [name.strip() for name in names if name.strip()]
         if len(names) != count:
             raise UserError(f"{file} names {len(names)} classes, and the supervised head has {count}.")

@@ -16,8 +16,9 @@ from simclr.models.tensor_bundle import TensorBundle
 OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 _NODE = 1 << 3 | 2  # the only field of the graph, a message
 _MOST_ITEMS = 256  # of one of the model's lists; the longest is ResNet-152's third group with 36 blocks
-_MOST_BYTES = 1 << 26  # those of the largest models have one or two million
+_MOST_BYTES = 4 << 20  # those of the largest models have one or two million
 _MOST_PASSES = 50  # of the bytes; the authors' models take fewer than one
+_MOST_PARSED = 8 << 20  # bytes in all passes: some seconds
 # Where a layer of the lists keeps what has variables; those of a selective kernel stand before the general ones.
 _CONV, _NORM = "conv2d", "batch_normalization"
 _PARTS = (
@@ -119,7 +120,7 @@ class _Nodes:
         if len(message) > _MOST_BYTES:
             raise Malformed(f"its object graph has {len(message)} bytes")
         self._message = message
-        self._allowance = _MOST_PASSES * len(message)
+        self._allowance = min(_MOST_PASSES * len(message), _MOST_PARSED)
         self._begins, self._ends = array("Q"), array("Q")
         position = 0
         while position < len(message):

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from simclr.errors import UserError
+from simclr.files import open_regular, read_regular
 from simclr.models.crc32c import masked_crc32c
 from simclr.models.protobuf import Malformed, bytes_of, fields, number_of, varint
 
@@ -27,6 +28,8 @@ _TRAILER_BYTES = 5  # after each block: its kind and its masked checksum
 _DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8"}  # of tensorflow/core/framework/types.proto
 _STRING = 7  # of types.proto too
 _MOST_DIMENSIONS, _LONGEST_NAME = 8, 500
+MAX_INDEX_BYTES = 32 << 20  # the index of the authors' largest network has 0.3 MB
+MAX_VARIABLES = 100_000  # that network has 5,000 with those of its optimiser; each takes a kilobyte in memory
 _KEY_BYTES_PER_BYTE = 32  # compressed names may grow so much; real ones grow threefold
 
 
@@ -63,7 +66,7 @@ class TensorBundle:
         self.prefix = _find_prefix(path)
         self._index = _with_ending(self.prefix, ".index")
         try:
-            self.entries, self._num_shards = _read_index(self._index.read_bytes())
+            self.entries, self._num_shards = _read_index(read_regular(self._index, MAX_INDEX_BYTES))
             self._check_places()
         except Malformed as error:
             raise self.error(str(error)) from None
@@ -117,7 +120,7 @@ class TensorBundle:
     def _bytes(self, entry: Entry) -> np.ndarray:
         """Of a variable, as they lie in its data file."""
         try:
-            with self._shard(entry.shard).open("rb") as file:
+            with open_regular(self._shard(entry.shard)) as file:
                 file.seek(entry.offset)
                 raw = np.fromfile(file, np.uint8, entry.size)
         except OSError as error:
@@ -196,6 +199,8 @@ def _read_index(data: bytes) -> tuple[dict[str, Entry], int]:
         if len(name) > _LONGEST_NAME or not name.isprintable():
             raise Malformed("the name of a variable is too long or no text")
         entries[name] = _entry(name, value)
+        if len(entries) > MAX_VARIABLES:
+            raise Malformed(f"it has more than {MAX_VARIABLES:,} variables")
     return entries, num_shards
 
 
