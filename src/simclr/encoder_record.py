@@ -4,7 +4,6 @@ They may come from strangers. Types are strict (no text for a number, no 1 for t
 each count has a limit, for a network is built from them.
 """
 
-import json
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from simclr.errors import UserError, shown
 from simclr.files import MAX_RECORD_BYTES, read_regular
 from simclr.models.config import MAX_CHANNELS, EncoderConfig
 from simclr.models.heads import MAX_LAYERS
+from simclr.records import strict_json
 from simclr.training_progress import TrainingProgress
 
 FORMAT = "simclr-encoder-1"
@@ -149,24 +149,12 @@ def parse_json(content: bytes | str, name: str) -> dict[str, Any]:
         UserError: It is no JSON, or no object, or has a key twice, NaN, or an infinite number.
     """
     try:
-        values = json.loads(content, object_pairs_hook=_once, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else shown(str(error), 200)
-        raise UserError(f"{name} is no valid JSON: {reason}.") from None
+        values = strict_json(content)
+    except ValueError as error:
+        raise UserError(f"{name} is no valid JSON: {shown(str(error), 200)}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{name} should hold a JSON object, and holds a {type(values).__name__}.")
     return values
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key is there twice")
-    return values
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
 
 
 def validated(kind: type[Record], values: Mapping[str, Any], name: str) -> Record:

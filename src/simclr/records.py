@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
-from simclr.errors import UserError
+from simclr.errors import UserError, shown
 from simclr.files import MAX_RECORD_BYTES, read_regular, reason_of
 
 SCHEMA_VERSION = 1
@@ -131,14 +131,13 @@ def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
             later version.
     """
     try:
-        values = json.loads(read_regular(path, MAX_RECORD_BYTES), object_pairs_hook=_once, parse_constant=_refuse)
+        values = strict_json(read_regular(path, MAX_RECORD_BYTES))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason_of(error, path)}; {remedy}.") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         if isinstance(error, UserError):
             raise
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
-        raise UserError(f"{path} is damaged: it is no valid JSON ({reason}); {remedy}.") from None
+        raise UserError(f"{path} is damaged: it is no valid JSON ({shown(str(error), 200)}); {remedy}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it holds a {type(values).__name__} in place of an object; {remedy}.")
     version = values.get("schema_version", SCHEMA_VERSION)
@@ -147,13 +146,24 @@ def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
     return values
 
 
+def strict_json(content: bytes | str) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: It is no JSON, has a key twice or a number that is not finite, or is nested too deeply.
+    """
+    try:
+        return json.loads(content, object_pairs_hook=_once, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def first_error(error: ValidationError) -> str:
     """The first thing that does not fit, and where, for the inside of a sentence."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(str(part) for part in first["loc"])[:80] or "the record"
     reason = first["msg"].removeprefix("Value error, ").rstrip(".")[:200]
-    text = f"{place}: {reason}"
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return shown(f"{place}: {reason}", 300)
 
 
 def versioned(values: Mapping[str, Any]) -> bytes:
