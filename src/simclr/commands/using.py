@@ -13,9 +13,9 @@ class Predict:
 
     MODEL is a folder of `simclr finetune` or `simclr import`, or any other that holds an encoder with a classifier.
     Rows are in the order of the keys; files that cannot be read are left out and counted. However many images there
-    are, a few of them are in memory at a time. In .csv, text that a spreadsheet would run as a formula (it begins with = + -
-    @, tab or carriage return) or that begins with ' has a ' in front; take one away to have it back. .parquet has text as
-    it is.
+    are, a few of them are in memory at a time. In .csv, text that a spreadsheet would run as a formula (it begins with
+    = + - @, tab or carriage return) or that begins with ' has a ' in front; take one away to have it back. .parquet has
+    text as it is.
     """
 
     model: Positional[Annotated[Path, arg(metavar="MODEL")]]
