@@ -6,8 +6,8 @@ Each scenario copies a finished evaluation (encoder, images, results, features) 
 runs `simclr evaluate` again. The functions that compute (feature extraction, neighbours, fits, trainings, probes) are
 wrapped so that their calls are counted; they do their work all the same. Every scenario states which protocols must be
 computed again; all others must come from the store. At the end the figures are compared with those of the same command
-without any store or cache. Images come as an .npz file and as a folder of BMP files, whose sizes tell nothing. Exit code
-0 only without a finding.
+without any store or cache. Images come as an .npz file and as a folder of BMP files, whose sizes tell nothing. Exit
+code 0 only without a finding.
 (The test suite holds a short form: tests/test_drill_cache.py.)
 """
 

@@ -42,6 +42,15 @@ def images(tmp_path_factory):
     return folder
 
 
+def test_an_export_that_cannot_be_compared_is_refused(simclr, tmp_path):
+    encoder = build_encoder(EncoderConfig("torchvision/resnet18", channels=3, size=32), seed=0)
+    with torch.no_grad():
+        next(encoder.parameters()).view(-1)[0] = float("nan")
+    save_classifier(Classifier(encoder, None, 2), tmp_path / "m", classes=["a", "b"], preprocessing="google", origin={})
+    code, _, said = simclr("export", tmp_path / "m", "--format", "torchvision", "--out", tmp_path / "x.safetensors")
+    assert code == 2 and "nothing was written" in said and not (tmp_path / "x.safetensors").exists()
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -66,7 +66,7 @@ def to_library(library: Literal["torchvision", "timm"], encoder: Encoder, classi
         raise UserError(f"This {library} builds {name} in another way than when the encoder was made: {what}") from None
     network = encoder if classifier is None else classifier
     difference, differs = _difference(network, model, config), None
-    if difference > TOLERANCE and not config.is_foreign:
+    if not difference <= TOLERANCE and not config.is_foreign:  # NaN too
         fixed = _difference(network, _with_our_pool(model), config)
         differs = (
             f"{library}'s max-pool pads every side by 1, the encoder's only the right and the bottom: as it stands, "
@@ -75,7 +75,7 @@ def to_library(library: Literal["torchvision", "timm"], encoder: Encoder, classi
             f"model.maxpool = {POOL} they agree."
         )
         code, difference = [*code, f"model.maxpool = {POOL}"], fixed
-    if difference > TOLERANCE:
+    if not difference <= TOLERANCE:
         raise UserError(
             f"{library}'s {name} computes something else than this encoder (relative difference {difference:.1e}); "
             "nothing was written. Export it as onnx, safetensors or hub-folder."
