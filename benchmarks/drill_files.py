@@ -349,8 +349,8 @@ def _structured(name: str, content: bytes, rng: np.random.Generator) -> bytes:
             length = int.from_bytes(content[:8], "little")
             header = _other_json(json.loads(content[8 : 8 + length]), rng)
             return struct.pack("<Q", len(header)) + header + content[8 + length :]
-    except (ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile, OverflowError, NotImplementedError):
-        pass  # damaged before
+    except Exception:
+        pass  # the first damage was such that there is no outer form any more
     return damaged(content, rng)
 
 
