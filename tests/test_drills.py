@@ -18,20 +18,20 @@ from pathlib import Path
 import drill_disk, drill_kill, drill_pairs, drilling
 from drilling import Findings, find
 
-drilling.warm_up()
+drilling.warm_up(libraries=False)
 results = {"kill": Findings(), "disk": Findings(), "pairs": Findings()}
 with tempfile.TemporaryDirectory() as scratch:
     scratch = Path(scratch)
     scratch.chmod(0o755)
     inputs, place = scratch / "inputs", scratch / "place"
     drilling.make_inputs(inputs)
-    for name, kills in (("pretrain", 3), ("evaluate", 3), ("predict csv", 2), ("export hub-folder", 3), ("import", 2)):
+    for name, kills in (("pretrain", 2), ("evaluate", 1), ("predict csv", 1), ("export hub-folder", 2)):
         drill_kill.drill(find(name), inputs, place, results["kill"], kills=kills, timed=False)
-    for first, second in (("resume", "resume"), ("evaluate", "evaluate"), ("predict csv", "predict csv")):
+    for first, second in (("resume", "resume"),):
         drill_pairs.drill(find(first), find(second), inputs, place, results["pairs"], points=2)
     reason = drill_disk.cannot_mount()
-    for name in ("predict csv", "import") if reason is None else ():
-        drill_disk.drill(find(name), inputs, scratch / "disk", results["disk"], sizes=3, inodes=2)
+    for name in ("predict csv",) if reason is None else ():
+        drill_disk.drill(find(name), inputs, scratch / "disk", results["disk"], sizes=2, inodes=1)
 print(json.dumps({name: [found.cases, found.found] for name, found in results.items()} | {"skipped": reason}))
 """
 
@@ -50,4 +50,4 @@ def test_nothing_is_torn_lost_or_doubled(drilled, drill):
     if drill == "disk" and drilled["skipped"] is not None:
         pytest.skip(drilled["skipped"])
     cases, found = drilled[drill]
-    assert sum(cases.values()) >= 6 and found == []
+    assert sum(cases.values()) >= 2 and found == []

@@ -102,3 +102,14 @@ def test_a_disk_that_takes_a_part_of_a_line_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("simclr.evaluation.ledger.os.write", lambda descriptor, line: len(line) - 1)
     with pytest.raises(OSError, match="only a part"):
         append_line(tmp_path / "results.jsonl", b"{}")
+
+
+def test_what_another_process_kept_meanwhile_is_not_kept_twice(tmp_path):
+    file = tmp_path / "results.jsonl"
+
+    def make():
+        Ledger(file).get(KEY, lambda: VALUE)  # while this one computes
+        return VALUE
+
+    assert Ledger(file).get(KEY, make) == VALUE
+    assert len(file.read_text().splitlines()) == 1

@@ -148,6 +148,24 @@ def test_a_kill_between_the_last_checkpoint_and_its_encoder_is_mended(
     assert not torch.equal(*weights)
 
 
+def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_no_figure(simclr, images, tmp_path, monkeypatch):
+    pretrain = ["pretrain", images, "--recipe", "digits", "--epochs", 2, "--batch-size", 4, "--width", 0.25]
+    pretrain += ["--size", 8, "--workers", 0, "--pack", "off", "--out"]
+    assert simclr(*pretrain, tmp_path / "whole")[0] == 0
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(package.pretrain, "_report_end", die)
+    assert simclr(*pretrain, tmp_path / "killed")[0] == 130
+    monkeypatch.undo()
+    assert simclr("resume", tmp_path / "killed")[0] == 0
+    whole, killed = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "killed"))
+    for name in ("steps", "epochs", "images", "final", "warnings"):
+        assert killed[name] == whole[name], name
+    assert set(whole["final"]) > {"step", "loss"}
+
+
 @pytest.mark.parametrize("format", ["safetensors", "hub-folder"])
 @pytest.mark.parametrize("files", [1, 2, 3])
 def test_a_half_written_export_is_mended(simclr, tmp_path, monkeypatch, format, files):

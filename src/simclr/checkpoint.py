@@ -42,9 +42,14 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
             f"The checkpoint of step {step} ({len(content) / 2**20:.1f} MiB) could not be written to {folder}: "
             f"{reason_of(error, path)}. {kept}; make room, then {resuming or f'`simclr resume {folder.parent}`'}."
         ) from None
+    remove_oldest(folder, keep=keep)
+    return path
+
+
+def remove_oldest(folder: Path, *, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
     for old in checkpoints(folder)[keep:]:
         old.unlink(missing_ok=True)
-    return path
 
 
 def checkpoints(folder: Path) -> list[Path]:

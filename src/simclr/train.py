@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr.checkpoint import checkpoints, load_newest, save_checkpoint, set_aside_newer
+from simclr.checkpoint import checkpoints, load_newest, remove_oldest, save_checkpoint, set_aside_newer
 from simclr.distributed import World
 from simclr.errors import Diverged, UserError
 from simclr.optim import set_lr
@@ -110,9 +110,8 @@ def train(
     finite = torch.ones((), dtype=torch.bool, device=device)
     outcome = Outcome(step=start_step, finished=start_step >= task.total_steps)
     clock = time.perf_counter()
-    if start_step and task.publish is not None and world.is_main:
-        with run.writing():
-            task.publish(start_step)  # a kill after the checkpoint may have left the encoder of an earlier one
+    if start_step and world.is_main:
+        _catch_up(task, run, start_step, outcome, keep)
 
     with _stop_signals() as asked, Prefetcher(task.batch, start_step, task.total_steps, workers) as batches:
         for step, inputs in batches:
@@ -170,6 +169,18 @@ def _save(task: Task, run: RunFolder, step: int, world: World, keep: int) -> Non
     save_checkpoint(run.checkpoints, step, state, keep=keep, resuming=run.resuming)
     if task.publish is not None:
         task.publish(step)
+
+
+def _catch_up(task: Task, run: RunFolder, step: int, outcome: Outcome, keep: int) -> None:
+    """Do what a process that was killed after writing the checkpoint of `step` did not come to."""
+    remove_oldest(run.checkpoints, keep=keep)
+    if task.publish is not None:
+        with run.writing():
+            task.publish(step)
+    records = run.read_metrics()
+    if records:
+        outcome.last = records[-1]
+        outcome.warnings = task.warnings(outcome.last)
 
 
 def restore(task: Task, run: RunFolder, world: World) -> int:

@@ -61,10 +61,18 @@ class Ledger:
         self.reused += name in self._old
         if name not in self._known:
             value = make()
-            if self._writes:
+            if self._writes and not self._kept_meanwhile(name):
                 self._append(self.file, {"key": key, "value": value, "about": {**(about or {}), **_versions()}})
             self._known[name] = value
         return self._known[name]
+
+    def _kept_meanwhile(self, name: str) -> bool:
+        """Whether another process has kept the same while it was computed here."""
+        assert self.file is not None
+        try:
+            return any(name_of(record["key"]) == name for record in read_results(self.file)[0])
+        except (OSError, UserError):
+            return False
 
     def _append(self, file: Path | None, record: Entry) -> None:
         assert file is not None
