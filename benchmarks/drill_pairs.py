@@ -40,6 +40,7 @@ WAITS = 3.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=6, help="events before which the first command stops, per pair")
+    parser.add_argument("--only", nargs="*", default=[], help="pairs with one of these commands; all by default")
     parser.add_argument("--all", action="store_true", help="also pairs that share nothing")
     args = parser.parse_args()
     drilling.warm_up()
@@ -48,6 +49,8 @@ def main() -> None:
         drilling.make_inputs(inputs)
         findings = Findings()
         for first, second in pairs(everything=args.all):
+            if args.only and not {first.name, second.name} & set(args.only):
+                continue
             drill(first, second, inputs, Path(scratch) / "place", findings, points=args.points)
             print(f"{first.name} + {second.name}", flush=True)
     print(findings.table("commands at once"))

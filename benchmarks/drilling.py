@@ -47,6 +47,11 @@ WALL_TIME = {
     },
 }  # fmt: skip
 """Fields that hold times or free memory of the machine, and are left out of every comparison; so is timing.jsonl."""
+LIBRARIES = (
+    "matplotlib.backends.backend_agg", "pyarrow.parquet", "sklearn.linear_model", "onnx", "onnxruntime",
+    "scipy.optimize", "simclr.report", "timm", "torchvision",
+)  # fmt: skip
+"""What some commands import when they are called."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 EVENTS = {"os.rename": 2, "os.remove": 1, "os.mkdir": 1, "os.rmdir": 1, "os.truncate": 1}
 """Audit events that count, and how many of their arguments are paths; opening for writing counts as well."""
@@ -406,8 +411,7 @@ def warm_up(*, libraries: bool = True) -> None:
     torch.set_num_threads(1)
     for command in COMMANDS.values():
         importlib.import_module(command.job.split(":")[0])
-    for name in libraries * ("matplotlib.backends.backend_agg", "pyarrow.parquet", "sklearn.linear_model", "onnx", "onnxruntime",
-                 "simclr.report", "timm", "torchvision", "scipy.optimize"):  # fmt: skip
+    for name in LIBRARIES if libraries else ():
         with suppress(ImportError):
             importlib.import_module(name)
 

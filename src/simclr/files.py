@@ -289,6 +289,13 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
+def wait_for_lock(descriptor: int) -> None:
+    """Take the lock of an open file as soon as its holder closes it; where there are no locks, go on without."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
 def _try_lock(descriptor: int) -> bool:
     if fcntl is None:
         return True

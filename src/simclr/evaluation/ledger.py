@@ -20,7 +20,7 @@ import torch
 from simclr import __version__
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.files import open_regular, reason_of
+from simclr.files import open_regular, reason_of, wait_for_lock
 from simclr.progress import say
 
 Entry = dict[str, Any]
@@ -61,24 +61,17 @@ class Ledger:
         self.reused += name in self._old
         if name not in self._known:
             value = make()
-            if self._writes and not self._kept_meanwhile(name):
+            if self._writes:
                 self._append(self.file, {"key": key, "value": value, "about": {**(about or {}), **_versions()}})
             self._known[name] = value
         return self._known[name]
-
-    def _kept_meanwhile(self, name: str) -> bool:
-        """Whether another process has kept the same while it was computed here."""
-        assert self.file is not None
-        try:
-            return any(name_of(record["key"]) == name for record in read_results(self.file)[0])
-        except (OSError, UserError):
-            return False
 
     def _append(self, file: Path | None, record: Entry) -> None:
         assert file is not None
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            append_line(file, json.dumps(record | {"check": _checksum(record)}).encode())
+            line = json.dumps(record | {"check": _checksum(record)}).encode()
+            append_line(file, line, unless=lambda: _holds(file, name_of(record["key"])))
         except OSError as error:
             self._writes = False
             say(f"Results cannot be kept in {file} ({reason_of(error)}); those of this call are kept in memory only.")
@@ -106,14 +99,20 @@ def read_results(file: Path) -> tuple[list[Entry], int]:
     return found, len(parsed) - len(found)
 
 
-def append_line(file: Path, line: bytes) -> None:
+def append_line(file: Path, line: bytes, *, unless: Callable[[], bool] = lambda: False) -> None:
     """Add a line to a file in one write, which no other process's write can tear.
+
+    Args:
+        unless: Asked while no other process may write; True: nothing is written.
 
     Raises:
         OSError: The file cannot be written, or not all of the line; what was cut short is closed by the next line.
     """
     descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
     try:
+        wait_for_lock(descriptor)
+        if unless():
+            return
         size = os.fstat(descriptor).st_size
         if size:
             os.lseek(descriptor, size - 1, os.SEEK_SET)
@@ -125,6 +124,14 @@ def append_line(file: Path, line: bytes) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _holds(file: Path, name: str) -> bool:
+    """Whether another process has kept the result of this name while it was computed here."""
+    try:
+        return any(name_of(record["key"]) == name for record in read_results(file)[0])
+    except (OSError, UserError):
+        return False
 
 
 def _values(file: Path) -> dict[str, Entry]:
