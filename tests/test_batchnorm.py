@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from simclr.distributed import stop
 from simclr.errors import UserError
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder, set_global_batch_norm
 from simclr.models.batchnorm import BatchNorm1d, BatchNorm2d
@@ -170,6 +171,7 @@ CASES = {
 }
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [2, 3])
 def test_shards_equal_the_whole_batch(processes: int, tmp_path: Path) -> None:
     mp.spawn(_shard, (processes, tmp_path), nprocs=processes)
@@ -218,7 +220,7 @@ def _shard(rank: int, processes: int, folder: Path) -> None:
     results["ddp gradients"] = {key: parameter.grad for key, parameter in model.named_parameters()}
     results["ddp buffers"] = dict(model.named_buffers())
     torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    stop()  # while `parallel` is alive
 
 
 def _run(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,13 +13,15 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr import UserError
+from simclr import UserError, distributed
 from simclr.data.images import array_images
-from simclr.distributed import World, start, stop
+from simclr.distributed import World, joined, start, stop
+from simclr.errors import ReportedElsewhere
 from simclr.features import extract
 from simclr.losses import contrastive_accuracy_and_entropy, nt_xent, nt_xent_dense
 from simclr.losses.streamed import others_logsumexp
 from simclr.models import EncoderConfig, build_encoder
+from simclr.models.batchnorm import set_global_batch_norm
 
 NUM_IMAGES = 24
 
@@ -69,15 +72,18 @@ def check_features(world: World) -> None:
     assert np.array_equal(shared, alone) and told == [14, 24]
 
 
+@pytest.mark.multiprocess
 def test_features_are_those_of_a_single_process(tmp_path):
     in_processes(2, tmp_path, check_features)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("size", [2, 4])
 def test_equals_a_single_process(size, tmp_path):
     in_processes(size, tmp_path, check_everything)
 
 
+@pytest.mark.multiprocess
 def test_a_lost_process_is_an_error_and_not_a_hang(tmp_path):
     in_processes(2, tmp_path, check_lost_process)
 
@@ -90,9 +96,15 @@ def in_processes(size: int, folder: Path, check: Callable[[World], None]) -> Non
 def run_check(rank: int, size: int, store: str, check: Callable[[World], None]) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    world = start("cpu", timeout=timedelta(seconds=60), init_method=f"file://{store}")
-    check(world)
-    stop()
+    with joined("cpu", timeout=timedelta(seconds=60), init_method=f"file://{store}") as world:
+        check(world)
+    assert not gloo_threads()
+
+
+def gloo_threads() -> list[str]:
+    """Threads of a process group, which end with the last reference to it; empty on systems without /proc."""
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo_runloop" in name]
 
 
 def check_everything(world: World) -> None:
@@ -166,6 +178,79 @@ def check_lost_process(world: World) -> None:
     if world.is_main:
         with pytest.raises(RuntimeError):
             world.any_rank(False)
+
+
+@pytest.mark.multiprocess
+def test_nothing_outlives_the_group(tmp_path):
+    in_processes(2, tmp_path, check_remains)
+
+
+REMAINS = []
+
+
+def check_remains(world: World) -> None:
+    """A user's model, one that global batch norm was set for, a loss with its graph, the frames of an exception."""
+    assert gloo_threads() or not Path("/proc/self/task").is_dir()
+    model = nn.Sequential(nn.Linear(10, 8), nn.BatchNorm1d(8))
+    set_global_batch_norm(model, world.group)
+    parallel = DistributedDataParallel(model)
+    loss = parallel(global_views(torch.float32)[0]).sum()
+    loss.backward()
+    try:
+        failing_step()
+    except ValueError as error:
+        REMAINS.extend([model, parallel, loss, error])
+    again = deepcopy(model)
+    assert again[1].process_group is world.group
+
+
+def failing_step() -> None:
+    parallel = DistributedDataParallel(nn.Linear(10, 8))
+    raise ValueError(parallel)
+
+
+@pytest.mark.multiprocess
+def test_an_error_in_one_process_ends_all(tmp_path):
+    """Each with its own kind of end, in two processes that meet again and again."""
+    spawn(check_errors, args=(tmp_path,), nprocs=2)
+
+
+def check_errors(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    distributed.REPORT_TIMEOUT = timedelta(milliseconds=1)  # the first to fail does not end, as it would under torchrun
+
+    def fail(name: str, work: Callable[[World], object]) -> Exception:
+        with (
+            pytest.raises(Exception) as caught,
+            joined("cpu", timeout=timedelta(seconds=60), init_method=f"file://{folder / name}") as world,
+        ):
+            work(world)
+            world.barrier()
+        return caught.value
+
+    error = fail("one", lambda world: None if world.is_main else Path("/nowhere/image.png").read_bytes())
+    assert isinstance(error, FileNotFoundError if rank == 1 else ReportedElsewhere)
+
+    def refuse(world: World) -> None:
+        if world.is_main:
+            raise UserError("the folder is in use")
+
+    error = fail("main", refuse)
+    assert isinstance(error, ReportedElsewhere) == (rank == 1)
+
+    error = fail("settings", lambda world: world.require_equal("settings", {"lr": 1, "seed": rank}, "Give one seed."))
+    assert isinstance(error, ReportedElsewhere) or str(error) == (
+        "The processes do not have the same settings: seed is 0 on process 0 and 1 on process 1. Give one seed."
+    )
+    distributed._versions = lambda: {"torch": f"2.1{rank}"}
+    with pytest.raises(UserError, match=r"same software: torch is 2\.10 on process 0 and 2\.11 on process 1\."):
+        start("cpu", init_method=f"file://{folder / 'versions'}")
+    stop()
+
+    distributed._versions = dict
+    error = fail("killed", lambda world: None if world.is_main else os._exit(0))
+    assert "Another process of this run ended without a message" in str(error)
 
 
 def global_views(dtype: torch.dtype) -> torch.Tensor:

@@ -18,7 +18,7 @@ from simclr import pretrain as pretraining
 from simclr.checkpoint import checkpoints, load_newest
 from simclr.config import PretrainConfig
 from simclr.data.source import open_data
-from simclr.distributed import World
+from simclr.distributed import World, stop
 from simclr.errors import UserError
 from simclr.run import RunFolder, describe_machine
 from simclr.train import Prefetcher, _over_processes
@@ -272,10 +272,10 @@ def gradients_of_a_step(rank, size, store, dtype, result):
         values |= {f"buffer {name}": b for name, b in task.method.named_buffers() if "num_batches" not in name}
         values |= {f"metric {name}": value for name, value in metrics.items()}
         torch.save(values, result)
-    if size > 1:
-        dist.destroy_process_group()
+    stop()  # while the model is alive
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 def test_loss_and_every_gradient_are_those_of_one_process(tmp_path, dtype, tolerance):
     """Encoder, head, global batch norm, loss and DDP together: 1, 2 and 4 processes, one global batch."""

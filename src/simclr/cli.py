@@ -1,10 +1,11 @@
 """The command line. It answers `--help` and refuses bad flags before torch is imported (seconds otherwise)."""
 
 import difflib
+import io
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -13,6 +14,7 @@ import tyro
 
 from simclr import UserError, __version__
 from simclr.commands import COMMANDS
+from simclr.errors import ReportedElsewhere
 from simclr.files import reason_of
 
 
@@ -29,14 +31,16 @@ def main() -> None:
         with _sentences():
             _run(arguments[0], arguments[1:])
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"simclr: {'' if rank == '0' else f'[process {rank}] '}{error}", file=sys.stderr)
+        if _reports(error):
+            rank = os.environ.get("RANK", "0")
+            print(f"simclr: {'' if rank == '0' else f'[process {rank}] '}{error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        print("simclr: stopped.", file=sys.stderr)
+        if _reports(UserError("stopped")):
+            print("simclr: stopped.", file=sys.stderr)
         sys.exit(130)
 
 
@@ -62,6 +66,35 @@ def _sentences() -> Iterator[None]:
         raise UserError("Something that was read is nested too deeply; check the files that were given.") from None
 
 
+def _reports(error: UserError) -> bool:
+    """Whether this process prints the error: of torchrun's processes the first one that failed."""
+    if isinstance(error, ReportedElsewhere):
+        return False
+    if not _is_one_of_several():
+        return True
+    from simclr.distributed import is_first_to_fail
+
+    return is_first_to_fail(str(error))
+
+
+def _is_one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
+def _parse(flags: type, prog: str, arguments: list[str]) -> Any:
+    """The flags; of several processes one alone prints what is wrong with them."""
+    if not _is_one_of_several():
+        return tyro.cli(flags, prog=prog, args=arguments)
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            return tyro.cli(flags, prog=prog, args=arguments)
+    except SystemExit as stop:
+        if stop.code and _reports(UserError("bad flags")):
+            sys.stderr.write(printed.getvalue())
+        raise
+
+
 def _run(name: str, arguments: list[str]) -> None:
     command = COMMANDS.get(name)
     if command is None:
@@ -69,7 +102,7 @@ def _run(name: str, arguments: list[str]) -> None:
         hint = f" Perhaps you meant `simclr {near[0]}`." if near else ""
         raise UserError(f"There is no command {name!r}; there are {', '.join(COMMANDS)}.{hint}")
     prog = f"simclr {name}"
-    parsed = tyro.cli(command.flags, prog=prog, args=arguments)
+    parsed = _parse(command.flags, prog, arguments)
 
     module, function = command.job.split(":")
     job = getattr(import_module(module), function)  # imports torch: only now that the arguments are known to be good

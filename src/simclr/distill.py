@@ -112,6 +112,7 @@ def distill(
         "student": digest_of(student),
     }
     with hold(run, world):
+        world.require_equal("distillation", identity, "Give every process the same flags and files.")
         same_threads(world.on_main(partial(_claim, folder, identity, origin or {})), world)
         choose_kernels(world, deterministic=config.deterministic)
         teacher.to(str(world.device))

@@ -41,16 +41,14 @@ def distill(args: "commands.Distill", over: Callable[[DistillConfig], DistillCon
         over: Puts the flags that were given on top of a recipe.
     """
     _check(args, over(DistillConfig()))
-    world = distributed.start(args.device)
-    try:
-        with hold(args.out, world):
-            result, test = _distill(args, over, world)
-    except Stopped as stopped:
-        if world.size == 1:
-            raise SystemExit(128 + (stopped.signal or 15)) from None
-        return
-    finally:
-        distributed.stop()
+    with distributed.joined(args.device) as world:
+        try:
+            with hold(args.out, world):
+                result, test = _distill(args, over, world)
+        except Stopped as stopped:
+            if world.size == 1:
+                raise SystemExit(128 + (stopped.signal or 15)) from None
+            return
     if world.is_main:
         _print(result, test)
 

@@ -8,21 +8,30 @@ or a Python object never waits for the GPU.
 """
 
 import atexit
+import gc
 import os
-from collections.abc import Callable
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group: its functions keep the one they find as a default
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from simclr.errors import UserError
+from simclr.errors import ReportedElsewhere, UserError
 
-__all__ = ["World", "start", "stop"]
+__all__ = ["World", "all_gather_flat", "is_first_to_fail", "joined", "start", "stop"]
 
 Object = TypeVar("Object")
+
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""(output, input, group): concatenates the processes' inputs; torch 2.14 renamed it and warns of the old name."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class World:
     def group(self) -> dist.ProcessGroup | None:
         """The process group, None for a process on its own.
 
-        Looked up and not kept: gloo aborts the process if anything still holds a group when Python ends.
+        Looked up and not kept: nothing may outlive the group (see `stop`).
         """
         return dist.group.WORLD if self.size > 1 else None
 
@@ -81,7 +90,7 @@ class World:
         if self.size == 1:
             return x
         rows = x.new_empty(self.size * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(rows, x.contiguous(), group=self.group)
+        all_gather_flat(rows, x.contiguous(), group=self.group)
         return rows
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
@@ -134,6 +143,59 @@ class World:
         """Wait until every process is here."""
         self.any_rank(False)
 
+    def require_equal(self, what: str, values: Mapping[str, object], remedy: str) -> None:
+        """Raise the same error in every process where they do not agree on small values that pickle.
+
+        Args:
+            what: Names the values in the sentence, as in "settings".
+            values: By name; the first name that differs is quoted.
+            remedy: What to try.
+
+        Raises:
+            UserError: A value differs between two processes.
+        """
+        if self.size == 1:
+            return
+        every: list[Any] = [None] * self.size
+        dist.all_gather_object(every, dict(values), group=self.group)
+        for rank, theirs in enumerate(every):
+            difference = _first_difference(every[0], theirs)
+            if difference is not None:
+                name, ours, other = difference
+                raise UserError(
+                    f"The processes do not have the same {what}: {name} is {_short(ours)} on process 0 and "
+                    f"{_short(other)} on process {rank}. {remedy}"
+                )
+
+
+@contextmanager
+def joined(device: str = "auto", **meeting: Any) -> Iterator[World]:
+    """Be one of the processes that torchrun started for as long as the block runs; arguments as for `start`.
+
+    An error in one process ends them all at once: it is noted where the others can read it, then the connections close,
+    and a process that waits for this one finds the note. So no exchange per step is needed for it.
+
+    Raises:
+        UserError: As `start`; or another process ended without a note.
+        ReportedElsewhere: Another process failed first, and reports it.
+    """
+    world = start(device, **meeting)
+    try:
+        yield world
+    except (Exception, KeyboardInterrupt) as error:
+        if world.size == 1:
+            raise
+        if not is_first_to_fail(str(error)):
+            raise ReportedElsewhere("Another process of this run failed first, and reports why.") from None
+        if _is_lost_connection(error):
+            raise UserError(
+                "Another process of this run ended without a message: it was killed, or its machine ran out of memory. "
+                "What was saved is kept; start all processes again."
+            ) from None
+        raise
+    finally:
+        stop()
+
 
 def start(device: str = "auto", *, timeout: timedelta = timedelta(minutes=30), init_method: str = "env://") -> World:
     """Join the processes that torchrun started; without torchrun, a world of one.
@@ -146,7 +208,8 @@ def start(device: str = "auto", *, timeout: timedelta = timedelta(minutes=30), i
         init_method: Where the processes meet; the default is what torchrun prepares.
 
     Raises:
-        UserError: The environment is torchrun's only in part, or there is no GPU for this process.
+        UserError: The environment is torchrun's only in part, there is no GPU for this process, or the processes run
+            different versions.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -154,21 +217,13 @@ def start(device: str = "auto", *, timeout: timedelta = timedelta(minutes=30), i
     size = _environment("WORLD_SIZE", default=1)
     rank, local_rank = (_environment("RANK"), _environment("LOCAL_RANK")) if size > 1 else (0, 0)
     if place.type == "cuda":
-        place = torch.device("cuda", local_rank if size > 1 else place.index or 0)
-        gpus = torch.cuda.device_count()
-        if not gpus:
-            raise UserError("--device was cuda, but torch sees no GPU here; use cpu or auto.")
-        if place.index >= gpus:
-            raise UserError(
-                f"process {local_rank} of this machine needs GPU {place.index}, but torch sees {gpus} (counted "
-                "from 0): start as many processes as there are GPUs, or compute on the cpu"
-            )
-        torch.cuda.set_device(place)
+        place = _gpu(local_rank if size > 1 else place.index or 0, local_rank)
     if size == 1:
         return World(device=place)
+    store = _meet(init_method, rank, size, timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
-        init_method=init_method,
+        store=store,
         rank=rank,
         world_size=size,
         timeout=timeout,
@@ -176,13 +231,145 @@ def start(device: str = "auto", *, timeout: timedelta = timedelta(minutes=30), i
     )
     if place.type == "cpu":
         atexit.register(stop)  # an abort by gloo must not hide the message of an earlier error
-    return World(rank=rank, size=size, local_rank=local_rank, device=place)
+    world = World(rank=rank, size=size, local_rank=local_rank, device=place)
+    world.require_equal("software", _versions(), "Install the same versions on every machine.")
+    return world
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group, if there is one, with nothing that outlives it.
+
+    Gloo's threads end with the last reference to their group. One that still runs when Python ends may want the lock of
+    the interpreter, to drop what a finished exchange held, and the process aborts. References are kept by every
+    DistributedDataParallel (which is part of a cycle), by the frames of an exception's traceback, and by the default
+    arguments of torch.distributed.nn.functional where that, as by the first DistributedDataParallel, is imported late.
+    """
+    if not dist.is_initialized():
+        return
+    for error in (sys.exception(), getattr(sys, "last_value", None)):
+        _clear_frames(error)
+    for candidate in gc.get_objects():
+        if issubclass(type(candidate), DistributedDataParallel):
+            _detach(candidate)
+    candidate = None
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def is_first_to_fail(sentence: str) -> bool:
+    """Whether this process is the first of torchrun's that failed, which reports it; a lone process always is.
+
+    The first one to ask keeps that role until it ends. Every other one waits until the first has reported and ended,
+    because torchrun ends all processes as soon as one has failed.
+
+    Args:
+        sentence: Kept beside the rank, for whoever looks into the store.
+    """
+    global _is_first
+    if os.environ.get("WORLD_SIZE", "1") in ("", "1") or _is_first:
+        return True
+    rank = os.environ.get("RANK", "0")
+    try:
+        store = _notes if _notes is not None else _notes_of_torchrun()
+        note = store.compare_set("failed", "", f"{rank} {sentence[:2000]}").decode()
+        _is_first = note.partition(" ")[0] == rank
+    except (RuntimeError, UserError):  # the store is gone with its process, or there has been none: all report
+        return True
+    if _is_first:
+        atexit.register(_tell_reported, store)
+        return True
+    with suppress(RuntimeError):
+        store.wait(["reported"], REPORT_TIMEOUT)
+    return False
+
+
+REPORT_TIMEOUT = timedelta(seconds=10)
+"""For printing a sentence and ending, after which a process that waits for that ends too."""
+
+_notes: dist.Store | None = None
+"""Where the processes leave notes; it outlives the group."""
+_is_first = False
+
+
+def _meet(init_method: str, rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The store that the processes share; notes are kept apart from torch's own keys."""
+    global _notes, _is_first
+    _is_first = False
+    store = next(iter(dist.rendezvous(init_method, rank, size, timeout=timeout)))[0]
+    _notes = dist.PrefixStore("simclr", store)
+    return store
+
+
+def _notes_of_torchrun() -> dist.Store:
+    """The same notes before the processes have met, where torchrun itself keeps the store."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        raise UserError("only processes of torchrun can leave notes before they have met")
+    _meet("env://", _environment("RANK"), _environment("WORLD_SIZE"), REPORT_TIMEOUT)
+    assert _notes is not None
+    return _notes
+
+
+def _tell_reported(store: dist.Store) -> None:
+    with suppress(RuntimeError):
+        store.set("reported", "1")
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether torch says that a peer is gone; gloo has no exception of its own, only sentences that name its files."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drop the local variables of the frames that an exception, and those before it, came through."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _detach(module: DistributedDataParallel) -> None:
+    """Take away what holds the process group; without that the module is of no use either."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, (dist.ProcessGroup, dist.Reducer, dist.Logger)):
+            vars(module)[name] = None
+
+
+def _gpu(index: int, local_rank: int) -> torch.device:
+    """The GPU of this process, made current."""
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        raise UserError("--device was cuda, but torch sees no GPU here; use cpu or auto.")
+    if index >= gpus:
+        raise UserError(
+            f"process {local_rank} of this machine needs GPU {index}, but torch sees {gpus} (counted "
+            "from 0): start as many processes as there are GPUs, or compute on the cpu"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _versions() -> dict[str, str]:
+    """What must be the same in every process, lest they compute different things."""
+    from simclr import __version__
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {"simclr": __version__, "torch": torch.__version__, "Python": python}
+
+
+def _first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, object, object] | None:
+    """Name and values of the first entry that differs, within nested dicts too."""
+    for name in {**ours, **theirs}:
+        one, other = ours.get(name), theirs.get(name)
+        if one != other:
+            nested = isinstance(one, dict) and isinstance(other, dict)
+            return _first_difference(one, other) if nested else (name, one, other)
+    return None
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _environment(name: str, default: int | None = None) -> int:

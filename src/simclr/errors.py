@@ -20,3 +20,7 @@ def shown(text: str, length: int = 80) -> str:
     """Text from a file, fit for a message: at most `length` characters, those that are not printable escaped."""
     cut = text if len(text) <= length else text[: length - 3] + "..."
     return cut if cut.isprintable() else ascii(cut)[1:-1]
+
+
+class ReportedElsewhere(UserError):
+    """Another of torchrun's processes failed first and reports it; this one ends without a word, with exit code 2."""

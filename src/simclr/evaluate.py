@@ -51,26 +51,26 @@ def evaluate(args: "commands.Evaluate", finetune_over: Callable[[FinetuneConfig]
     """
     protocols = protocols_of(args.protocol)
     check_asked(args, protocols, finetune_over)
-    world = distributed.start(args.device)
-    try:
-        session = Session.open(args, protocols, world)
-        session.check()
-        settings = Settings(linear=args.linear, recipe=args.finetune_recipe, over=finetune_over, flip=session.flip)
-        measured = session.measure([cast(Protocol, name) for name in protocols if name in ACCURACIES], settings)
-        reports = {name: REPORTS[name](session) for name in protocols if name in REPORTS}
-        picture = _picture(session, measured) if args.picture else None
-        if world.is_main:
-            _tell(session, measured, reports, picture)
-        if session.failed:
-            raise UserError(f"{len(session.failed)} of the results above are missing: {session.failed[0]}")
-    except Stopped as stopped:
-        folder = _folder(args)
-        kept = f"what is done is in {folder}: the same command goes on" if folder else "nothing is kept without --out"
-        say(f"Stopped; {kept}.", main=world.is_main)
-        if world.size == 1:
-            raise SystemExit(128 + (stopped.signal or 15)) from None
-    finally:
-        distributed.stop()
+    with distributed.joined(args.device) as world:
+        try:
+            session = Session.open(args, protocols, world)
+            session.check()
+            settings = Settings(linear=args.linear, recipe=args.finetune_recipe, over=finetune_over, flip=session.flip)
+            measured = session.measure([cast(Protocol, name) for name in protocols if name in ACCURACIES], settings)
+            reports = {name: REPORTS[name](session) for name in protocols if name in REPORTS}
+            picture = _picture(session, measured) if args.picture else None
+            if world.is_main:
+                _tell(session, measured, reports, picture)
+            if session.failed:
+                raise UserError(f"{len(session.failed)} of the results above are missing: {session.failed[0]}")
+        except Stopped as stopped:
+            folder = _folder(args)
+            kept = (
+                f"what is done is in {folder}: the same command goes on" if folder else "nothing is kept without --out"
+            )
+            say(f"Stopped; {kept}.", main=world.is_main)
+            if world.size == 1:
+                raise SystemExit(128 + (stopped.signal or 15)) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,16 +51,14 @@ def finetune_run(args: commands.Finetune, over: Callable[[FinetuneConfig], Finet
         UserError: RUN, DATA, settings and FOLDER do not go together.
     """
     _check(args)
-    world = distributed.start(args.device)
-    try:
-        with hold(args.out, world):
-            _finetune(args, over, world)
-    except Stopped as stopped:
-        say(f"Stopped; what is done is in {args.out}: the same command goes on.", main=world.is_main)
-        if world.size == 1:
-            raise SystemExit(128 + (stopped.signal or 15)) from None
-    finally:
-        distributed.stop()
+    with distributed.joined(args.device) as world:
+        try:
+            with hold(args.out, world):
+                _finetune(args, over, world)
+        except Stopped as stopped:
+            say(f"Stopped; what is done is in {args.out}: the same command goes on.", main=world.is_main)
+            if world.size == 1:
+                raise SystemExit(128 + (stopped.signal or 15)) from None
 
 
 def _finetune(args: commands.Finetune, over: Callable[[FinetuneConfig], FinetuneConfig], world: World) -> None:

@@ -48,8 +48,7 @@ def pretrain(args: "commands.Pretrain", flags_over: FlagsOver) -> None:
     }
     source = lasting(args.data)
     budget = parse_bytes(args.memory_budget) if args.memory_budget else None
-    world = distributed.start(args.config.device)
-    try:
+    with distributed.joined(args.config.device) as world:
         asked = flags_over(recipe.config if recipe else PretrainConfig())
         pretraining.check_settings(asked, world)
         with hold(out, world):
@@ -57,8 +56,6 @@ def pretrain(args: "commands.Pretrain", flags_over: FlagsOver) -> None:
             config = _settled(recipe, images, flags_over, world)
             origin = pretraining.origin_of(images, source, options, describe_machine())
             outcome = pretraining.pretrain(images, config, RunFolder(out), world, origin=origin, memory_budget=budget)
-    finally:
-        distributed.stop()
     _leave(outcome, world)
 
 
@@ -80,20 +77,16 @@ def resume(args: "commands.Resume", flags_over: FlagsOver) -> None:
     if run.is_finished:
         say(finished)
         return
-    world = distributed.start(config.device)
-    try:
-        with hold(run.path, world):
-            if world.on_main(lambda: run.is_finished):  # another process has brought it to its end since
-                say(finished, main=world.is_main)
-                return
-            same_threads(int(origin["machine"]["cpu_threads"]), world)
-            source = lasting(args.data) if args.data else _known_place(origin, args.run)
-            options = origin["data"]["options"] | ({"pack": args.pack} if args.pack else {})
-            images = open_aloud(source, world, channels=config.channels, **options)
-            pretraining.same_data(images, origin, args.run, main=world.is_main)
-            outcome = pretraining.pretrain(images, config, run, world)
-    finally:
-        distributed.stop()
+    with distributed.joined(config.device) as world, hold(run.path, world):
+        if world.on_main(lambda: run.is_finished):  # another process has brought it to its end since
+            say(finished, main=world.is_main)
+            return
+        same_threads(int(origin["machine"]["cpu_threads"]), world)
+        source = lasting(args.data) if args.data else _known_place(origin, args.run)
+        options = origin["data"]["options"] | ({"pack": args.pack} if args.pack else {})
+        images = open_aloud(source, world, channels=config.channels, **options)
+        pretraining.same_data(images, origin, args.run, main=world.is_main)
+        outcome = pretraining.pretrain(images, config, run, world)
     _leave(outcome, world)
 
 
@@ -103,16 +96,13 @@ def plan(args: "commands.Plan", flags_over: FlagsOver) -> None:
         require_writable(args.json)
     recipe = find_recipe(args.recipe) if args.recipe else None
     budget = parse_bytes(args.memory_budget) if args.memory_budget else None
-    world = distributed.start(args.config.device)
-    try:
+    with distributed.joined(args.config.device) as world:
         asked = flags_over(recipe.config if recipe else PretrainConfig())
         pretraining.check_settings(asked, world)
         images = open_aloud(args.data, world, channels=asked.channels)
         name = (recipe or choose_recipe(images, on_gpu=world.device.type == "cuda")[0]).name
         config = _settled(recipe, images, flags_over, world)
         planned = plan_run(images, config, world, recipe=name, budget=budget)
-    finally:
-        distributed.stop()
     print(planned.table())
     if args.json is not None:
         write(args.json, (json.dumps(planned.to_dict(), indent=2) + "\n").encode())

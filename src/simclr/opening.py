@@ -42,6 +42,11 @@ def open_aloud(
     for note in images.notes:
         if note not in known:
             say(note, main=world.is_main)
+    world.require_equal(
+        f"images of {source}",
+        {"number": len(images), "fingerprint": images.fingerprint},
+        "Give every process the same files.",
+    )
     return images
 
 

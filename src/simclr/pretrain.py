@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,7 @@ def _pretrain(
         precision = precision_of(config.precision, world)
         config, sentence = settle(config, images, build, world, precision=precision, budget=memory_budget)
         say(sentence, main=world.is_main and bool(sentence))
+    world.require_equal("settings", asdict(config), "Give every process the same flags.")
     task, steps_per_epoch = build_task(images, config, run, world)
     if origin is not None:
         world.on_main(partial(create_run, run.path, config, origin))

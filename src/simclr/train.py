@@ -128,7 +128,7 @@ def train(
             save = done % save_every == 0 or last or interrupted
 
             if log or save:
-                _stop_if_broken(finite, task, run, done)
+                _stop_if_broken(finite, task, run, world, done)
             if log:  # the only synchronisation with the device
                 record = {"step": done, "lr": task.learning_rate(step)}
                 record |= {name: float(value) for name, value in metrics.items()}
@@ -300,9 +300,10 @@ def _step_seed(seed: int, step: int, world: World) -> int:
     return ((seed << 40) + step * world.size + world.rank) % 2**63
 
 
-def _stop_if_broken(finite: Tensor, task: Task, run: RunFolder, step: int) -> None:
+def _stop_if_broken(finite: Tensor, task: Task, run: RunFolder, world: World, step: int) -> None:
+    """Raise in all processes at the same step where one of them has seen a loss or weights that are not finite."""
     weights = torch.stack(torch._foreach_norm([p.detach() for p in task.method.parameters()]))
-    if not bool(finite & torch.isfinite(weights).all()):
+    if world.any_rank(not bool(finite & torch.isfinite(weights).all())):
         kept = "the last good checkpoint is kept" if checkpoints(run.checkpoints) else "there is no earlier checkpoint"
         raise Diverged(
             f"The loss or the weights were no longer finite at step {step}; nothing of that was saved, {kept}. "

@@ -7,6 +7,7 @@ unbiased one. torch.nn.SyncBatchNorm is no substitute: it keeps the unbiased one
 Shapes: x is (N, C), (N, C, L) or (N, C, H, W); n is its number of values per channel, over all processes.
 """
 
+import weakref
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from simclr.distributed import all_gather_flat
 from simclr.errors import UserError
 
 LEAST_FOR_KERNELS = 1 << 14
@@ -28,17 +30,28 @@ class TensorFlowBatchNorm(_BatchNorm):
     """What `BatchNorm1d` and `BatchNorm2d` share; see there.
 
     Attributes:
-        process_group: The processes whose batches form the batch; None: this process alone.
         unbiased: Keep the unbiased running variance, as torch does; so set on layers that were torch's.
     """
 
-    process_group: dist.ProcessGroup | None = None
     unbiased: bool = False
+    _group: "weakref.ref[dist.ProcessGroup] | None" = None
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float = 0.1, beta: bool = True) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
         if not beta:
             self.register_parameter("bias", None)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The processes whose batches form the batch; None: this process alone, also once the group has been left.
+
+        Held weakly, because no group may outlive `distributed.stop`.
+        """
+        return None if self._group is None else self._group()
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self._group = None if group is None else weakref.ref(group)
 
     def forward(self, input: Tensor, *, add: Tensor | None = None, relu: bool = False) -> Tensor:
         """Normalise each channel by the batch's statistics in training, by the running ones otherwise.
@@ -214,7 +227,7 @@ class _BatchNormFunction(torch.autograd.Function):
         else:
             y = _finish(F.batch_norm(x, mean, variance, weight, bias, eps=eps), add, relu)
         ctx.save_for_backward(x, weight, mean, variance, n, y if relu else None)
-        ctx.eps, ctx.group = eps, group
+        ctx.eps, ctx.group = eps, None if group is None else weakref.ref(group)
         ctx.mark_non_differentiable(mean, variance, n)
         return y, mean, variance, n
 
@@ -239,7 +252,7 @@ class _BatchNormFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             sums = torch.stack([sum_dy, sum_dy_xhat])  # (2, C)
             if ctx.group is not None:
-                dist.all_reduce(sums, group=ctx.group)
+                dist.all_reduce(sums, group=ctx.group())
             mean_dy, mean_dy_xhat = sums / n
             # dx = gamma / std (dy - mean(dy) - xhat mean(dy xhat)): for each channel a dy + b x + c
             a = inverse_std if weight is None else inverse_std * weight  # (C,)
@@ -260,7 +273,7 @@ def _combine(mean: Tensor, variance: Tensor, n: Tensor, group: dist.ProcessGroup
     channels = len(mean)
     shard = torch.cat([n[None], mean, variance])  # (1 + 2C,)
     shards = shard.new_empty(dist.get_world_size(group) * len(shard))
-    dist.all_gather_into_tensor(shards, shard, group=group)
+    all_gather_flat(shards, shard, group=group)
     counts, means, variances = shards.view(-1, len(shard)).split([1, channels, channels], dim=1)
     total = counts.sum()
     share = counts / total  # (P, 1) for P processes
