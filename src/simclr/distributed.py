@@ -24,7 +24,7 @@ import torch.distributed.nn.functional  # before there is a group: its functions
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr.errors import ReportedElsewhere, UserError
+from simclr.errors import ReportedElsewhere, UserError, shown
 
 __all__ = ["World", "all_gather_flat", "is_first_to_fail", "joined", "start", "stop"]
 
@@ -163,8 +163,8 @@ class World:
             if difference is not None:
                 name, ours, other = difference
                 raise UserError(
-                    f"The processes do not have the same {what}: {name} is {_short(ours)} on process 0 and "
-                    f"{_short(other)} on process {rank}. {remedy}"
+                    f"The processes do not have the same {what}: {name} is {shown(str(ours))} on process 0 and "
+                    f"{shown(str(other))} on process {rank}. {remedy}"
                 )
 
 
@@ -365,11 +365,6 @@ def _first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str
             nested = isinstance(one, dict) and isinstance(other, dict)
             return _first_difference(one, other) if nested else (name, one, other)
     return None
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _environment(name: str, default: int | None = None) -> int:
