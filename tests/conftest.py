@@ -16,6 +16,26 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
 
 
+def _let_interpreter_index() -> None:
+    """Triton 3.6 (torch 2.11) makes an int of an array of one element, which NumPy 2.4 refuses; later ones squeeze."""
+    try:
+        from triton.runtime import interpreter
+
+        patch = interpreter._patch_lang_tensor
+    except (ImportError, AttributeError):
+        return
+
+    def patch_and_squeeze(tensor, scope):
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interpreter._patch_lang_tensor = patch_and_squeeze
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _let_interpreter_index()
+
+
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """Folder of vectors computed by the authors' own code; SIMCLR_REFERENCE names another of the same format."""

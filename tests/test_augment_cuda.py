@@ -20,12 +20,10 @@ from simclr.data.images import array_images
 from simclr.distributed import World
 from simclr.errors import UserError
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 cuda = pytest.importorskip("simclr.augment.cuda")
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
-    pytest.skip("the interpreter of Triton 3.6 fails with NumPy 2.4", allow_module_level=True)
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 PRESETS = [Policy.google, Policy.torchvision]
 MIXED = [(40, 30), (1, 1), (3, 50), (33, 24)]

@@ -298,7 +298,7 @@ def _identity(
 @contextmanager
 def _run_folder(path: Path | None, identity: dict[str, Any], world: World) -> Iterator[RunFolder]:
     """The folder that the loop writes to: a new one, one that holds the same training, or one for the time being."""
-    world.require_equal("training", json.loads(identity), "Give every process the same flags and files.")
+    world.require_equal("training", identity, "Give every process the same flags and files.")
     if path is None:
         with TemporaryDirectory(prefix="simclr-") if world.is_main else nullcontext("") as scratch:
             folder = RunFolder(Path(world.broadcast(scratch)))
