@@ -90,7 +90,7 @@ def drill(verb: Verb, inputs: Path, place: Path, findings: Findings, *, sizes: i
             raise SystemExit(f"{verb.name} fails when it is left alone: {ended.text[-2000:]}")
         whole, needed = Undisturbed(drilling.contents(place), ended.events, 0.0), _pages(place)
         files = {path.relative_to(place): path.read_bytes() for path in place.rglob("*") if path.name in GROWING}
-    step = max(1, 2 * (needed - before) // max(sizes, 1))  # twice: the new file lies beside the old one for a while
+    step = max(1, (2 * needed - before) // max(sizes, 1))  # twice: the new file lies beside the old one for a while
     cases = [(f"size {4 * pages} KiB", f"size={4 * pages}k") for pages in range(before + 1, 2 * needed, step)]
     first = before_inodes(verb, inputs) + 1
     cases += [(f"{n} inodes", f"size={ROOM},nr_inodes={n}") for n in range(first + 1, first + 1 + inodes)]
@@ -98,7 +98,7 @@ def drill(verb: Verb, inputs: Path, place: Path, findings: Findings, *, sizes: i
         with mounted(place, options):
             drilling.copy_before(place, verb, inputs)
             ended = drilling.run(verb.arguments(inputs), place)
-            torn = _torn(place, whole, files) if ended.code else None
+            torn = _torn(place, inputs, whole, files) if ended.code else None
             remount(place, f"size={ROOM},nr_inodes=100000")
             _judge(f"{verb.name}, {name}", ended, torn, verb, inputs, place, whole, findings)
     _refused(verb, inputs, place, whole, files, findings)
@@ -119,11 +119,15 @@ def _refused(
         remount(place, f"size={ROOM},ro")
         ended = drilling.run(verb.arguments(inputs), place)
         remount(place, f"size={ROOM},rw")
-        _judge(f"{verb.name}, read-only", ended, _torn(place, whole, files), verb, inputs, place, whole, findings)
+        _judge(
+            f"{verb.name}, read-only", ended, _torn(place, inputs, whole, files), verb, inputs, place, whole, findings
+        )
     with mounted(place, f"size={ROOM},mode=755"):
         drilling.copy_before(place, verb, inputs)
         ended = drilling.run(verb.arguments(inputs), place, inside=_become_nobody)
-        _judge(f"{verb.name}, as nobody", ended, _torn(place, whole, files), verb, inputs, place, whole, findings)
+        _judge(
+            f"{verb.name}, as nobody", ended, _torn(place, inputs, whole, files), verb, inputs, place, whole, findings
+        )
     with mounted(place, f"size={ROOM}"):
         drilling.copy_before(place, verb, inputs)
         ended = drilling.run(verb.arguments(inputs), place, inside=_without_home)
@@ -148,7 +152,8 @@ def _judge(
 ) -> None:  # fmt: skip
     """How it ended, what lies there, and what the call with room makes of it."""
     problem = ended.problem() or torn
-    if problem is None and ended.code:
+    kept_less = "cannot be kept" in ended.text  # a result or feature, which is said and costs no other result
+    if problem is None and (ended.code or kept_less):
         again = drilling.run(verb.to_go_on(place, inputs), place)
         problem = again.problem() or (f"again: {again.text.strip()[-200:]}" if again.code else None)
     problem = problem or drilling.difference(whole.files, drilling.contents(place))
@@ -156,14 +161,16 @@ def _judge(
         findings.add(case, problem)
 
 
-def _torn(place: Path, whole: Undisturbed, files: dict[Path, bytes]) -> str | None:
+def _torn(place: Path, inputs: Path, whole: Undisturbed, files: dict[Path, bytes]) -> str | None:
     """Which files under final names are not as an undisturbed run has, or had, them."""
     for path in place.rglob("*"):
         name = path.relative_to(place)
         if not stat.S_ISREG(path.stat().st_mode):
             continue
         if path.name.startswith(".") and path.name.endswith(".tmp"):
-            return f"left behind: {name}"
+            if not (inputs / name).exists():  # the run that is resumed has one, of the process that was killed
+                return f"left behind: {name}"
+            continue
         if path.name in GROWING and name in files:
             lines = path.read_bytes().splitlines(keepends=True)
             if not files[name].startswith(b"".join(line for line in lines if line.endswith(b"\n"))):

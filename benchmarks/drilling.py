@@ -32,6 +32,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from simclr import cli
 from simclr.commands import COMMANDS
+from simclr.evaluation.ledger import read_results
 from simclr.files import file_digest
 
 STEPS = ["--epochs", "0", "--least-steps", "6", "--batch-size", "6", "--save-every", "2", "--workers", "0"]
@@ -343,7 +344,7 @@ def contents(place: Path) -> dict[str, str]:
     """Every file below `place`, with a digest of what must not depend on kills or on other processes.
 
     Left out are times (WALL_TIME, timing.jsonl) and lock files. Checkpoints are compared by what they hold, not by
-    their bytes, and lines of results in any order.
+    their bytes, and whole lines of results in any order.
     """
     found = {}
     for path in sorted(place.rglob("*")):
@@ -356,7 +357,7 @@ def contents(place: Path) -> dict[str, str]:
         elif path.name in WALL_TIME:
             digest = _digest(_without(json.loads(path.read_bytes()), WALL_TIME[path.name]))
         elif path.name == "results.jsonl":
-            digest = _digest(sorted(path.read_text().splitlines()))
+            digest = _digest(sorted(json.dumps(record) for record in read_results(path)[0]))
         else:
             digest = file_digest(path)
         found[name] = digest
