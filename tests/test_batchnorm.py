@@ -1,6 +1,9 @@
 """Batch norm: TensorFlow's statistics by a naive formula, and one batch spread over processes against the whole."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -354,3 +357,14 @@ def test_an_overflow_prints_no_warning_of_numpy():
     y = layer(x.requires_grad_())
     y.sum().backward()
     assert not y.isfinite().all()
+
+
+def test_kernels_leave_torch_its_number_of_threads():
+    """As many as torchrun, or a user, gives a process: sums, and so the bits of a run, depend on it."""
+    program = (
+        "import torch; from simclr.models.norm_kernels import moments\n"
+        "moments(torch.rand(64, 8, 8, 8).to(memory_format=torch.channels_last)); print(torch.get_num_threads())"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"]

@@ -36,6 +36,20 @@ _ZERO = np.float32(0)
 _one_at_a_time = Lock()  # of Numba's ways to run threads one, taken where there is no OpenMP, bears no two callers
 
 
+def _start_threads() -> None:
+    """Start Numba's threads now, and give torch back its own number of threads.
+
+    Their start sets OpenMP's number, which is torch's too, to that of the cores: a process that torchrun or
+    OMP_NUM_THREADS gave one thread would go on with all of them from its first batch norm on, to other bits.
+    """
+    threads = torch.get_num_threads()
+    numba.set_num_threads(numba.get_num_threads())
+    torch.set_num_threads(threads)
+
+
+_start_threads()
+
+
 @np.errstate(over="ignore", invalid="ignore")  # NaN and infinity are looked for once a step, and said in a sentence
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (C,) and biased variance (C,) of channels-last fp32 x (B, C, H, W), in fp32."""
