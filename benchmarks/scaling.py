@@ -45,6 +45,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from common import Stop, machine, print_markdown, random_images, ratios, run_ours, spread, write_json
 from simclr import distributed
 from simclr import train as training
+from simclr.models import batchnorm
 from simclr.models.batchnorm import TensorFlowBatchNorm
 from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
@@ -141,7 +142,7 @@ class Counting(ExitStack):
 
     def __enter__(self) -> "Counting":
         super().__enter__()
-        gather, reduce, wrap = dist.all_gather_into_tensor, dist.all_reduce, training._over_processes
+        gather, reduce, wrap = distributed.all_gather_flat, dist.all_reduce, training._over_processes
 
         def counted_gather(output: torch.Tensor, given: torch.Tensor, *args: Any, **options: Any) -> Any:
             self.bytes[_purpose(sys._getframe(1).f_globals["__name__"], given, "forward")] += given.nbytes
@@ -162,7 +163,8 @@ class Counting(ExitStack):
             model.register_comm_hook(None, bucket_hook)
             return model
 
-        self.enter_context(patch.object(dist, "all_gather_into_tensor", counted_gather))
+        for module in (distributed, batchnorm):
+            self.enter_context(patch.object(module, "all_gather_flat", counted_gather))
         self.enter_context(patch.object(dist, "all_reduce", counted_reduce))
         self.enter_context(patch.object(training, "_over_processes", counted_wrap))
         return self
