@@ -125,6 +125,19 @@ def test_every_protocol_and_a_second_call(simclr, folder, tmp_path, monkeypatch)
     assert (out / "evaluation" / "results.jsonl").read_text() == lines
 
 
+def test_results_that_cannot_be_kept_are_printed_all_the_same(simclr, run_folder, tmp_path):
+    """As in a run that is another user's, on a full disk or in a container without a home."""
+    shutil.copytree(run_folder, tmp_path / "run")
+    (tmp_path / "run" / "evaluation").write_bytes(b"")
+    (tmp_path / "cache").write_bytes(b"")
+    code, table, said = simclr(
+        "evaluate", tmp_path / "run", "digits", "--protocol", "knn,finetune", "--labels", "2/class", "--compare",
+        "--finetune.epochs", 1, "--cache", tmp_path / "cache", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0 and "encoder" in table and "fine-tuned" in table
+    assert said.count("nothing is kept there") == 1 and said.count("Features cannot be kept") == 1
+
+
 def test_recipes_are_printed_complete(simclr):
     code, out, _ = simclr("recipes")
     assert code == 0 and all(word in out for word in ("digits:", "cpu:", "imagenet-v1:", "temperature=0.1", "cost"))
