@@ -157,6 +157,8 @@ def check_processes(world: World) -> None:
     for num_views, decoupled in ((2, True), (3, False), (3, True)):
         check_process(world, num_views, decoupled, torch.float64, 1e-10)
     if "TRITON_INTERPRET" in os.environ:
+        import conftest  # noqa: F401, which prepares the interpreter, in this process too
+
         module = sys.modules["simclr.losses.nt_xent"]
         module.operands_for = lambda views: Operands.FP32  # pyrefly: ignore[missing-attribute]
         for decoupled in (False, True):
