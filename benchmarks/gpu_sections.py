@@ -28,7 +28,7 @@ from simclr.augment.views import make_views
 from simclr.config import PretrainConfig
 from simclr.data.images import Images
 from simclr.data.source import open_data
-from simclr.distributed import World
+from simclr.distributed import World, stop
 from simclr.errors import UserError
 from simclr.evaluation.knn import knn
 from simclr.evaluation.metrics import accuracy
@@ -511,7 +511,7 @@ def _process(rank: int, size: int, folder: str, device: str, tiny: bool) -> None
     if rank == 0:
         torch.save(result, Path(folder) / "result.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    stop()
 
 
 def _gradients(rank: int, size: int, device: str, tiny: bool) -> tuple[float, list[Tensor]]:

@@ -5,12 +5,14 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small tensors, and other processes beside us
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 from simclr import cli
+from skips import counted, violations
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
@@ -34,6 +36,28 @@ def _let_interpreter_index() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _let_interpreter_index()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """With CI=true, a skip that is not allowed fails the run (skips.py)."""
+    if os.environ.get("CI") == "true" and list(violations(_skips(session.config))):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Every reason to skip, with its number of tests, and what CI would not accept."""
+    skips = _skips(config)
+    for reason, count in skips.items():
+        terminalreporter.write_line(f"skipped {count}: {reason}")
+    if os.environ.get("CI") == "true":
+        for sentence in violations(skips):
+            terminalreporter.write_line(f"FAILED, {sentence}", red=True)
+
+
+def _skips(config):
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    return counted(reporter.stats.get("skipped", ())) if reporter is not None else Counter()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from simclr.config import PretrainConfig
 from simclr.data.images import array_images
 from simclr.distributed import World
 from simclr.errors import UserError
+from skips import NEEDS_GPU
 
 pytest.importorskip("triton")
 cuda = pytest.importorskip("simclr.augment.cuda")
@@ -28,7 +29,7 @@ DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 PRESETS = [Policy.google, Policy.torchvision]
 MIXED = [(40, 30), (1, 1), (3, 50), (33, 24)]
 LAST_BITS = 2e-6  # the mean that contrast needs is added up in another order
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="minutes in the interpreter")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason=NEEDS_GPU)
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from simclr.data import open_data
 from simclr.data.decode import decode_file
 from simclr.data.folder import open_folder
 from simclr.errors import UserError
+from skips import NO_PIPES, ROOT
 
 FORMATS = {
     "jpg": ("JPEG", {}), "png": ("PNG", {}), "gif": ("GIF", {}), "bmp": ("BMP", {}), "webp": ("WEBP", {}),
@@ -161,7 +162,7 @@ def test_just_below_the_limit_is_decoded(tmp_path: Path) -> None:
     assert images.sizes.tolist() == [[10_001, 9_999]]
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason=NO_PIPES)
 def test_fifo_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.jpg")
     (tmp_path / "a.png").write_bytes(encoded("png"))
@@ -206,7 +207,7 @@ def test_odd_names(tmp_path: Path) -> None:
         assert text.encode("utf-8") and text.isprintable()
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason=ROOT)
 def test_unreadable_files_and_folders_are_counted(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded("png"))
     (tmp_path / "b.png").write_bytes(encoded("png"))

@@ -26,6 +26,7 @@ from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.models.import_torch import import_torch
 from simclr.weights import digest_of, save_classifier, save_encoder
+from skips import NO_PIPES
 from test_import_torch import Narrow, shaken
 
 ALLOWANCE = 200 << 20  # bytes beside four times the file
@@ -283,7 +284,7 @@ def test_headers_of_safetensors_that_claim_more_than_the_file(folder: Path, tmp_
             simclr.load(hostile)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason=NO_PIPES)
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_pipes_and_devices_in_the_place_of_files(name: str, folder: Path, tmp_path: Path) -> None:
     hostile = changed(folder, tmp_path / "encoder")

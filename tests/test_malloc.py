@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from skips import OTHER_LIBC
+
 COUNT = """
 import resource, sys
 import torch
@@ -23,7 +25,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason=OTHER_LIBC)
 def test_a_second_step_needs_no_new_pages() -> None:
     faults = {}
     for mode in ("keep", "default"):
