@@ -171,7 +171,7 @@ print(len(count), images.fingerprint)
         fcntl.flock(lock, fcntl.LOCK_EX)
         both = [python(code, photos, packs) for _ in range(2)]
         for process in both:
-            assert process.stdout is not None and "Waiting for another process" in process.stdout.readline()
+            assert process.stdout is not None and "Waiting for " in process.stdout.readline()
     results = []
     for process in both:
         out, error = process.communicate()

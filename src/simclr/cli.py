@@ -46,7 +46,7 @@ def main() -> None:
 
 @contextmanager
 def _sentences() -> Iterator[None]:
-    """What is nobody's mistake in the program, but the machine's limits, as a sentence instead of a traceback."""
+    """Turn what the machine refuses (files, memory, recursion) into a sentence instead of a traceback."""
     try:
         yield
     except BrokenPipeError:

@@ -32,11 +32,7 @@ from simclr.data.digests import decode_found
 from simclr.data.place import KEEP_FREE, room_for, size_text
 from simclr.data.scan import Found
 from simclr.data.shard import ENDING, Shard, ShardWriter
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from simclr.files import FileLock, reason_of
 
 SHARD_BYTES = 128 << 20
 """Pixels in a shard: what a kill may cost, a second or two of decoding. Every further SHARDS_ALIKE shards are twice as
@@ -121,7 +117,7 @@ class Pack:
             except (ValueError, OSError) as error:
                 self._shards[path.name] = None
                 if isinstance(error, OSError):  # perhaps only for us, only now: it is not to be removed
-                    self._say(f"{path} of the pack cannot be read ({_why(error)}).")
+                    self._say(f"{path} of the pack cannot be read ({reason_of(error)}).")
                 else:
                     self.damaged.append(path)
                     self._say(f"{path} of the pack is damaged ({error}): its images are decoded anew.")
@@ -191,7 +187,7 @@ def open_pack(
                 if lacking := pack.lacking(files):
                     notes += _complete(pack, lacking, side, workers, progress, say)
     except OSError as error:
-        notes.append(f"The pack {place} cannot be written ({_why(error)}): --pack names another folder.")
+        notes.append(f"The pack {place} cannot be written ({reason_of(error)}): --pack names another folder.")
     if pack.num_bytes:
         notes.insert(0, f"Images come decoded from the pack {place} ({size_text(pack.num_bytes)}).")
     return pack, notes
@@ -225,7 +221,9 @@ def _complete(
                 pack.refresh()
         except OSError as error:
             rest = len(pack.lacking(files))
-            return [f"The pack is not complete ({_why(error)}): {rest:,} of {len(files):,} new images are not in it."]
+            return [
+                f"The pack is not complete ({reason_of(error)}): {rest:,} of {len(files):,} new images are not in it."
+            ]
     return []
 
 
@@ -264,29 +262,20 @@ def _decode_and_sum(file: Found, side: int | None) -> _Decoded | str:
 @contextmanager
 def _lock(pack: Pack, total: int, progress: Progress | None, say: Say) -> Iterator[None]:
     """Hold the pack's lock, once no other process of this machine (or network) does; show how far that one is."""
-    with open(pack.place / "lock", "ab") as file:
-        waiting = False
-        while not _try_lock(file.fileno()):
-            if not waiting:
-                say(f"Waiting for another process, which writes the pack {pack.place}.")
-                waiting = True
-            time.sleep(_POLL_SECONDS)
-            known = pack.refresh()
-            if progress is not None:
-                progress(min(known, total), total)
-        yield  # closing the file, or the end of the process, gives the lock back
-
-
-def _try_lock(file: int) -> bool:
-    if fcntl is None:
-        return True
+    lock = FileLock(pack.place / "lock")
+    waiting = False
+    while not lock.acquire():
+        if not waiting:
+            say(f"Waiting for {lock.holder()}, which writes the pack {pack.place}.")
+            waiting = True
+        time.sleep(_POLL_SECONDS)
+        known = pack.refresh()
+        if progress is not None:
+            progress(min(known, total), total)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: two writers do no harm
-        return True
-    return True
+        yield
+    finally:
+        lock.release()
 
 
 def _remove_leftovers(pack: Pack, say: Say) -> None:
@@ -304,7 +293,3 @@ def _remove_leftovers(pack: Pack, say: Say) -> None:
 
 def _machine() -> str:
     return "".join(c for c in socket.gethostname() if c.isalnum())
-
-
-def _why(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from simclr.data.decode import ENDINGS
 from simclr.data.images import Skipped
-from simclr.files import Stamp, stamp_of
+from simclr.files import Stamp, reason_of, stamp_of
 
 
 class Found(NamedTuple):
@@ -73,7 +73,7 @@ def scan_folder(root: Path, besides: Path | None = None) -> Scan:
             with os.scandir(root / key) as entries:
                 names = sorted(entry.name for entry in entries)
         except OSError as error:
-            skipped.append(Skipped(_text(key) or ".", f"folder: {_why(error)}"))
+            skipped.append(Skipped(_text(key) or ".", f"folder: {reason_of(error)}"))
             continue
         for name in names:
             below = f"{key}/{name}" if key else name
@@ -83,7 +83,7 @@ def scan_folder(root: Path, besides: Path | None = None) -> Scan:
                 found = os.stat(path)  # of what a link leads to
                 mode, problem = found.st_mode, "not a regular file"
             except OSError as error:
-                found, mode, problem = None, 0, f"cannot be reached: {_why(error)}"
+                found, mode, problem = None, 0, f"cannot be reached: {reason_of(error)}"
             if stat.S_ISDIR(mode):
                 if name.startswith("."):
                     hidden.append(below)
@@ -126,10 +126,6 @@ def _text(key: str) -> str:
     """A key that can be printed and saved: bytes of a name that are not UTF-8 become \\x escapes."""
     text = os.fsencode(key).decode("utf-8", "backslashreplace")
     return key if text == key else text  # the one string, where it can be
-
-
-def _why(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
 
 
 def _same_file(path: Path, other: Path) -> bool:
