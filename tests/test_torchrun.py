@@ -1,7 +1,6 @@
 """`torchrun` as a user starts it: what reaches the terminal, and how all processes end on the trouble of one."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +18,7 @@ PRETRAIN = (
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess:
     """Two processes, with nothing of pytest's in their environment."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
@@ -32,8 +28,9 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (64, 8, 8), np.uint8)
-    np.savez(tmp_path_factory.mktemp("data") / "images.npz", x=pixels)
-    return tmp_path_factory.getbasetemp() / "data0" / "images.npz"
+    path = tmp_path_factory.mktemp("torchrun") / "images.npz"
+    np.savez(path, x=pixels)
+    return path
 
 
 def ended_together(done: subprocess.CompletedProcess, sentence: str) -> bool:
