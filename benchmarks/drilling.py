@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import tyro
 from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -415,6 +416,7 @@ def warm_up(*, libraries: bool = True) -> None:
     for name in LIBRARIES if libraries else ():
         with suppress(ImportError):
             importlib.import_module(name)
+    tyro.extras.get_parser(COMMANDS["predict"].flags)  # another user may not read the modules that tyro imports late
 
 
 @dataclass(frozen=True)

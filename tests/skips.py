@@ -16,6 +16,7 @@ NEEDS_GPU = "minutes in the interpreter"
 NO_PIPES = "needs named pipes"
 ROOT = "root may read everything"
 OTHER_LIBC = "another C library"
+NO_ARRAY_API = "SCIPY_ARRAY_API is not set: not checking array_api input"  # of scikit-learn's own checks
 NO_GOLDEN = "no golden runs are recorded for this release of torch"
 GOLDEN_RELEASES = ("2.11", "2.14")  # those of golden/golden.json
 
@@ -32,6 +33,7 @@ ALLOWED = {
     NO_PIPES: Allowed(lambda: not hasattr(os, "mkfifo"), 4),
     ROOT: Allowed(lambda: hasattr(os, "geteuid") and os.geteuid() == 0, 1),
     OTHER_LIBC: Allowed(lambda: platform.libc_ver()[0] != "glibc", 2),
+    NO_ARRAY_API: Allowed(lambda: "SCIPY_ARRAY_API" not in os.environ, 2),
     NO_GOLDEN: Allowed(lambda: not torch.__version__.startswith(GOLDEN_RELEASES), 1),
 }
 
