@@ -28,22 +28,23 @@ from typing import Any
 import numpy as np
 
 from common import machine, write_json
+from simclr.config.distill import DISTILL_RECIPES
+from simclr.config.finetune import FINETUNE_RECIPES
 from simclr.data.images import Images
 from simclr.data.source import open_data
-from simclr.distill import distill
-from simclr.distill_config import DISTILL_RECIPES
 from simclr.distributed import World
 from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.finetune import TRAINING_VERSION, digest_of, finetune
-from simclr.evaluation.finetune_config import FINETUNE_RECIPES
-from simclr.evaluation.ledger import Ledger, name_of
 from simclr.evaluation.logistic import LOGISTIC_VERSION, optimum_probe
+from simclr.evaluation.metrics import BASELINES
+from simclr.evaluation.results import Ledger, name_of
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import PIXELS, RANDOM, Subject, open_subject
-from simclr.evaluation.table import BASELINES, Row, markdown_table, seeds_note
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import Encoder, build_encoder
-from simclr.weights import Embedder, load
+from simclr.reports.table import Row, markdown_table, seeds_note
+from simclr.tasks.distill import distill
+from simclr.weights.folder import Embedder, load
 
 DEPTHS = ("none", 4, 3, 2, 1, "all")
 """What is trained besides the classifier, as `--finetune.tune-from` takes it."""

@@ -27,12 +27,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from simclr import pretrain as pretraining
-from simclr.config import PretrainConfig
+from simclr.config.pretrain import PretrainConfig
 from simclr.data.images import Images, array_images
 from simclr.distributed import World
-from simclr.run import RunFolder, describe_machine
-from simclr.train import Outcome, Task, train
+from simclr.tasks import pretrain as pretraining
+from simclr.training.loop import Outcome, Task, train
+from simclr.training.run import RunFolder, describe_machine
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
@@ -196,7 +196,7 @@ def run_ours(
     with tempfile.TemporaryDirectory() as temporary:
         path = folder or Path(temporary) / "run"
         path, origin = world.broadcast((path, None if path.exists() else {}))  # no origin: the run goes on
-        with patch("simclr.pretrain.train", watched), suppress(Stop):
+        with patch("simclr.tasks.pretrain.train", watched), suppress(Stop):
             pretraining.pretrain(images, config, RunFolder(path), world, origin=origin)
 
 

@@ -20,24 +20,24 @@ from typing import Any
 
 import numpy as np
 
+from simclr.config.distill import DISTILL_RECIPES, DistillConfig
+from simclr.config.encoder import EncoderConfig
+from simclr.config.finetune import FINETUNE_RECIPES
+from simclr.config.schedule import total_steps
 from simclr.data.images import Images
 from simclr.data.source import open_data
-from simclr.distill import distill
-from simclr.distill_config import DISTILL_RECIPES, DistillConfig
 from simclr.evaluation.finetune import TRAINING_VERSION, finetune, supervised
-from simclr.evaluation.finetune_config import FINETUNE_RECIPES
-from simclr.evaluation.ledger import Ledger, name_of
 from simclr.evaluation.logistic import optimum_probe
 from simclr.evaluation.metrics import accuracy
+from simclr.evaluation.results import Ledger, name_of
 from simclr.evaluation.split import Split, split_data
-from simclr.evaluation.table import Row, markdown_table, seeds_note
-from simclr.features import pixels_of
 from simclr.models.classifier import Classifier
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
-from simclr.run import describe_machine, open_run
-from simclr.schedule import total_steps
-from simclr.weights import Embedder, digest_of, load
+from simclr.models.inference import pixels_of
+from simclr.reports.table import Row, markdown_table, seeds_note
+from simclr.tasks.distill import distill
+from simclr.training.run import describe_machine, open_run
+from simclr.weights.folder import Embedder, digest_of, load
 
 TEACHER, PIXELS = "teacher, fine-tuned", "raw pixels, linear"
 TUNING: dict[str, Any] = {"lr": 0.03, "weight_decay": 0.0, "epochs": 10, "least_steps": 500}

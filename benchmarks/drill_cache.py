@@ -29,12 +29,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from simclr import cli, reports
-from simclr.evaluation import curve, finetune_config, grid, keys, measure, subjects, transfer
+from simclr import cli
+from simclr.config import finetune as finetune_config
+from simclr.evaluation import curve, grid, keys, measure, subjects, transfer
 from simclr.evaluation import probe as probing
 from simclr.models import EncoderConfig, build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.weights import load, save_encoder
+from simclr.tasks import evaluate_reports as reports
+from simclr.weights.folder import load, save_encoder
 
 COMPUTES: dict[str, list[tuple[Any, str]]] = {
     "features": [(subjects, "extract")],

@@ -87,7 +87,7 @@ def _safetensors(folder: Path) -> None:
 
 
 def _import_torch(folder: Path) -> Any:
-    from simclr.models.import_torch import import_torch
+    from simclr.weights.importers.import_torch import import_torch
 
     return import_torch(folder / "a.pt")
 
@@ -114,7 +114,7 @@ def _parts() -> Any:
 
 
 def _import_tf(folder: Path) -> Any:
-    from simclr.models.import_tf import import_tf
+    from simclr.weights.importers.import_tf import import_tf
 
     return import_tf(folder)
 
@@ -124,7 +124,7 @@ def _encoder(folder: Path) -> None:
 
     from simclr.models import EncoderConfig, ProjectionHead, build_encoder
     from simclr.models.classifier import Classifier
-    from simclr.weights import save_classifier
+    from simclr.weights.folder import save_classifier
 
     encoder = build_encoder(EncoderConfig("small", channels=1, size=12, mean=(0.5,), std=(0.5,)))
     network = Classifier(encoder, ProjectionHead(encoder.num_features, dim=9), 3, head_layer=1)
@@ -141,16 +141,16 @@ def _load(folder: Path) -> Any:
 
 def _export(name: str) -> Callable[[Path], None]:
     def build(folder: Path) -> None:
-        from simclr import commands
-        from simclr.exporting.export import export
         from simclr.models import EncoderConfig, build_encoder
-        from simclr.weights import save_encoder
+        from simclr.tasks.export import export
+        from simclr.tasks.options.using import Export
+        from simclr.weights.folder import save_encoder
 
         onnx = name.endswith(".onnx")
         config = EncoderConfig("small" if onnx else "timm/test_resnet", channels=1, size=12 if onnx else 32)
         with tempfile.TemporaryDirectory() as run:
             save_encoder(build_encoder(config), Path(run), preprocessing="google", origin={})
-            export(commands.Export(run=Path(run), format="onnx" if onnx else "timm", out=folder / name))
+            export(Export(run=Path(run), format="onnx" if onnx else "timm", out=folder / name))
         beside = folder / f"{name}.json"
         beside.write_text(json.dumps(json.loads(beside.read_text()) | {"sha256": ""}))
 
@@ -214,13 +214,13 @@ def _open_labels(folder: Path) -> None:
 
 
 def _run_config(folder: Path) -> None:
-    from simclr.config import PretrainConfig
+    from simclr.config.pretrain import PretrainConfig
 
     PretrainConfig().save(folder / "config.json")
 
 
 def _open_run_config(folder: Path) -> Any:
-    from simclr.config import load_config
+    from simclr.config.pretrain import load_config
 
     return load_config(folder / "config.json")
 
@@ -231,7 +231,7 @@ def _metrics(folder: Path) -> None:
 
 
 def _open_metrics(folder: Path) -> Any:
-    from simclr.run import RunFolder
+    from simclr.training.run import RunFolder
 
     return RunFolder(folder).read_metrics()
 
@@ -242,7 +242,7 @@ def _results(folder: Path) -> None:
 
 
 def _open_results(folder: Path) -> Any:
-    from simclr.evaluation.ledger import read_results
+    from simclr.evaluation.results import read_results
 
     return read_results(folder / "results.jsonl")
 

@@ -32,8 +32,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from simclr import cli
-from simclr.commands import COMMANDS
-from simclr.evaluation.ledger import read_results
+from simclr.cli.commands import COMMANDS
+from simclr.evaluation.results import read_results
 from simclr.files import file_digest
 
 STEPS = ["--epochs", "0", "--least-steps", "6", "--batch-size", "6", "--save-every", "2", "--workers", "0"]
@@ -51,7 +51,7 @@ WALL_TIME = {
 """Fields that hold times or free memory of the machine, and are left out of every comparison; so is timing.jsonl."""
 LIBRARIES = (
     "matplotlib.backends.backend_agg", "pyarrow.parquet", "sklearn.linear_model", "onnx", "onnxruntime",
-    "scipy.optimize", "simclr.report", "timm", "torchvision",
+    "scipy.optimize", "simclr.reports.pictures", "timm", "torchvision",
 )  # fmt: skip
 """What some commands import when they are called."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -477,10 +477,10 @@ def find(name: str) -> Verb:
 
 
 def _make_models(inputs: Path) -> None:
+    from simclr.config.encoder import EncoderConfig
     from simclr.models.classifier import Classifier
-    from simclr.models.config import EncoderConfig
     from simclr.models.encoder import build_encoder
-    from simclr.weights import save_classifier, save_encoder
+    from simclr.weights.folder import save_classifier, save_encoder
 
     encoder = build_encoder(EncoderConfig("small", channels=3, size=8, width=0.25), seed=0)
     save_encoder(encoder, inputs / "encoder", preprocessing="google", origin={})

@@ -37,12 +37,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, RandomSampler
 
-from simclr.config import PretrainConfig
+from simclr.config.pretrain import PretrainConfig
 from simclr.data import Images, open_data
 from simclr.distributed import World
-from simclr.pretrain import build_task
-from simclr.run import RunFolder
-from simclr.train import Prefetcher
+from simclr.tasks.pretrain import build_task
+from simclr.training.loop import Prefetcher
+from simclr.training.run import RunFolder
 
 HEIGHT, WIDTH, SIZE = 375, 500, 224
 OURS = "ours"

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from common import Contender, Stop, encoder_alone, in_fresh_process, random_images, run_ours
-from simclr.augment.policy import Policy
-from simclr.augment.views import make_views
-from simclr.config import PretrainConfig
+from simclr.config.encoder import EncoderConfig
+from simclr.config.pretrain import PretrainConfig
+from simclr.config.recipes import RECIPES
 from simclr.data.images import Images
 from simclr.data.source import open_data
 from simclr.distributed import World, stop
@@ -34,15 +34,15 @@ from simclr.evaluation.knn import knn
 from simclr.evaluation.metrics import accuracy
 from simclr.evaluation.split import split_data
 from simclr.evaluation.subjects import random_encoder
-from simclr.features import extract, pixels_of
 from simclr.losses.nt_xent import nt_xent, nt_xent_dense
 from simclr.methods.simclr import SimCLR
 from simclr.models.batchnorm import set_global_batch_norm
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.recipes import RECIPES
-from simclr.train import Task
+from simclr.models.inference import extract, pixels_of
+from simclr.training.loop import Task
+from simclr.views.policy import Policy
+from simclr.views.views import make_views
 
 GFLOP = {"resnet18-32": 3.33, "resnet50-224": 24.5}
 """Of a view, forward and backward (6 x multiply-adds; performance-facts section 4)."""
@@ -249,7 +249,7 @@ def views_speed(bench: Bench) -> dict[str, Any]:
         draws = {"seed": 0, "epoch": 0, "indices": np.arange(count)}
         places: dict[str, Any] = {"host": images}
         if bench.on_gpu:
-            from simclr.augment.device_images import DeviceImages
+            from simclr.views.device_images import DeviceImages
 
             places["device"] = DeviceImages.upload(images, 3, bench.device)
         for place, held in places.items():

@@ -23,7 +23,7 @@ from PIL import Image
 from common import in_fresh_process, machine, print_markdown, spread, write_json
 from simclr.data import open_data
 from simclr.data.digests import RACY_NS, identify
-from simclr.data.scan import scan_folder
+from simclr.data.readers.scan import scan_folder
 
 SIDE = 28  # pixels
 CLASSES = 10

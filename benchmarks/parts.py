@@ -18,13 +18,13 @@ from typing import Literal, cast
 import torch
 
 from common import print_markdown, random_images
+from simclr.config.recipes import find_recipe
 from simclr.distributed import World
 from simclr.losses import nt_xent
-from simclr.malloc import keep_freed_memory
-from simclr.pretrain import build_task
-from simclr.recipes import find_recipe
-from simclr.run import RunFolder
-from simclr.train import take_step
+from simclr.tasks.pretrain import build_task
+from simclr.training.loop import take_step
+from simclr.training.malloc import keep_freed_memory
+from simclr.training.run import RunFolder
 
 
 def main() -> None:

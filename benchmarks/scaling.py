@@ -44,14 +44,14 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from common import Stop, machine, print_markdown, random_images, ratios, run_ours, spread, write_json
 from simclr import distributed
-from simclr import train as training
+from simclr.config.encoder import EncoderConfig
+from simclr.config.recipes import RECIPES
 from simclr.models import batchnorm
 from simclr.models.batchnorm import TensorFlowBatchNorm
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.recipes import RECIPES
-from simclr.train import Task
+from simclr.training import loop as training
+from simclr.training.loop import Task
 
 FLOAT, FLAG = 4, 8  # bytes of an fp32 and of an int64
 GATHERED = frozenset({"projections", "log-sums", "batch norm forward"})

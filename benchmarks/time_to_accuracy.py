@@ -47,17 +47,17 @@ from common import (
     stretched,
     write_json,
 )
-from simclr.config import PretrainConfig
+from simclr.config.encoder import EncoderConfig
+from simclr.config.pretrain import PretrainConfig
+from simclr.config.recipes import RECIPES, fit_recipe
 from simclr.data.images import Images
 from simclr.data.source import open_data
 from simclr.evaluation.knn import knn
 from simclr.evaluation.metrics import accuracy
 from simclr.evaluation.subjects import random_encoder
-from simclr.features import extract, pixels_of
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
-from simclr.recipes import RECIPES, fit_recipe
-from simclr.train import Task
+from simclr.models.inference import extract, pixels_of
+from simclr.training.loop import Task
 
 CONTENDERS = ("ours", "ours-fifth", "lightly", "lightly-cosine")
 BASELINES = ("raw pixels", "random encoder")

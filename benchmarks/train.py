@@ -48,14 +48,14 @@ from common import (
     views_per_second,
     write_json,
 )
-from simclr.config import PretrainConfig
+from simclr.config.encoder import EncoderConfig
+from simclr.config.pretrain import PretrainConfig
+from simclr.config.recipes import RECIPES
 from simclr.data.images import Images
 from simclr.data.source import open_data
 from simclr.errors import UserError
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
-from simclr.recipes import RECIPES
-from simclr.train import Task
+from simclr.training.loop import Task
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from common import Contender, Transformed, machine, paired_rounds, ratios, spread, write_json
-from simclr.augment.policy import Policy
-from simclr.augment.views import make_views
+from simclr.views.policy import Policy
+from simclr.views.views import make_views
 
 OURS = "ours"
 

@@ -28,8 +28,8 @@ from simclr.data.source import open_data
 from simclr.errors import UserError
 from simclr.evaluation.retrieval import retrieval
 from simclr.evaluation.subjects import random_encoder
-from simclr.evaluation.table import Row, text_table
-from simclr.features import extract, pixels_of
+from simclr.models.inference import extract, pixels_of
+from simclr.reports.table import Row, text_table
 
 VENDORS = ("google", "twitter")
 PIXELS_SIDE = 16

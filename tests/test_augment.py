@@ -18,14 +18,14 @@ from scipy.stats import ks_1samp, ks_2samp
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from simclr.augment import resize, views
-from simclr.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, draw
-from simclr.augment.policy import Policy
-from simclr.augment.random import philox, shuffled, uniforms
-from simclr.augment.reference import grayscale, render, scale_saturation, shift_hue, stretch_contrast
-from simclr.augment.resize import crop_resize
-from simclr.augment.views import eval_images, make_view, make_views
 from simclr.errors import UserError
+from simclr.random import philox, shuffled, uniforms
+from simclr.views import resize, views
+from simclr.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, draw
+from simclr.views.policy import Policy
+from simclr.views.reference import grayscale, render, scale_saturation, shift_hue, stretch_contrast
+from simclr.views.resize import crop_resize
+from simclr.views.views import eval_images, make_view, make_views
 
 PRESETS = [Policy.google, Policy.torchvision]
 
@@ -233,7 +233,7 @@ def test_presets_blur_only_above_32_pixels_and_leave_gray_images_gray():
 
 
 def test_policies_are_made_without_torch():
-    code = "import sys, simclr.augment.policy; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    code = "import sys, simclr.views.policy; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import simclr
-from simclr.augment import cpu, reference, resize
-from simclr.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, draw
-from simclr.augment.policy import Policy
-from simclr.augment.views import eval_images, make_views
+from simclr.views import cpu, reference, resize
+from simclr.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, draw
+from simclr.views.policy import Policy
+from simclr.views.views import eval_images, make_views
 
 PRESETS = [Policy.google, Policy.torchvision]
 MIXED = [(40, 30), (1, 1), (3, 120), (33, 64), (200, 150), (32, 32), (7, 90), (64, 64), (1, 7), (375, 500)]
@@ -208,10 +208,10 @@ def test_the_authors_crops(reference: Path):
 
 PROGRAM = """
 import numpy as np
-from simclr.augment.policy import Policy
-from simclr.augment.views import make_views
+from simclr.views.policy import Policy
+from simclr.views.views import make_views
 first, _ = make_views(np.full((2, 9, 9, 1), 7, np.uint8), Policy.google(8, channels=1), seed=0, epoch=0, indices=[0, 1])
-from simclr.augment import kernels
+from simclr.views import kernels
 print(first.shape, kernels.render_views.stats.cache_path)
 """
 
@@ -235,5 +235,5 @@ def test_without_a_folder_for_the_cache_kernels_compile_all_the_same(tmp_path):
 
 
 def test_the_command_line_starts_without_numba():
-    code = "import sys, simclr.augment.views, simclr.cli; assert 'numba' not in sys.modules"
+    code = "import sys, simclr.views.views, simclr.cli.main; assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from simclr import pretrain
-from simclr.augment import reference, resize
-from simclr.augment.device_images import DeviceImages
-from simclr.augment.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, draw
-from simclr.augment.policy import Policy
-from simclr.augment.views import eval_images, make_view, make_views
-from simclr.config import PretrainConfig
+from simclr.config.pretrain import PretrainConfig
 from simclr.data.images import array_images
 from simclr.distributed import World
 from simclr.errors import UserError
+from simclr.tasks import pretrain
+from simclr.views import reference, resize
+from simclr.views.device_images import DeviceImages
+from simclr.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, draw
+from simclr.views.policy import Policy
+from simclr.views.views import eval_images, make_view, make_views
 from skips import NEEDS_GPU
 
 pytest.importorskip("triton")
-cuda = pytest.importorskip("simclr.augment.cuda")
+cuda = pytest.importorskip("simclr.views.cuda")
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -234,7 +234,7 @@ def test_a_data_set_is_sent_in_shares(monkeypatch):
         channels="auto",
     )  # fmt: skip
     data = replace(data, sizes=sizes, read=lambda rows: [images[row] for row in rows])
-    monkeypatch.setattr("simclr.augment.device_images._SHARE_BYTES", 1000)
+    monkeypatch.setattr("simclr.views.device_images._SHARE_BYTES", 1000)
     resident = DeviceImages.of(data, DEVICE)
     assert torch.equal(resident.pixels.cpu(), torch.from_numpy(np.concatenate([image.ravel() for image in images])))
 
@@ -293,7 +293,7 @@ import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from simclr.augment import cuda, triton_kernels
+from simclr.views import cuda, triton_kernels
 
 POINTERS = {"pixels": "*u8", "views": "*i32", "keys": "*fp32", "planes": "*fp32", "out": "*bf16"}
 for google in (True, False):
@@ -324,5 +324,5 @@ def test_kernels_compile_for_a_gpu_without_fused_multiply_adds(tmp_path):
 
 
 def test_views_are_imported_without_triton():
-    code = "import sys, simclr.augment.views, simclr.cli; assert 'triton' not in sys.modules"
+    code = "import sys, simclr.views.views, simclr.cli.main; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from simclr.checkpoint import checkpoints, load_newest, save_checkpoint, step_of
 from simclr.errors import UserError
 from simclr.files import write_atomically
+from simclr.training.checkpoint import checkpoints, load_newest, save_checkpoint, step_of
 
 
 def save_some(folder, steps, keep=10):

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from simclr import UserError
+from simclr.config.encoder import EncoderConfig
 from simclr.distributed import World
-from simclr.methods.classify import Classify
+from simclr.methods.supervised import Classify
 from simclr.models.classifier import Classifier
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.optim import build_optimizer
+from simclr.training.optim import build_optimizer
 
 NUM_CLASSES = 5
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr import SimCLR, cli, jobs
-from simclr.evaluation.finetune_config import FINETUNE_RECIPES
+from simclr import SimCLR, cli
+from simclr.config.finetune import FINETUNE_RECIPES
+from simclr.tasks import jobs
 
 FAST = ["--recipe", "digits", "--epochs", "1", "--batch-size", "64", "--width", "0.5", "--workers", "0"]
 
@@ -48,7 +49,8 @@ def run_folder(tmp_path_factory):
 
 
 def test_help_is_quick_and_torch_stays_out():
-    code = "import sys, simclr, simclr.cli; sys.argv = ['simclr', 'pretrain', '--help']\ntry: simclr.cli.main()\n"
+    code = "import sys, simclr\nfrom simclr.cli.main import main\nsys.argv = ['simclr', 'pretrain', '--help']\n"
+    code += "try: main()\n"
     code += "except SystemExit: pass\nprint('torch' in sys.modules or 'numpy' in sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "--temperature" in done.stdout and done.stderr.strip() == "False"
@@ -251,7 +253,7 @@ def test_a_run_goes_on_from_another_folder_and_after_its_images_moved(simclr, tm
 
 
 def test_a_signal_ends_with_its_number(simclr, tmp_path, monkeypatch):
-    from simclr import pretrain as pretraining
+    from simclr.tasks import pretrain as pretraining
 
     real = pretraining.make_views
 

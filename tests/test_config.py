@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import simclr
-from simclr import config as config_module
-from simclr.config import PretrainConfig, changed_on_resume, load_config
+from simclr.config import pretrain as config_module
+from simclr.config.pretrain import PretrainConfig, changed_on_resume, load_config
+from simclr.config.recipes import RECIPES, choose_recipe, find_recipe, fit_recipe
 from simclr.errors import UserError
-from simclr.recipes import RECIPES, choose_recipe, find_recipe, fit_recipe
 
 
 class Facts:
@@ -65,9 +65,7 @@ def test_every_setting_is_documented_and_used():
     names = {f.name for f in fields(PretrainConfig)}
     assert names == documented
     sources = "".join(
-        path.read_text()
-        for path in Path(simclr.__file__).parent.glob("*.py")
-        if path.name not in ("config.py", "recipes.py")
+        path.read_text() for path in Path(simclr.__file__).parent.rglob("*.py") if path.parent.name != "config"
     )
     unused = {name for name in names if not re.search(rf"config\.{name}\b", sources)}
     assert not unused

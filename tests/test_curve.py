@@ -16,6 +16,7 @@ from simclr.data.splits import label_subset
 from simclr.errors import UserError
 from simclr.evaluation.curve import Curve, labels_curve, labels_saved, when_it_pays
 from simclr.evaluation.split import Split
+from simclr.reports.curve import curve_table, draw_curve
 
 NUM_CLASSES = 3
 
@@ -182,7 +183,7 @@ def test_counts_end_at_the_smallest_class():
     curve, said = counts_of([6, 9], asked=[50, "all", 3, 7, 3])
     assert curve.counts == [3, "all"] and curve.labels_a_class("all") == 7.5
     note = "Left out: 7, 50 labels a class; the smallest class has 6 images."
-    assert said[0] == note and note in curve.table() and curve.notes == (note,)
+    assert said[0] == note and note in curve_table(curve) and curve.notes == (note,)
     with pytest.raises(UserError, match=r"smallest class has 6 .* fewer than 10"):
         counts_of([6, 9], asked=[20, 10])
     with pytest.raises(UserError, match="1 and above"):
@@ -239,13 +240,17 @@ def test_when_it_pays_counts_seeds_not_means():
 
 def test_table_and_dictionary():
     curve = constructed({"encoder": [0.5, 0.6], "pixels": [0.35, 0.7]}, counts=(1, "all"))
-    assert curve.table().split("\n")[:3] == [
+    assert curve_table(curve).split("\n")[:3] == [
         "labels a class              1         all",
         "encoder            50.0 ± 1.4  60.0 ± 1.4",
         "pixels (baseline)  35.0 ± 1.4  70.0 ± 1.4",
     ]
-    assert "500 test images" in curve.table() and "over 2 seeds" in curve.table() and "4,000 labels" in curve.table()
-    assert "| encoder | **50.0 ± 1.4** | 60.0 ± 1.4 |" in curve.table(markdown=True)
+    assert (
+        "500 test images" in curve_table(curve)
+        and "over 2 seeds" in curve_table(curve)
+        and "4,000 labels" in curve_table(curve)
+    )
+    assert "| encoder | **50.0 ± 1.4** | 60.0 ± 1.4 |" in curve_table(curve, markdown=True)
     assert Curve.from_dict(curve.to_dict()) == curve
     assert curve.to_dict()["results"][0] == {
         "source": "encoder",
@@ -260,7 +265,7 @@ def test_table_and_dictionary():
 def test_the_picture_opens(counts, seeds):
     """One point or several, with and without spread, with names that would lie on one another."""
     curve = constructed({name: [0.5, 0.6, 0.7, 0.8] for name in ("encoder", "pixels", "a", "b")}, counts, seeds)
-    with Image.open(io.BytesIO(curve.draw())) as picture:
+    with Image.open(io.BytesIO(draw_curve(curve))) as picture:
         assert picture.format == "PNG"
         assert 600 < picture.width < 1500 and 350 < picture.height < 1000
         pixels = np.asarray(picture.convert("RGB"))

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from simclr.data import label_subset, open_data, split_indices
-from simclr.data.decode import decode_file, decode_image, to_pixels
-from simclr.data.folder import open_folder
-from simclr.data.idx import read_idx
 from simclr.data.images import with_channels
-from simclr.data.named import DEBIAN_FASHION_MNIST
+from simclr.data.readers.decode import decode_file, decode_image, to_pixels
+from simclr.data.readers.folder import open_folder
+from simclr.data.readers.idx import read_idx
+from simclr.data.readers.named import DEBIAN_FASHION_MNIST
 from simclr.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -552,7 +552,7 @@ def test_download_that_fails_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tm
         raise OSError("no network\nlong trace")
 
     monkeypatch.setattr(datasets, {"cifar10": "CIFAR10", "fashion-mnist": "FashionMNIST"}[name], fail)
-    monkeypatch.setattr("simclr.data.named.DEBIAN_FASHION_MNIST", tmp_path)
+    monkeypatch.setattr("simclr.data.readers.named.DEBIAN_FASHION_MNIST", tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"could not be downloaded \(no network\)") as caught:
         open_data(name)

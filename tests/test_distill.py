@@ -17,22 +17,22 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from simclr import UserError
-from simclr import distill as distilling
-from simclr.augment.policy import crop_and_flip
+from simclr.config.distill import DISTILL_RECIPES, DistillConfig, find_distill_recipe
+from simclr.config.encoder import EncoderConfig
+from simclr.config.schedule import peak_lr, total_steps
 from simclr.data.source import open_data
-from simclr.distill import Stopped, distill
-from simclr.distill_config import DISTILL_RECIPES, DistillConfig, find_distill_recipe
 from simclr.distributed import World
 from simclr.methods.distill import Distill
 from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.run import RunFolder
-from simclr.schedule import peak_lr, total_steps
-from simclr.teacher import open_teacher, teachers_columns
-from simclr.weights import Embedder, load, save_classifier, save_encoder
+from simclr.tasks import distill as distilling
+from simclr.tasks.distill import Stopped, distill
+from simclr.tasks.teacher import open_teacher, teachers_columns
+from simclr.training.run import RunFolder
+from simclr.views.policy import crop_and_flip
+from simclr.weights.folder import Embedder, load, save_classifier, save_encoder
 from test_distributed import in_processes
 
 CONFIG = replace(
@@ -121,8 +121,8 @@ def test_the_method_is_the_formula_and_only_the_student_moves():
 
 def test_a_student_learns_its_teacher(images, test, tmp_path):
     """Without a label: a teacher that sees 8 pixels and knows the digits teaches a student that sees 12."""
+    from simclr.config.finetune import FINETUNE_RECIPES
     from simclr.evaluation.finetune import finetune
-    from simclr.evaluation.finetune_config import FINETUNE_RECIPES
 
     labelled = open_data("digits", split="train")
     recipe = replace(FINETUNE_RECIPES["small"], optimizer="adamw", lr=1e-2, epochs=0, least_steps=100, flip=0.0)

@@ -17,11 +17,11 @@ from simclr import UserError, distributed
 from simclr.data.images import array_images
 from simclr.distributed import World, joined, start, stop
 from simclr.errors import ReportedElsewhere
-from simclr.features import extract
 from simclr.losses import contrastive_accuracy_and_entropy, nt_xent, nt_xent_dense
 from simclr.losses.streamed import others_logsumexp
 from simclr.models import EncoderConfig, build_encoder
 from simclr.models.batchnorm import set_global_batch_norm
+from simclr.models.inference import extract
 
 NUM_IMAGES = 24
 

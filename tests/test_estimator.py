@@ -22,7 +22,7 @@ from sklearn.utils.estimator_checks import check_estimator, parametrize_with_che
 import simclr
 from simclr import SimCLR, UserError, cli
 from simclr.data import open_data
-from simclr.run import RunFolder
+from simclr.training.run import RunFolder
 
 DOCS = Path(__file__).parents[1] / "docs" / "scikit-learn.md"
 TINY = {"epochs": 1, "size": 4, "width": 0.25, "random_state": 0}

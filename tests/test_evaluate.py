@@ -6,6 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
+from simclr.config.encoder import EncoderConfig
 from simclr.data.source import open_data
 from simclr.errors import UserError
 from simclr.evaluation.knn import knn
@@ -13,9 +14,8 @@ from simclr.evaluation.logistic import optimum_probe
 from simclr.evaluation.metrics import accuracy
 from simclr.evaluation.split import split_data
 from simclr.evaluation.subjects import random_encoder
-from simclr.features import extract, pixels_of
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
+from simclr.models.inference import extract, pixels_of
 
 
 @pytest.fixture(scope="module")

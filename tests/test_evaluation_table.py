@@ -4,7 +4,8 @@ import statistics
 
 import pytest
 
-from simclr.evaluation.table import Row, markdown_table, mean_and_spread, seeds_note, text_table, with_spread
+from simclr.evaluation.metrics import mean_and_spread
+from simclr.reports.table import Row, markdown_table, seeds_note, text_table, with_spread
 
 ROWS = [
     Row("encoder", {"knn": [0.70, 0.72, 0.77], "linear": [0.8]}),

@@ -10,13 +10,13 @@ from torch import nn
 from torchvision import models
 
 import simclr
-from simclr import commands
 from simclr.errors import UserError
-from simclr.exporting.export import export
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder
 from simclr.models.classifier import Classifier
-from simclr.models.torchvision_names import from_timm, from_torchvision, name_in, to_timm, to_torchvision
-from simclr.weights import save_classifier, save_encoder
+from simclr.models.external.torchvision_names import from_timm, from_torchvision, name_in, to_timm, to_torchvision
+from simclr.tasks.export import export
+from simclr.tasks.options.using import Export
+from simclr.weights.folder import save_classifier, save_encoder
 
 CLASSES = ["cat", "Hund", "oiseau à plumes"]
 NORMAL = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
@@ -98,7 +98,7 @@ def test_a_resnet_in_another_library_and_back(library, ending, size, classifier,
         "resnet50", channels=channels, size=size, stem="imagenet", **(NORMAL if channels == 3 else {})
     )
     network, x = saved(config, tmp_path / "encoder", classifier=classifier), images(config, 3)
-    export(commands.Export(run=tmp_path / "encoder", format=library, out=tmp_path / f"weights{ending}"))
+    export(Export(run=tmp_path / "encoder", format=library, out=tmp_path / f"weights{ending}"))
     printed = capsys.readouterr()
     file = tmp_path / f"weights{ending or '.safetensors'}"
     described = json.loads((tmp_path / f"{file.name}.json").read_text())
@@ -135,7 +135,7 @@ def test_a_resnet_in_another_library_and_back(library, ending, size, classifier,
 def test_their_own_models_go_home(library, name, channels, size, classifier, tmp_path, monkeypatch, capsys) -> None:
     config = EncoderConfig(f"{library}/{name}", channels=channels, size=size, **(NORMAL if channels == 3 else {}))
     network, x = saved(config, tmp_path / "encoder", classifier=classifier), images(config, 2)
-    export(commands.Export(run=tmp_path / "encoder", format=library, out=tmp_path / "weights"))
+    export(Export(run=tmp_path / "encoder", format=library, out=tmp_path / "weights"))
     theirs = run_lines(capsys.readouterr().out, tmp_path, monkeypatch)
     loaded = simclr.load(tmp_path / "weights.safetensors")
     again = loaded.classifier if classifier else loaded.encoder
@@ -175,7 +175,7 @@ def test_a_refusal_leaves_nothing_behind(tmp_path: Path) -> None:
         ({"format": "onnx", "out": Path("/proc/w.onnx")}, "cannot be written"),
     ):
         with pytest.raises(UserError, match=reason):
-            export(commands.Export(run=tmp_path / "encoder", **flags))
+            export(Export(run=tmp_path / "encoder", **flags))
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
 
 
@@ -183,7 +183,7 @@ def test_a_classifier_on_the_head_stays_behind_with_a_word(tmp_path: Path, capsy
     encoder = as_trained(build_encoder(EncoderConfig("timm/resnet10t", channels=1, size=32)))
     network = Classifier(encoder, ProjectionHead(encoder.num_features), 3, head_layer=1).eval()
     save_classifier(network, tmp_path / "encoder", classes=CLASSES, preprocessing="google", origin={})
-    export(commands.Export(run=tmp_path / "encoder", format="timm", out=tmp_path / "w.pth"))
+    export(Export(run=tmp_path / "encoder", format="timm", out=tmp_path / "w.pth"))
     assert "stands on layer 1 of the projection head" in capsys.readouterr().err
     loaded = simclr.load(tmp_path / "w.pth")
     assert loaded.classifier is None
@@ -193,7 +193,7 @@ def test_a_classifier_on_the_head_stays_behind_with_a_word(tmp_path: Path, capsy
 def test_files_that_are_not_what_they_say_are_refused(tmp_path: Path) -> None:
     saved(EncoderConfig("timm/resnet10t", channels=1, size=32), tmp_path / "encoder", classifier=True)
     for name in ("a.pth", "a.safetensors"):
-        export(commands.Export(run=tmp_path / "encoder", format="timm", out=tmp_path / name))
+        export(Export(run=tmp_path / "encoder", format="timm", out=tmp_path / name))
     pth, safe = (tmp_path / "a.pth").read_bytes(), (tmp_path / "a.safetensors").read_bytes()
     torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "foreign.pth")
     for name, content, reason in (
@@ -215,7 +215,7 @@ def test_files_that_are_not_what_they_say_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_refuses_images_that_its_encoder_was_not_made_for(tmp_path: Path) -> None:
     saved(EncoderConfig("timm/resnet10t", channels=1, size=32), tmp_path / "encoder", classifier=False)
-    export(commands.Export(run=tmp_path / "encoder", format="timm", out=tmp_path / "w.pth"))
+    export(Export(run=tmp_path / "encoder", format="timm", out=tmp_path / "w.pth"))
     model = simclr.load(tmp_path / "w.pth")
     assert model.embed(np.zeros((2, 50, 40), np.uint8)).shape == (2, 512)  # any size is cut and resized
     with pytest.raises(UserError, match="1-channel images and what was given is in colour"):

@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 import simclr
-from simclr import commands
+from simclr.config.encoder import RESNETS
 from simclr.errors import UserError
 from simclr.evaluation.subjects import Subject
-from simclr.exporting import onnx_file
-from simclr.exporting.export import export
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder
 from simclr.models.classifier import Classifier
-from simclr.models.config import RESNETS
-from simclr.models.onnx_bridge import OnnxEncoder
-from simclr.weights import save_classifier, save_encoder
+from simclr.models.external.onnx_bridge import OnnxEncoder
+from simclr.tasks.export import export
+from simclr.tasks.options.using import Export
+from simclr.weights.exporters import onnx_file
+from simclr.weights.folder import save_classifier, save_encoder
 from test_export import CLASSES, as_trained, images, relative
 
 pytest.importorskip("onnx")
@@ -33,7 +33,7 @@ SMALL = EncoderConfig("small", channels=3, size=40, mean=(0.4, 0.5, 0.6), std=(0
 def exported(config: EncoderConfig, folder: Path, *, seed: int = 3) -> nn.Module:
     encoder = as_trained(build_encoder(config, seed=seed))
     save_encoder(encoder, folder / "encoder", preprocessing="google", origin={})
-    export(commands.Export(run=folder / "encoder", format="onnx", out=folder / "w.onnx"))
+    export(Export(run=folder / "encoder", format="onnx", out=folder / "w.onnx"))
     return encoder
 
 
@@ -46,7 +46,7 @@ def classifier(tmp_path_factory) -> tuple[Classifier, Path]:
     as_trained(network)
     nn.init.normal_(network.linear.weight, generator=torch.Generator().manual_seed(4))
     save_classifier(network, folder / "encoder", classes=CLASSES, preprocessing="google", origin={})
-    export(commands.Export(run=folder / "encoder", format="onnx", out=folder / "w.onnx"))
+    export(Export(run=folder / "encoder", format="onnx", out=folder / "w.onnx"))
     return network, folder / "w.onnx"
 
 

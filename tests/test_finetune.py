@@ -14,17 +14,17 @@ from torch import nn
 
 import simclr
 from simclr import UserError
+from simclr.config.encoder import EncoderConfig
+from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
+from simclr.config.schedule import peak_lr, total_steps
 from simclr.data.source import open_data
 from simclr.data.splits import label_subset
 from simclr.evaluation import finetune as finetuning
 from simclr.evaluation.finetune import Stopped, finetune, supervised
-from simclr.evaluation.finetune_config import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
 from simclr.evaluation.linear import linear
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.run import RunFolder
-from simclr.schedule import peak_lr, total_steps
+from simclr.training.run import RunFolder
 from test_distributed import in_processes
 
 SHAPE = EncoderConfig("small", channels=1, size=8, width=0.5)

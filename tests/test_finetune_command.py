@@ -13,12 +13,12 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from torch import nn
 
 from simclr import load
+from simclr.config.encoder import EncoderConfig
+from simclr.config.finetune import FINETUNE_RECIPES
 from simclr.data.source import open_data
 from simclr.evaluation import finetune as finetuning
-from simclr.evaluation.finetune_config import FINETUNE_RECIPES
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
-from simclr.weights import save_encoder
+from simclr.weights.folder import save_encoder
 
 QUICK = ["--labels", "5/class", "--epochs", 0, "--least-steps", 12, "--workers", 0, "--save-every", 4]
 

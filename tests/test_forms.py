@@ -8,11 +8,11 @@ from PIL import Image
 
 import simclr
 from simclr import UserError
+from simclr.config.encoder import EncoderConfig
 from simclr.data.forms import Pixels, open_images, to_bytes
 from simclr.data.images import array_images
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
-from simclr.weights import save_encoder
+from simclr.weights.folder import save_encoder
 
 RAMP = np.arange(240, dtype=np.uint8).reshape(12, 20)  # (H, W)
 COLOUR = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr.data import decode, npz, open_data
-from simclr.data.decode import decode_file
-from simclr.data.npz import open_npz
+from simclr.data import open_data
+from simclr.data.readers import decode, npz
+from simclr.data.readers.decode import decode_file
+from simclr.data.readers.npz import open_npz
 from simclr.errors import UserError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (6, 8, 8), dtype=np.uint8)

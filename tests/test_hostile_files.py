@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from simclr.data import open_data
-from simclr.data.decode import decode_file
-from simclr.data.folder import open_folder
+from simclr.data.readers.decode import decode_file
+from simclr.data.readers.folder import open_folder
 from simclr.errors import UserError
 from skips import NO_PIPES, ROOT
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import simclr
-from simclr import commands
+from simclr.config.encoder import EncoderConfig
 from simclr.errors import UserError
-from simclr.exporting.export import export
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
-from simclr.weights import save_encoder
+from simclr.tasks.export import export
+from simclr.tasks.options.using import Export
+from simclr.weights.folder import save_encoder
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -30,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory):
         preprocessing="google",
         origin={},
     )
-    export(commands.Export(run=folder / "encoder", format="onnx", out=folder / "w.onnx"))
+    export(Export(run=folder / "encoder", format="onnx", out=folder / "w.onnx"))
     return onnx.load(folder / "w.onnx")
 
 

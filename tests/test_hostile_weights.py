@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 
 import simclr
 from hostile_pickles import FILES
+from simclr.config.encoder import EncoderConfig
 from simclr.errors import UserError
 from simclr.models.classifier import Classifier
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.models.import_torch import import_torch
-from simclr.weights import digest_of, save_classifier, save_encoder
+from simclr.weights.folder import digest_of, save_classifier, save_encoder
+from simclr.weights.importers.import_torch import import_torch
 from skips import NO_PIPES
 from test_import_torch import Narrow, shaken
 

@@ -12,12 +12,13 @@ import pytest
 import yaml
 
 import simclr
-from simclr import cli, commands
+from simclr import cli
 from simclr.errors import UserError
-from simclr.exporting.export import export
-from simclr.exporting.hub import push
 from simclr.models import EncoderConfig, build_encoder
-from simclr.weights import save_encoder
+from simclr.tasks.export import export
+from simclr.tasks.options.using import Export, Push
+from simclr.tasks.push import push
+from simclr.weights.folder import save_encoder
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -42,7 +43,7 @@ def run(tmp_path_factory) -> Path:
 
 def exported(run: Path, out: Path, licence: str | None = None) -> tuple[dict, str]:
     """Front matter and text of the card."""
-    export(commands.Export(run=run, format="hub-folder", out=out, licence=licence))
+    export(Export(run=run, format="hub-folder", out=out, licence=licence))
     _, front, text = (out / "README.md").read_text().split("---\n", 2)
     return yaml.safe_load(front), text
 
@@ -133,7 +134,7 @@ def test_push_uploads_the_folder_and_nothing_else(tmp_path: Path, monkeypatch, c
     )
     exported(tmp_path / "e", tmp_path / "out")
     assert Hub.calls == []  # exporting uploads nothing
-    push(commands.Push(folder=tmp_path / "out", repo_id="me/digits", private=True, message="first"))
+    push(Push(folder=tmp_path / "out", repo_id="me/digits", private=True, message="first"))
     create, upload = Hub.calls
     assert create == ("create", "me/digits", True, True)
     files = ["config.json", "model.safetensors", "preprocessing.json", "README.md"]
@@ -142,9 +143,9 @@ def test_push_uploads_the_folder_and_nothing_else(tmp_path: Path, monkeypatch, c
 
     monkeypatch.setattr(Hub, "refuse", True)
     with pytest.raises(UserError, match=r"Nothing was pushed.*\(no route\).*log in with `hf auth login`"):
-        push(commands.Push(folder=tmp_path / "out", repo_id="me/digits"))
+        push(Push(folder=tmp_path / "out", repo_id="me/digits"))
     with pytest.raises(UserError, match=r"has no preprocessing\.json, README\.md; make it with `simclr export"):
-        push(commands.Push(folder=tmp_path / "e", repo_id="me/digits"))
+        push(Push(folder=tmp_path / "e", repo_id="me/digits"))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install 'simclr-torch\[hub\]'"):
-        push(commands.Push(folder=tmp_path / "out", repo_id="me/digits"))
+        push(Push(folder=tmp_path / "out", repo_id="me/digits"))

@@ -14,9 +14,9 @@ from PIL import Image
 
 from simclr.data import digests, open_data
 from simclr.data.fingerprint import first_scheme
-from simclr.data.folder import open_folder
 from simclr.data.forms import open_images
-from simclr.data.scan import scan_folder
+from simclr.data.readers.folder import open_folder
+from simclr.data.readers.scan import scan_folder
 from simclr.errors import UserError
 
 NUM_IMAGES = 24

@@ -10,11 +10,12 @@ import torch
 
 import simclr
 from bundle_writer import authors_variables, write_bundle
-from simclr import cli, commands
+from simclr import cli
 from simclr.errors import UserError
-from simclr.importing import import_checkpoint
 from simclr.models import Encoder, EncoderConfig, LinearClassifier, ProjectionHead, build_encoder
-from simclr.models.import_tf import import_tf
+from simclr.tasks.importing import import_checkpoint
+from simclr.tasks.options.using import Import
+from simclr.weights.importers.import_tf import import_tf
 
 REFERENCE = Path(os.environ.get("SIMCLR_REFERENCE", Path(__file__).parent / "reference"))
 FOLDERS = sorted(path.parent for path in REFERENCE.glob("tf_checkpoints/*/outputs.npz"))
@@ -26,7 +27,7 @@ def test_authors_checkpoints(folder: Path, tmp_path: Path) -> None:
     with np.load(folder / "outputs.npz") as file:
         expected = dict(file)
     config = json.loads(str(expected["config"]))
-    command = commands.Import(checkpoint=folder, out=tmp_path / "out", size=config["image_size"])
+    command = Import(checkpoint=folder, out=tmp_path / "out", size=config["image_size"])
     import_checkpoint(command)
     model = simclr.load(tmp_path / "out")
     assert model.encoder.config.name == f"resnet{config['depth']}" and model.encoder.config.width == config["width"]
@@ -129,11 +130,11 @@ def test_moving_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     write_bundle(tmp_path / "in" / "x", variables | copies)
     found = import_tf(tmp_path / "in")
     assert same(found.encoder, encoder) and set(found.left_out) == set(copies)
-    import_checkpoint(commands.Import(checkpoint=tmp_path / "in", out=tmp_path / "out", ema=True))
+    import_checkpoint(Import(checkpoint=tmp_path / "in", out=tmp_path / "out", ema=True))
     model = simclr.load(tmp_path / "out")
     assert model.classifier is None and model.head is not None and not same(model.head, head)
     with pytest.raises(UserError, match="none was taken"):
-        import_checkpoint(commands.Import(checkpoint=tmp_path / "in", out=tmp_path / "no", ema=True, head_layer=1))
+        import_checkpoint(Import(checkpoint=tmp_path / "in", out=tmp_path / "no", ema=True, head_layer=1))
     kernel = copies["ema_model/base_model/conv2d/kernel"]
     assert np.array_equal(model.encoder.state_dict()["backbone.stem.0.conv.weight"], kernel.transpose(3, 2, 0, 1))
     assert "head_supervised/linear_layer/dense/kernel" in capsys.readouterr().err

@@ -11,14 +11,14 @@ import torch
 import simclr
 from bundle_writer import authors_variables, field, write_bundle
 from object_graph_writer import VALUE, object_graph, write_tf2
-from simclr import commands
+from simclr.config.encoder import RESNETS
 from simclr.errors import UserError
-from simclr.importing import import_checkpoint
 from simclr.models import Encoder, EncoderConfig, LinearClassifier, ProjectionHead, build_encoder
-from simclr.models.config import RESNETS
-from simclr.models.import_tf import import_tf
-from simclr.models.object_graph import ObjectGraph
-from simclr.models.tensor_bundle import TensorBundle
+from simclr.tasks.importing import import_checkpoint
+from simclr.tasks.options.using import Import
+from simclr.weights.importers.import_tf import import_tf
+from simclr.weights.importers.object_graph import ObjectGraph
+from simclr.weights.importers.tensor_bundle import TensorBundle
 from test_tensor_bundle import MUTATIONS, mutate, peak
 
 REFERENCE = Path(os.environ.get("SIMCLR_TF2_REFERENCE", Path(__file__).parent / "reference" / "tf2_checkpoints"))
@@ -32,7 +32,7 @@ def test_what_tensorflow_wrote_and_computed(folder: Path, tmp_path: Path, capsys
     with np.load(folder / "outputs.npz") as file:
         expected = dict(file)
     size = expected["pixels"].shape[1]
-    import_checkpoint(commands.Import(checkpoint=folder, out=tmp_path / "out", size=size))
+    import_checkpoint(Import(checkpoint=folder, out=tmp_path / "out", size=size))
     model = simclr.load(tmp_path / "out")
     depth, _, kind = folder.name.partition("_")
     assert model.encoder.config.name == f"resnet{depth[1:]}" and model.encoder.config.sk == (kind == "sk")

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 import simclr
-from simclr import commands
 from simclr.errors import UserError
-from simclr.importing import import_checkpoint
-from simclr.models.import_torch import CIFAR10, import_torch
-from simclr.models.torch_file import TorchFile
-from simclr.models.torchvision_bridge import IMAGENET
+from simclr.models.external.torchvision_bridge import IMAGENET
+from simclr.tasks.importing import import_checkpoint
+from simclr.tasks.options.using import Import
+from simclr.weights.importers.import_torch import CIFAR10, import_torch
+from simclr.weights.importers.torch_file import TorchFile
 from test_tensor_bundle import MUTATIONS, mutate, peak
 
 BASIC18 = (resnet.BasicBlock, [2, 2, 2, 2])
@@ -67,7 +67,7 @@ def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def same_features(
     model: nn.Module, file: Path, *, format: str | None = None, size: int = 32, normalisation: tuple = IMAGENET
-) -> simclr.models.import_torch.Backbone:
+) -> simclr.weights.importers.import_torch.Backbone:
     """Import, and compare with the model fed as its library would."""
     found = import_torch(file, format=format, size=size)  # pyrefly: ignore
     x = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(5))
@@ -143,7 +143,7 @@ def test_torchvision_and_safetensors(tmp_path: Path, capsys: pytest.CaptureFixtu
     model.fc = nn.Identity()
     found = same_features(model, tmp_path / "a.safetensors")
     assert found.left_out == ("fc.bias", "fc.weight") and found.encoder.config.stem == "auto"
-    import_checkpoint(commands.Import(checkpoint=tmp_path / "a.safetensors", out=tmp_path / "out", size=40))
+    import_checkpoint(Import(checkpoint=tmp_path / "a.safetensors", out=tmp_path / "out", size=40))
     said = capsys.readouterr().err
     assert "7x7 stem" in said and "mean 0.485, 0.456, 0.406" in said and "fc (2 tensors)" in said
     loaded = simclr.load(tmp_path / "out")
@@ -203,7 +203,7 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint of moco"):
         import_torch(tmp_path / "x", format="moco")
     with pytest.raises(UserError, match="--mean and --std"):
-        import_checkpoint(commands.Import(checkpoint=tmp_path / "x", out=tmp_path / "out", mean=(0.0, 0.0, 0.0)))
+        import_checkpoint(Import(checkpoint=tmp_path / "x", out=tmp_path / "out", mean=(0.0, 0.0, 0.0)))
 
 
 class Payload:

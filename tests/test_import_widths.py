@@ -7,7 +7,7 @@ import torch
 
 from bundle_writer import authors_variables, write_bundle
 from simclr.models import EncoderConfig, LinearClassifier, ProjectionHead, build_encoder
-from simclr.models.import_tf import import_tf
+from simclr.weights.importers.import_tf import import_tf
 
 
 @pytest.mark.parametrize(

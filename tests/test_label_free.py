@@ -11,15 +11,15 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import silhouette_samples
 
-from simclr.augment.policy import Policy
+from simclr.config.encoder import EncoderConfig
 from simclr.data.images import Images, array_images
 from simclr.errors import UserError
 from simclr.evaluation import duplicates as copies
 from simclr.evaluation.duplicates import find_duplicates
 from simclr.evaluation.label_free import label_free, view_features
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
-from simclr.report import draw_copies, draw_misfits, draw_neighbours
+from simclr.reports.pictures import draw_copies, draw_misfits, draw_neighbours
+from simclr.views.policy import Policy
 
 SIDE = 48
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from simclr.evaluation.ledger import Ledger, append_line, read_results
+from simclr.evaluation.results import Ledger, append_line, read_results
 
 KEY, VALUE = {"protocol": "knn", "seed": 0, "version": {"knn": 1}}, {"figures": {"top1": 0.913}, "how": "so"}
 
@@ -99,7 +99,7 @@ def test_two_processes_append_at_once(tmp_path):
 
 
 def test_a_disk_that_takes_a_part_of_a_line_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("simclr.evaluation.ledger.os.write", lambda descriptor, line: len(line) - 1)
+    monkeypatch.setattr("simclr.evaluation.results.os.write", lambda descriptor, line: len(line) - 1)
     with pytest.raises(OSError, match="only a part"):
         append_line(tmp_path / "results.jsonl", b"{}")
 

@@ -11,7 +11,7 @@ from skips import OTHER_LIBC
 COUNT = """
 import resource, sys
 import torch
-from simclr.malloc import keep_freed_memory
+from simclr.training.malloc import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def rounds(n):

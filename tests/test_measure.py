@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from simclr.config.encoder import EncoderConfig
+from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
 from simclr.data.source import open_data
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache
-from simclr.evaluation.finetune_config import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
 from simclr.evaluation.knn import knn
-from simclr.evaluation.ledger import Ledger
 from simclr.evaluation.measure import Settings, measure, supervised_recipe
+from simclr.evaluation.results import Ledger
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import Subject, open_subject
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.weights import save_encoder
+from simclr.weights.folder import save_encoder
 
 SHAPE = EncoderConfig("small", channels=1, size=8, width=0.5)
 QUICK = Settings(recipe="small", over=lambda config: replace(config, least_steps=3, epochs=0, batch_size=16))

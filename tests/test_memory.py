@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from simclr import pretrain as pretraining
 from simclr.data.source import open_data
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.memory import Footprint, Line, available, choose, ladder, measure, parse_bytes
-from simclr.meter import free_bytes, peak_bytes
-from simclr.run import RunFolder, describe_machine
+from simclr.tasks import pretrain as pretraining
+from simclr.training.memory import Footprint, Line, available, choose, ladder, measure, parse_bytes
+from simclr.training.meter import free_bytes, peak_bytes
+from simclr.training.run import RunFolder, describe_machine
 from test_train import CONFIG, Killed, assert_same, final_state
 
 # ---- counting
@@ -93,7 +93,7 @@ def test_amounts_of_memory():
 
 
 def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
-    monkeypatch.setattr("simclr.data.place._machine_free", lambda: 10**9)
+    monkeypatch.setattr("simclr.data.pack.place._machine_free", lambda: 10**9)
     assert free_bytes(World()) <= 10**9 and available(World()) <= 9 * 10**8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert free_bytes(World()) <= 10**9 // 4

@@ -16,11 +16,11 @@ import torchvision
 from scipy.stats import kstest, truncnorm
 from torch import nn
 
+from simclr.config.encoder import RESNETS
 from simclr.errors import UserError
 from simclr.models import EncoderConfig, LinearClassifier, ProjectionHead, build_encoder
-from simclr.models.config import RESNETS
 from simclr.models.resnet import ResNet, SameMaxPool
-from simclr.optim import param_groups
+from simclr.training.optim import param_groups
 
 # Counted by running the authors' code: (name, width, stem) -> trainable, and with moving statistics.
 ENCODER_COUNTS = {
@@ -340,7 +340,7 @@ def test_a_head_says_what_is_wrong(settings: dict[str, Any], message: str) -> No
 
 
 def test_the_config_imports_no_torch() -> None:
-    code = "import sys, simclr.models, simclr.models.config; assert 'torch' not in sys.modules"
+    code = "import sys, simclr.models, simclr.config.encoder; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -6,13 +6,13 @@ import torch
 from PIL import Image
 
 import simclr as package
+from simclr.config.finetune import FinetuneConfig
 from simclr.data.source import open_data
 from simclr.errors import Diverged, UserError
 from simclr.evaluation.finetune import finetune
-from simclr.evaluation.finetune_config import FinetuneConfig
 from simclr.models import EncoderConfig, build_encoder
 from simclr.models.classifier import Classifier
-from simclr.weights import load, save_classifier
+from simclr.weights.folder import load, save_classifier
 
 SHAPE = EncoderConfig("small", channels=1, size=8, width=0.5)
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from simclr import UserError
-from simclr.config import PretrainConfig
+from simclr.config.pretrain import PretrainConfig
 from simclr.data.source import open_data
 from simclr.distributed import World
 from simclr.losses import nt_xent, nt_xent_dense, nt_xent_views, nt_xent_views_dense
 from simclr.losses.nt_xent import nt_xent_views_streamed
 from simclr.losses.operands import Operands
 from simclr.losses.streamed import others_logsumexp
-from simclr.pretrain import build_task
-from simclr.run import RunFolder
+from simclr.tasks.pretrain import build_task
+from simclr.training.run import RunFolder
 from test_distributed import in_processes
 
 FORMS = [nt_xent_views_dense, nt_xent_views_streamed]

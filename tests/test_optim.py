@@ -9,7 +9,7 @@ from torch import nn
 
 from simclr import UserError
 from simclr.models.heads import LinearClassifier
-from simclr.optim import Lars, build_optimizer, param_groups, set_lr
+from simclr.training.optim import Lars, build_optimizer, param_groups, set_lr
 
 
 def lars_in_numpy(w, grads, lrs, *, wd, adapt, classic, nesterov, momentum=0.9, coefficient=0.001):

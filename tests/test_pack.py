@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 from simclr import cli
-from simclr.data import Images, open_data, place
-from simclr.data import pack as packing
-from simclr.data.folder import open_folder
+from simclr.data import Images, open_data
+from simclr.data.pack import pack as packing
+from simclr.data.pack import place
+from simclr.data.readers.folder import open_folder
 from simclr.errors import UserError
 
 fcntl = pytest.importorskip("fcntl")

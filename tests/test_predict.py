@@ -15,15 +15,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from simclr import load, streaming, tables
-from simclr.data.files import Reading
+from simclr import load
+from simclr.config.encoder import EncoderConfig
+from simclr.data.readers.files import Reading
 from simclr.data.source import open_data
+from simclr.evaluation import streaming
+from simclr.evaluation.streaming import View, stream_views
 from simclr.models.classifier import Classifier
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
-from simclr.streaming import View, stream_views
-from simclr.tables import open_table
-from simclr.weights import save_classifier, save_encoder
+from simclr.tasks import tables
+from simclr.tasks.tables import open_table
+from simclr.weights.folder import save_classifier, save_encoder
 
 CLASSES = ['say "cheese", please', "zwei\nZeilen", "retour\rchariot", "猫, é", "plain", " 1.0 "]
 NAMES = [*CLASSES[:1], r"zwei\nZeilen", r"retour\rchariot", *CLASSES[3:]]  # as saved: control characters are escaped

@@ -10,9 +10,9 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
-from simclr.data.files import Reading
-from simclr.data.layouts import CALTECH_MARK, LAYOUTS, VOC_CLASSES
 from simclr.data.presets import HELD_OUT, PRESETS, TransferSet, open_transfer_set
+from simclr.data.readers.files import Reading
+from simclr.data.readers.layouts import CALTECH_MARK, LAYOUTS, VOC_CLASSES
 from simclr.data.source import open_data
 from simclr.errors import UserError
 

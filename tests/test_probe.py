@@ -8,14 +8,14 @@ import scipy.ndimage
 import torch
 from torch import nn
 
-from simclr.augment.views import eval_images
+from simclr.config.encoder import EncoderConfig
 from simclr.data.images import Images, array_images
 from simclr.errors import UserError
 from simclr.evaluation import probe as probing
 from simclr.evaluation.probe import TASKS, fit_predict, layers_of, probe, sobel, transformed
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
+from simclr.views.views import eval_images
 
 SIZE = 16
 

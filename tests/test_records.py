@@ -5,12 +5,12 @@ import os
 
 import pytest
 
-from simclr.config import PretrainConfig, load_config
+from simclr.config.pretrain import PretrainConfig, load_config
+from simclr.config.records import DistillRecord, FinetuneRecord, RunRecord, read_record
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.finetune import _claim as claim_finetuning
-from simclr.records import DistillRecord, FinetuneRecord, RunRecord, read_record
-from simclr.run import RunFolder, create_run, hold
+from simclr.training.run import RunFolder, create_run, hold
 
 ORIGIN = {
     "data": {

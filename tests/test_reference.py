@@ -11,15 +11,15 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
-from simclr.augment.params import draw
-from simclr.augment.policy import Policy
-from simclr.augment.reference import color_jitter, gaussian_blur, grayscale
-from simclr.augment.resize import crop_resize
-from simclr.augment.views import eval_images
+from simclr.config.schedule import learning_rate, peak_lr, warmup_steps
 from simclr.losses import contrastive_accuracy_and_entropy, nt_xent, nt_xent_dense
 from simclr.losses.nt_xent import nt_xent_streamed
-from simclr.optim import Lars, set_lr
-from simclr.schedule import learning_rate, peak_lr, warmup_steps
+from simclr.training.optim import Lars, set_lr
+from simclr.views.params import draw
+from simclr.views.policy import Policy
+from simclr.views.reference import color_jitter, gaussian_blur, grayscale
+from simclr.views.resize import crop_resize
+from simclr.views.views import eval_images
 
 EXEMPT = ("batch_normalization", "bias", "head_supervised")  # what the authors' regular expressions look for
 

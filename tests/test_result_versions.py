@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from simclr import features
-from simclr.augment import views
+from simclr.config.finetune import FinetuneConfig
 from simclr.data.source import open_data
 from simclr.evaluation import curve, finetune, grid, knn, lbfgs, logistic, metrics, probe, transfer
-from simclr.evaluation.finetune_config import FinetuneConfig
-from simclr.features import pixels_of
 from simclr.models import EncoderConfig, build_encoder
+from simclr.models import inference as features
+from simclr.models.inference import pixels_of
+from simclr.views import views
 
 CONSTANTS = {
     "KNN_VERSION": [knn],

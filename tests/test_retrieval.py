@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simclr.config.encoder import EncoderConfig
 from simclr.errors import UserError
 from simclr.evaluation.retrieval import retrieval
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
-from simclr.weights import save_encoder
+from simclr.weights.folder import save_encoder
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from simclr.config import PretrainConfig
+from simclr.config.pretrain import PretrainConfig
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.files import FileLock
-from simclr.run import LOCK, RunFolder, create_run, hold, open_run
+from simclr.training.run import LOCK, RunFolder, create_run, hold, open_run
 from test_distributed import in_processes
 
 ORIGIN = {
@@ -70,9 +70,9 @@ def test_every_command_that_writes_a_folder_leaves_it_to_its_holder(simclr, tmp_
     if command[0] == "resume":
         create_run(held, PretrainConfig(), ORIGIN)
     if command[0] == "export":
-        from simclr.models.config import EncoderConfig
+        from simclr.config.encoder import EncoderConfig
         from simclr.models.encoder import build_encoder
-        from simclr.weights import save_encoder
+        from simclr.weights.folder import save_encoder
 
         encoder = build_encoder(EncoderConfig("small", channels=1, size=8, width=0.25), seed=0)
         save_encoder(encoder, tmp_path / "encoder", preprocessing="google", origin={})
@@ -106,9 +106,9 @@ def check_refusal(place, world):
 KILLED_WHILE_MAKING = """
 import json, os, signal, sys
 from pathlib import Path
-from simclr.config import PretrainConfig
+from simclr.config.pretrain import PretrainConfig
 from simclr.distributed import World
-from simclr.run import create_run, hold
+from simclr.training.run import create_run, hold
 
 calls = ["mkdir", "fsync", "replace", "open", "unlink", "rmdir"]
 real = {name: getattr(os, name) for name in calls}

@@ -14,7 +14,7 @@ from simclr.methods.simclr import SimCLR
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder, set_global_batch_norm
 from simclr.models.batchnorm import track_once
 from simclr.models.recompute import can_recompute, recompute_blocks
-from simclr.train import _over_processes
+from simclr.training.loop import _over_processes
 from test_distributed import in_processes
 
 B = 16

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from simclr import UserError
-from simclr.schedule import learning_rate, peak_lr, total_steps, warmup_steps
+from simclr.config.schedule import learning_rate, peak_lr, total_steps, warmup_steps
 
 
 def test_step_counts_of_the_authors():

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import simclr
+from simclr.config.encoder import RESNETS
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder
 from simclr.models import batchnorm as batchnorm_module
 from simclr.models.batchnorm import track_once
-from simclr.models.config import RESNETS
 from simclr.models.recompute import recompute_blocks
 from simclr.models.resnet import ResNet
 from simclr.models.selective_kernel import AveragePool, SelectiveKernel
-from simclr.weights import save_encoder
+from simclr.weights.folder import save_encoder
 
 SK = EncoderConfig("resnet50", channels=3, size=32, width=0.25, stem="imagenet", sk=True)
 

@@ -24,9 +24,9 @@ from bundle_writer import (
 )
 from simclr.errors import UserError
 from simclr.models import EncoderConfig, LinearClassifier, ProjectionHead, build_encoder
-from simclr.models.crc32c import masked_crc32c
-from simclr.models.import_tf import import_tf
-from simclr.models.tensor_bundle import TensorBundle
+from simclr.weights.importers.crc32c import masked_crc32c
+from simclr.weights.importers.import_tf import import_tf
+from simclr.weights.importers.tensor_bundle import TensorBundle
 
 MUTATIONS = int(os.environ.get("SIMCLR_MUTATIONS", "200"))  # 10,000 take some minutes
 BYTES_PER_BYTE = 8  # allocated for each byte of the files
@@ -169,10 +169,10 @@ def test_wrong_paths(tmp_path: Path) -> None:
 def test_more_variables_than_a_network_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_bundle(tmp_path / "x", {name: np.zeros(1, "float32") for name in "abcd"})
     assert len(TensorBundle(tmp_path / "x").entries) == 4
-    monkeypatch.setattr("simclr.models.tensor_bundle.MAX_VARIABLES", 3)
+    monkeypatch.setattr("simclr.weights.importers.tensor_bundle.MAX_VARIABLES", 3)
     with pytest.raises(UserError, match="more than 3 variables"):
         TensorBundle(tmp_path / "x")
-    monkeypatch.setattr("simclr.models.tensor_bundle.MAX_INDEX_BYTES", 10)
+    monkeypatch.setattr("simclr.weights.importers.tensor_bundle.MAX_INDEX_BYTES", 10)
     with pytest.raises(UserError, match="at most 10"):
         TensorBundle(tmp_path / "x")
 

@@ -66,7 +66,7 @@ def test_other_images_in_one_process_end_all(images, tmp_path):
     program.write_text(
         "import os, sys\n"
         "sys.argv = ['simclr', *[w.replace('RANK', os.environ['RANK']) for w in sys.argv[1:]]]\n"
-        "from simclr.cli import main\nmain()\n"
+        "from simclr.cli.main import main\nmain()\n"
     )
     done = torchrun(program, *arguments(tmp_path / "RANK.npz", tmp_path / "run")[2:])
     assert ended_together(done, "do not have the same images"), done.stderr
@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(images, tmp_path):
         "    bad = float('nan') if os.environ['RANK'] == '1' and len(calls) == 2 else 0.0\n"
         "    return loss + bad, metrics\n"
         "SimCLR.forward = broken\n"
-        "from simclr.cli import main\nmain()\n"
+        "from simclr.cli.main import main\nmain()\n"
     )
     done = torchrun(program, *arguments(images, tmp_path / "run")[2:])
     assert ended_together(done, "no longer finite at step 2"), done.stderr

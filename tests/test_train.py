@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from simclr import pretrain as pretraining
-from simclr.checkpoint import checkpoints, load_newest
-from simclr.config import PretrainConfig
+from simclr.config.pretrain import PretrainConfig
 from simclr.data.source import open_data
 from simclr.distributed import World, stop
 from simclr.errors import UserError
-from simclr.run import RunFolder, describe_machine
-from simclr.train import Prefetcher, _over_processes
-from simclr.weights import load
+from simclr.tasks import pretrain as pretraining
+from simclr.training.checkpoint import checkpoints, load_newest
+from simclr.training.loop import Prefetcher, _over_processes
+from simclr.training.run import RunFolder, describe_machine
+from simclr.weights.folder import load
 
 CONFIG = PretrainConfig(
     size=8, encoder="small", width=0.5, strength=0.5, batch_size=32, epochs=5, warmup_epochs=1, optimizer="lars",
@@ -160,7 +160,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_not_bits(images, undisturbed, t
 
 KILLED_WHILE_SAVING = """
 import os, signal, sys
-import simclr.checkpoint as checkpoint
+import simclr.training.checkpoint as checkpoint
 real, calls = os.replace, []
 def replace(*paths):
     calls.append(paths)
@@ -169,7 +169,7 @@ def replace(*paths):
     real(*paths)
 os.replace = replace
 sys.argv[0] = "simclr"
-from simclr.cli import main
+from simclr.cli.main import main
 main()
 """
 

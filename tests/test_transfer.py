@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from simclr.config.encoder import EncoderConfig
 from simclr.data.images import array_images
 from simclr.data.presets import TransferSet
 from simclr.distributed import World
@@ -26,13 +27,12 @@ from simclr.evaluation.grid import (
     settings,
 )
 from simclr.evaluation.knn import knn
-from simclr.evaluation.ledger import Ledger
+from simclr.evaluation.results import Ledger
 from simclr.evaluation.subjects import open_subject
 from simclr.evaluation.transfer import Transferred, differences, judge, linear_transfer, rows, shown, summary, transfer
-from simclr.features import extract, pixels_of
-from simclr.methods.classify import many_classes, share_right
-from simclr.models.config import EncoderConfig
+from simclr.methods.supervised import many_classes, share_right
 from simclr.models.encoder import Encoder, build_encoder
+from simclr.models.inference import extract, pixels_of
 
 
 @dataclass

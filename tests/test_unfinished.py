@@ -9,14 +9,15 @@ import torch
 from PIL import Image
 
 import simclr as package
-from simclr import evaluation, load, train
+from simclr import evaluation, load
+from simclr.config.encoder import EncoderConfig
 from simclr.errors import UserError
-from simclr.exporting import hub
 from simclr.models.classifier import Classifier
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
-from simclr.training_progress import TrainingProgress, UnfinishedTraining
-from simclr.weights import save_classifier, save_encoder
+from simclr.tasks import push as hub
+from simclr.training import loop as train
+from simclr.weights.folder import save_classifier, save_encoder
+from simclr.weights.training_progress import TrainingProgress, UnfinishedTraining
 
 STEPS = ["--epochs", 0, "--least-steps", 6, "--batch-size", 4, "--save-every", 2, "--workers", 0]
 SENTENCE = "is unfinished: these weights are from step 2 of 5; let it reach its end"

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 import simclr
 from simclr import UserError
+from simclr.config.encoder import EncoderConfig
 from simclr.models.classifier import Classifier
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.weights import save_classifier, save_encoder
+from simclr.weights.folder import save_classifier, save_encoder
 
 GRAY = EncoderConfig("small", channels=1, size=12)
 COLOUR = EncoderConfig("small", channels=3, size=40)

@@ -11,17 +11,17 @@ __all__ = ["SimCLR", "UserError", "__version__", "load"]
 from simclr.errors import UserError
 
 if TYPE_CHECKING:
-    from simclr.estimator import SimCLR
-    from simclr.weights import load
+    from simclr.sklearn import SimCLR
+    from simclr.weights.folder import load
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from simclr.weights import load
+        from simclr.weights.folder import load
 
         return load
     if name == "SimCLR":
-        from simclr.estimator import SimCLR
+        from simclr.sklearn import SimCLR
 
         return SimCLR
     raise AttributeError(f"module 'simclr' has no attribute {name!r}")

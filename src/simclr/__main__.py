@@ -1,5 +1,5 @@
 """`python -m simclr`, and `torchrun -m simclr`: the same as the command `simclr`."""
 
-from simclr.cli import main
+from simclr.cli.main import main
 
 main()

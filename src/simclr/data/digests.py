@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from simclr.data.decode import MAX_FILE_BYTES, Changed, decode_file
-from simclr.data.place import size_text, user_cache
-from simclr.data.scan import Found
+from simclr.data.pack.place import size_text, user_cache
+from simclr.data.readers.decode import MAX_FILE_BYTES, Changed, decode_file
+from simclr.data.readers.scan import Found
 from simclr.errors import UserError
 from simclr.files import Stamp, open_regular, reason_of, stamp_of, sweep, write_atomically
 

@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from simclr.data.decode import decode_image, in_order
-from simclr.data.files import Labelling, Reading, open_files
 from simclr.data.fingerprint import digest_of_arrays
 from simclr.data.images import Channels, Images, array_images, choose_channels, require_no_colour, with_channels
-from simclr.data.scan import Found
+from simclr.data.readers.decode import decode_image, in_order
+from simclr.data.readers.files import Labelling, Reading, open_files
+from simclr.data.readers.scan import Found
 from simclr.errors import UserError
 from simclr.files import stamp_of
 
@@ -37,7 +37,7 @@ class Pixels(Sequence[np.ndarray]):
     """n images of any form as (H, W, 1 or 3) uint8 arrays, made when they are asked for: files are read late.
 
     Args:
-        images: One image or many, in a form that `simclr.weights.Embedder.embed` names, but for `Images`.
+        images: One image or many, in a form that `simclr.weights.folder.Embedder.embed` names, but for `Images`.
         channels: What all are to have: gray becomes three equal channels, colour for gray is refused. None: as each is.
 
     Raises:

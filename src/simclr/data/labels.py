@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from simclr.data.images import Images
-from simclr.data.scan import some
+from simclr.data.readers.scan import some
 from simclr.data.splits import label_subset
 from simclr.errors import UserError
 

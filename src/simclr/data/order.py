@@ -7,7 +7,7 @@ data, every image is seen equally often, and none is left over.
 
 import numpy as np
 
-from simclr.augment.random import shuffled
+from simclr.random import shuffled
 
 
 class EndlessOrder:

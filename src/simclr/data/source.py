@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
-from simclr.data.files import Reading
-from simclr.data.folder import open_folder
 from simclr.data.images import Channels, Images, Split
-from simclr.data.layouts import open_layout
-from simclr.data.named import ARRAYS, NAMES, open_named
-from simclr.data.npz import open_npz
+from simclr.data.readers.files import Reading
+from simclr.data.readers.folder import open_folder
+from simclr.data.readers.layouts import open_layout
+from simclr.data.readers.named import ARRAYS, NAMES, open_named
+from simclr.data.readers.npz import open_npz
 from simclr.errors import UserError
 
 

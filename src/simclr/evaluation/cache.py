@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from simclr.data.place import user_cache
+from simclr.data.pack.place import user_cache
 from simclr.distributed import World
 from simclr.errors import UserError
-from simclr.evaluation.ledger import Entry, name_of
-from simclr.features import require_finite
+from simclr.evaluation.results import Entry, name_of
 from simclr.files import open_regular, reason_of, replacing, sweep
-from simclr.progress import say
+from simclr.models.inference import require_finite
+from simclr.training.progress import say
 
 MOST_BYTES = 20 << 30
 FORMAT = "simclr-features-1"

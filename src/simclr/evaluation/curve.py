@@ -19,7 +19,7 @@ from simclr.data.images import Images
 from simclr.data.splits import label_subset
 from simclr.errors import UserError
 from simclr.evaluation.logistic import optimum_probe
-from simclr.evaluation.table import BASELINES, SUPERVISED, Row, markdown_table, mean_and_spread, seeds_note, text_table
+from simclr.evaluation.metrics import SUPERVISED, mean_and_spread
 
 if TYPE_CHECKING:
     from simclr.evaluation.split import Split
@@ -67,23 +67,6 @@ class Curve:
         """A place on the axis; for "all" the mean over classes."""
         return self.num_labels / self.num_classes if count == "all" else count
 
-    def table(self, *, markdown: bool = False) -> str:
-        """A row for each source, a column for each number of labels a class; percent, over seeds."""
-        rows = [
-            Row(
-                source,
-                {_name(count): list(self.values(source, count).values()) for count in self.counts},
-                baseline=source in BASELINES,
-            )
-            for source in self.sources
-        ]
-        caption = (
-            f"Accuracy on {self.num_test:,} test images in %, {seeds_note(rows)}; labels a class, "
-            f"{self.num_classes} classes, all = {self.num_labels:,} labels."
-        )
-        as_text = markdown_table if markdown else text_table
-        return "\n".join([as_text(rows, corner="labels a class"), "", " ".join([caption, *self.notes])])
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
         return {
@@ -106,12 +89,6 @@ class Curve:
             plain["data"], plain["num_classes"], plain["num_labels"], plain["num_test"], results, tuple(plain["notes"])
         )
 
-    def draw(self) -> bytes:
-        """The picture as PNG: mean and a band of one standard deviation over labels a class, on a log axis."""
-        from simclr.evaluation.curve_picture import draw_curve
-
-        return draw_curve(self)
-
 
 @dataclass(frozen=True)
 class Saved:
@@ -132,7 +109,7 @@ class Saved:
     def text(self) -> str:
         """`needed` in words."""
         if self.needed is None:
-            return "more than there are" if self.most == "all" else f"more than {_name(self.most)}"
+            return "more than there are" if self.most == "all" else f"more than {count_name(self.most)}"
         if self.needed == self.fewest:
             return f"{self.needed:,.0f} or fewer"
         return f"{self.needed:,.{0 if self.needed >= 10 else 1}f}"
@@ -183,7 +160,7 @@ def labels_curve(
     results: dict[Key, float] = {}
 
     def measured(source: str, count: Count, seed: int, accuracy_of: Callable[[np.ndarray, int], float]) -> float:
-        progress(f"{source}, {_name(count)} labels a class, seed {seed}")
+        progress(f"{source}, {count_name(count)} labels a class, seed {seed}")
         return accuracy_of(_chosen(labels, count, seed), seed)
 
     def measure(source: str, accuracy_of: Callable[[np.ndarray, int], float]) -> None:
@@ -240,8 +217,8 @@ def when_it_pays(curve: Curve, *, source: str = "encoder", count: Count = 10) ->
     reached = next(s.accuracy for s in saved if s.count == example)
     needs = ", ".join(f"{s.baseline} {s.text}" for s in saved if s.count == example)
     return (
-        f"{source} is ahead {', and '.join(ahead)}. With {_name(example)} labels a class it reaches {reached:.1%}; "
-        f"for that the others need, in labels a class: {needs}."
+        f"{source} is ahead {', and '.join(ahead)}. With {count_name(example)} labels a class it reaches "
+        f"{reached:.1%}; for that the others need, in labels a class: {needs}."
     )
 
 
@@ -260,11 +237,11 @@ def _possible(counts: Sequence[Count] | None, sizes: np.ndarray) -> tuple[list[C
     left_out = [count for count in asked if count not in kept]
     if not kept:
         raise UserError(
-            f"The smallest class has {smallest:,} labelled images, fewer than {_name(left_out[0])}; ask for fewer "
+            f"The smallest class has {smallest:,} labelled images, fewer than {count_name(left_out[0])}; ask for fewer "
             "labels a class, or for 'all'."
         )
     if left_out:
-        listed = ", ".join(map(_name, left_out))
+        listed = ", ".join(map(count_name, left_out))
         return kept, [f"Left out: {listed} labels a class; the smallest class has {smallest:,} images."]
     return kept, []
 
@@ -325,13 +302,14 @@ def _ahead(curve: Curve, source: str, baseline: str) -> str:
         return "with no number of labels in every seed"
     first = both.index(ahead[0])
     if len(ahead) > 2 and both[first : first + len(ahead)] == ahead:
-        return f"in every seed with {_name(ahead[0])} to {_name(ahead[-1])} labels a class"
-    *before, last = map(_name, ahead)
+        return f"in every seed with {count_name(ahead[0])} to {count_name(ahead[-1])} labels a class"
+    *before, last = map(count_name, ahead)
     listed = f"{', '.join(before)} and {last}" if before else last
     return f"in every seed with {listed} {'label' if ahead == [1] else 'labels'} a class"
 
 
-def _name(count: Count) -> str:
+def count_name(count: Count) -> str:
+    """The number of labels per class as text, or "all"."""
     return count if count == "all" else f"{count:,}"
 
 

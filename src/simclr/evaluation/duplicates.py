@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simclr.augment import cpu
-from simclr.augment.resize import image_sizes
 from simclr.data.images import Images
 from simclr.errors import UserError
+from simclr.views import cpu
+from simclr.views.resize import image_sizes
 
 SIDE = 32  # pixels of a thumbnail's side
 SKETCH = 8  # cells of a sketch's side

@@ -21,30 +21,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simclr.augment.policy import Semantics, crop_and_flip
-from simclr.augment.views import has_kernels, make_view
+from simclr.config.encoder import EncoderConfig
+from simclr.config.finetune import FinetuneConfig
+from simclr.config.records import FinetuneRecord, read_record, versioned
 from simclr.data.images import Images
 from simclr.data.labels import require_classes
 from simclr.data.order import EndlessOrder
-from simclr.device import choose_kernels, keep_on_gpu, precision_of
 from simclr.distributed import World
 from simclr.errors import Diverged, NotFinite, UserError
-from simclr.evaluation.finetune_config import FinetuneConfig
-from simclr.features import device_of, outputs, require_channels
 from simclr.files import write_atomically, writing
-from simclr.methods.classify import Classify, share_right
+from simclr.methods.supervised import Classify, share_right
 from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.optim import build_optimizer
-from simclr.records import FinetuneRecord, read_record, versioned
-from simclr.run import RunFolder, hold
-from simclr.train import Outcome, Task, restore
-from simclr.train import train as run_loop
-from simclr.training_progress import TrainingProgress
-from simclr.weights import digest_of, save_classifier
+from simclr.models.inference import device_of, outputs, require_channels
+from simclr.training.device import choose_kernels, keep_on_gpu, precision_of
+from simclr.training.loop import Outcome, Task, restore
+from simclr.training.loop import train as run_loop
+from simclr.training.optim import build_optimizer
+from simclr.training.run import RunFolder, hold
+from simclr.views.policy import Semantics, crop_and_flip
+from simclr.views.views import has_kernels, make_view
+from simclr.weights.folder import digest_of, save_classifier
+from simclr.weights.training_progress import TrainingProgress
 
 TRAINING_VERSION = 1
 """Version of every training on labels: raise it when the same weights, images and settings give another network by more

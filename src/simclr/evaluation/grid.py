@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from simclr.config.finetune import FinetuneConfig
 from simclr.data.images import Images
 from simclr.data.presets import TransferSet
 from simclr.distributed import World
 from simclr.errors import Diverged, UserError
 from simclr.evaluation.finetune import finetune, supervised
-from simclr.evaluation.finetune_config import FinetuneConfig
 from simclr.evaluation.keys import grid_key, labelled_digest, training_key, transfer_data
-from simclr.evaluation.ledger import Ledger, name_of
+from simclr.evaluation.results import Ledger, name_of
 from simclr.evaluation.subjects import Subject
 from simclr.evaluation.transfer import Transferred, judge, shown
 

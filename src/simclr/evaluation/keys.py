@@ -12,17 +12,17 @@ result, and are no part of its key: between them numbers agree to rounding.
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+from simclr.config.finetune import FinetuneConfig
 from simclr.data.images import Images
-from simclr.device import precision_of
 from simclr.evaluation.curve import CURVE_VERSION
 from simclr.evaluation.finetune import TRAINING_VERSION
-from simclr.evaluation.finetune_config import FinetuneConfig
 from simclr.evaluation.knn import KNN_K, KNN_TEMPERATURE, KNN_VERSION
-from simclr.evaluation.ledger import Entry
 from simclr.evaluation.logistic import L2_PATH, LOGISTIC_VERSION, OPTIMUM_STRENGTHS, TOL, VALIDATION_ROWS
 from simclr.evaluation.metrics import METRICS_VERSION
 from simclr.evaluation.probe import PROBE_VERSION, probe_settings
-from simclr.features import FEATURES_VERSION
+from simclr.evaluation.results import Entry
+from simclr.models.inference import FEATURES_VERSION
+from simclr.training.device import precision_of
 
 if TYPE_CHECKING:
     from simclr.data.presets import TransferSet

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from simclr.errors import UserError
-from simclr.features import require_finite
+from simclr.models.inference import require_finite
 
 KNN_VERSION = 1
 """Raise it when the same features, labels, k and temperature give other votes."""

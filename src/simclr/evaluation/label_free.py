@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from simclr.augment.policy import Policy, Semantics
-from simclr.augment.random import shuffled
-from simclr.augment.views import make_views
 from simclr.data.images import Images
 from simclr.errors import UserError
 from simclr.evaluation.duplicates import Duplicates, find_duplicates
-from simclr.features import device_of, inference, require_channels, require_finite
 from simclr.losses.metrics import alignment, effective_rank, uniformity
 from simclr.models.encoder import Encoder
+from simclr.models.inference import device_of, inference, require_channels, require_finite
+from simclr.random import shuffled
+from simclr.views.policy import Policy, Semantics
+from simclr.views.views import make_views
 
 VIEW_ROWS = 2_000  # images of which two views are compared
 UNIFORMITY_ROWS = 5_000  # all their pairs, in double precision

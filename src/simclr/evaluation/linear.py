@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from simclr.augment.policy import Semantics
+from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig
 from simclr.data.images import Images
 from simclr.distributed import World
 from simclr.evaluation.finetune import Finetuned, finetune
-from simclr.evaluation.finetune_config import FINETUNE_RECIPES, FinetuneConfig
 from simclr.models.encoder import Encoder
+from simclr.views.policy import Semantics
 
 MOST_FOR_OPTIMUM = 100_000  # rows of width 2,048 then take 0.8 GB
 

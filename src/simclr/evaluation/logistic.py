@@ -24,7 +24,7 @@ from simclr.data.splits import split_indices
 from simclr.errors import UserError
 from simclr.evaluation.lbfgs import MEMORY, Pairs, Problem, minimise
 from simclr.evaluation.metrics import mean_average_precision_11, top_k
-from simclr.features import require_finite
+from simclr.models.inference import require_finite
 
 LOGISTIC_VERSION = 1
 """Raise it when the same features, labels and strengths give other classifiers by more than the tolerance: objective,

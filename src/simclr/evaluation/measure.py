@@ -20,20 +20,19 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
 from simclr.distributed import World
 from simclr.errors import UserError
 from simclr.evaluation.finetune import finetune, supervised
-from simclr.evaluation.finetune_config import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
 from simclr.evaluation.keys import accuracy_key
 from simclr.evaluation.knn import KNN_TEMPERATURE, knn_votes
-from simclr.evaluation.ledger import Ledger, name_of
 from simclr.evaluation.linear import how_to_probe, linear
 from simclr.evaluation.logistic import logistic_probe, optimum_probe
-from simclr.evaluation.metrics import mean_per_class, top_k
+from simclr.evaluation.metrics import SUPERVISED, mean_per_class, top_k
+from simclr.evaluation.results import Ledger, name_of
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import RANDOM, Subject
-from simclr.evaluation.table import SUPERVISED
-from simclr.progress import counting
+from simclr.training.progress import counting
 
 Protocol = Literal["knn", "linear", "logistic", "finetune", "supervised"]
 TITLES: dict[str, str] = {

@@ -6,14 +6,25 @@ precision, by data set, and a permutation test between two encoders.
 Shapes: n images, K classes. Every figure is a share in [0, 1].
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from simclr.errors import UserError
 
 METRICS_VERSION = 1
 """Raise it when the same scores and labels give another figure."""
+SUPERVISED = "supervised"
+"""Name of the network that is trained on the labels alone."""
+BASELINES = ("random", "pixels", SUPERVISED)
+"""Names of the models that others are compared with."""
 RECALLS = np.arange(11) / 10  # at which VOC 2007 reads the precision
 CHUNK = 1 << 22  # coin tosses held at a time: 32 MB
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1) of at least one value; None as the deviation of a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:

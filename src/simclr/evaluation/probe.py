@@ -19,18 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr.augment.policy import Semantics
-from simclr.augment.random import shuffled, uniforms
-from simclr.augment.views import eval_images
+from simclr.config.encoder import TIMM
 from simclr.data.images import Images
 from simclr.data.splits import split_indices
 from simclr.errors import UserError
-from simclr.features import device_of, inference, require_channels, require_finite
-from simclr.models.config import TIMM
 from simclr.models.encoder import Encoder
 from simclr.models.heads import ProjectionHead
+from simclr.models.inference import device_of, inference, require_channels, require_finite
 from simclr.models.init import seeded
 from simclr.models.resnet import ResNet
+from simclr.random import shuffled, uniforms
+from simclr.views.policy import Semantics
+from simclr.views.views import eval_images
 
 PROBE_VERSION = 1
 """Raise it when the same network, images and settings (`probe_settings`) give other accuracies: transformations,

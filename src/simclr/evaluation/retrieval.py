@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from simclr.errors import UserError
-from simclr.features import require_finite
+from simclr.models.inference import require_finite
 
 
 def retrieval(

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from simclr.augment.policy import Semantics
+from simclr.config.encoder import TIMM, TORCHVISION, EncoderConfig
 from simclr.data.images import Images, fit_channels
 from simclr.distributed import World
 from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.keys import features_key
-from simclr.evaluation.ledger import name_of
-from simclr.features import extract, pixels_of
-from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
+from simclr.evaluation.results import name_of
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.progress import counting
-from simclr.training_progress import TrainingProgress
-from simclr.weights import Embedder, digest_of, load_quietly
+from simclr.models.inference import extract, pixels_of
+from simclr.training.progress import counting
+from simclr.views.policy import Semantics
+from simclr.weights.folder import Embedder, digest_of, load_quietly
+from simclr.weights.training_progress import TrainingProgress
 
 RANDOM, PIXELS = "random", "pixels"
 MOST_PIXELS = 64  # a side, for `pixels`: larger ones cost memory and tell hardly more

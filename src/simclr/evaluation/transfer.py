@@ -19,9 +19,9 @@ from simclr.data.images import Images
 from simclr.data.presets import Metric, TransferSet
 from simclr.errors import UserError
 from simclr.evaluation.keys import linear_transfer_key
-from simclr.evaluation.ledger import Ledger
 from simclr.evaluation.logistic import L2_PATH, logistic_probe
 from simclr.evaluation.metrics import accuracy, mean_average_precision_11, mean_per_class, permutation_test
+from simclr.evaluation.results import Ledger
 from simclr.evaluation.subjects import Subject
 
 TRANSFER_VERSION = 1

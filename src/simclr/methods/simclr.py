@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from simclr.distributed import World
 from simclr.losses import nt_xent
 from simclr.losses.metrics import alignment, contrastive_accuracy_and_entropy, effective_rank, uniformity
-from simclr.methods.caching import cached
 from simclr.models.encoder import Encoder
 from simclr.models.heads import ProjectionHead
+from simclr.training.grad_cache import cached
 
 
 class SimCLR(nn.Module):

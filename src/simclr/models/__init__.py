@@ -5,7 +5,7 @@ Importing the package, or `models.config`, does not import torch.
 
 from typing import TYPE_CHECKING, Any
 
-from simclr.models.config import EncoderConfig
+from simclr.config.encoder import EncoderConfig
 
 if TYPE_CHECKING:
     from simclr.models.batchnorm import set_global_batch_norm

@@ -9,8 +9,8 @@ Shapes: B images, C channels, S x S pixels, K classes.
 import torch
 from torch import Tensor, nn
 
+from simclr.config.encoder import TIMM, TORCHVISION, EncoderConfig
 from simclr.errors import UserError
-from simclr.models.config import TIMM, TORCHVISION, EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import LinearClassifier, ProjectionHead
 
@@ -62,11 +62,11 @@ def pretrained_classifier(name: str, *, size: int) -> Classifier:
     """
     encoder = build_encoder(EncoderConfig(name, channels=3, size=size), pretrained=True)
     if name.startswith(TIMM):
-        from simclr.models.timm_bridge import timm_classifier  # timm takes a second to import
+        from simclr.models.external.timm_bridge import timm_classifier  # timm takes a second to import
 
         last = timm_classifier(name.removeprefix(TIMM), channels=3, size=size)
     else:
-        from simclr.models.torchvision_bridge import torchvision_classifier
+        from simclr.models.external.torchvision_bridge import torchvision_classifier
 
         last = torchvision_classifier(name.removeprefix(TORCHVISION), channels=3)
     if last.in_features != encoder.num_features:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from simclr.config.encoder import RESNETS, TIMM, TORCHVISION, EncoderConfig
 from simclr.errors import UserError
-from simclr.models.config import RESNETS, TIMM, TORCHVISION, EncoderConfig
 from simclr.models.init import seeded
 from simclr.models.resnet import ResNet
 
 if TYPE_CHECKING:
-    from simclr.models.timm_bridge import Normalisation
+    from simclr.models.external.timm_bridge import Normalisation
 
 
 class Encoder(nn.Module):
@@ -99,12 +99,12 @@ def build_encoder(config: EncoderConfig, *, seed: int = 0, pretrained: bool = Fa
 def _build_foreign(config: EncoderConfig, pretrained: bool) -> "tuple[nn.Module, int, Normalisation | None]":
     """The model, its number of features, and the (mean, std) of pretrained weights."""
     if config.is_adapted:
-        from simclr.models.torchvision_bridge import build_adapted
+        from simclr.models.external.torchvision_bridge import build_adapted
 
         return build_adapted(config)
     if config.name.startswith(TIMM):
-        from simclr.models.timm_bridge import build_timm as build  # timm takes a second to import
+        from simclr.models.external.timm_bridge import build_timm as build  # timm takes a second to import
     else:
-        from simclr.models.torchvision_bridge import build_torchvision as build
+        from simclr.models.external.torchvision_bridge import build_torchvision as build
     name = config.name.removeprefix(TIMM).removeprefix(TORCHVISION)
     return build(name, channels=config.channels, size=config.size, pretrained=pretrained)

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from simclr.config.encoder import MAX_CHANNELS
 from simclr.errors import UserError
 from simclr.models.batchnorm import BatchNorm1d
-from simclr.models.config import MAX_CHANNELS
 from simclr.models.init import DENSE_STD, seeded
 
 MAX_LAYERS = 32

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from simclr.models.config import ResNetShape, Stem
+from simclr.config.encoder import ResNetShape, Stem
 from simclr.models.convolution import ConvNorm
 from simclr.models.selective_kernel import AveragePool, SelectiveKernel
 

@@ -10,8 +10,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from simclr.config.encoder import EncoderConfig
 from simclr.errors import UserError, shown
-from simclr.models.config import EncoderConfig
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.safetensors_file import TensorInfo
 

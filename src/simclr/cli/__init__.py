@@ -1,0 +1,1 @@
+"""The command line: flags in, tasks called; imports no torch before the flags are known to be valid."""

@@ -1,0 +1,41 @@
+"""The commands of `simclr` and their flags. Imports no torch: `--help` is answered from here.
+
+Each command names the function that does its work, and the field that holds the settings a recipe may start from.
+"""
+
+from typing import NamedTuple
+
+from simclr.tasks.options.labels import Distill, Evaluate, Finetune
+from simclr.tasks.options.pretraining import Plan, Pretrain, Recipes, Resume, Views
+from simclr.tasks.options.using import Embed, Export, Import, Predict, Push
+
+
+class Command(NamedTuple):
+    """One command.
+
+    Attributes:
+        flags: Its arguments.
+        job: module:function; takes them, and, where there are settings, `over(settings)`: those with the flags on top.
+        settings: The field of the settings; None: it has none.
+    """
+
+    flags: type
+    job: str
+    settings: str | None = None
+
+
+COMMANDS: dict[str, Command] = {
+    "plan": Command(Plan, "simclr.tasks.jobs:plan", "config"),
+    "pretrain": Command(Pretrain, "simclr.tasks.jobs:pretrain", "config"),
+    "resume": Command(Resume, "simclr.tasks.jobs:resume", "config"),
+    "evaluate": Command(Evaluate, "simclr.tasks.evaluate:evaluate", "finetune"),
+    "finetune": Command(Finetune, "simclr.tasks.finetuning:finetune_run", "config"),
+    "distill": Command(Distill, "simclr.tasks.distilling:distill", "config"),
+    "predict": Command(Predict, "simclr.tasks.predicting:predict"),
+    "embed": Command(Embed, "simclr.tasks.jobs:embed"),
+    "import": Command(Import, "simclr.tasks.importing:import_checkpoint"),
+    "export": Command(Export, "simclr.tasks.export:export"),
+    "push": Command(Push, "simclr.tasks.push:push"),
+    "views": Command(Views, "simclr.tasks.jobs:views", "config"),
+    "recipes": Command(Recipes, "simclr.tasks.jobs:recipes"),
+}

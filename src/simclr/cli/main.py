@@ -1,0 +1,127 @@
+"""The command line. It answers `--help` and refuses bad flags before torch is imported (seconds otherwise)."""
+
+import difflib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import tyro
+
+from simclr import UserError, __version__
+from simclr.cli.commands import COMMANDS
+from simclr.errors import ReportedElsewhere
+from simclr.files import reason_of
+
+
+def main() -> None:
+    """Entry point of `simclr`: a user's mistake ends in one sentence and exit code 2."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    if arguments[0] == "--version":
+        print(f"simclr {__version__}")
+        return
+    try:
+        with _sentences():
+            _run(arguments[0], arguments[1:])
+    except UserError as error:
+        if _reports(error):
+            rank = os.environ.get("RANK", "0")
+            print(f"simclr: {'' if rank == '0' else f'[process {rank}] '}{error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        if _reports(UserError("stopped")):
+            print("simclr: stopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Turn what the machine refuses (files, memory, recursion) into a sentence instead of a traceback."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(
+            f"The system refused to go on: {reason_of(error)}{where}; check the paths, their permissions and the "
+            "room on the disk, then try again."
+        ) from error
+    except MemoryError:
+        raise UserError(
+            "The memory of this machine is used up; end other programs, or take fewer or smaller images, or a smaller "
+            "batch."
+        ) from None
+    except RecursionError:
+        raise UserError("Something that was read is nested too deeply; check the files that were given.") from None
+
+
+def _reports(error: UserError) -> bool:
+    """Whether this process prints the error: of torchrun's processes the first one that failed."""
+    if isinstance(error, ReportedElsewhere):
+        return False
+    if not _is_one_of_several():
+        return True
+    from simclr.distributed import is_first_to_fail
+
+    return is_first_to_fail(str(error))
+
+
+def _is_one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
+def _parse(flags: type, prog: str, arguments: list[str]) -> Any:
+    """The flags; of several processes one alone prints what is wrong with them."""
+    if not _is_one_of_several():
+        return tyro.cli(flags, prog=prog, args=arguments)
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            return tyro.cli(flags, prog=prog, args=arguments)
+    except SystemExit as stop:
+        if stop.code and _reports(UserError("bad flags")):
+            sys.stderr.write(printed.getvalue())
+        raise
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    command = COMMANDS.get(name)
+    if command is None:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Perhaps you meant `simclr {near[0]}`." if near else ""
+        raise UserError(f"There is no command {name!r}; there are {', '.join(COMMANDS)}.{hint}")
+    prog = f"simclr {name}"
+    parsed = _parse(command.flags, prog, arguments)
+
+    module, function = command.job.split(":")
+    job = getattr(import_module(module), function)  # imports torch: only now that the arguments are known to be good
+    field = command.settings
+    if field is None:
+        job(parsed)
+        return
+
+    def over(settings: Any) -> Any:
+        """These settings, with the flags that were given on top."""
+        default = replace(parsed, **{field: settings})
+        return getattr(tyro.cli(command.flags, prog=prog, args=arguments, default=default), field)
+
+    job(parsed, over)
+
+
+def _overview() -> str:
+    lines = ["simclr: contrastive pretraining from a folder of images (SimCLR, arXiv:2002.05709).", ""]
+    for name, command in COMMANDS.items():
+        summary = (command.flags.__doc__ or "").split("\n")[0]
+        lines.append(f"  simclr {name:<9} {summary}")
+    return "\n".join([*lines, "", "`simclr COMMAND --help` tells more."])

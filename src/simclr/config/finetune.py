@@ -1,0 +1,70 @@
+"""How a network is trained on labels: settings, and the papers' recipes by name. Imports no torch.
+
+Sources: SimCLR appendix B.3 (supervised), B.5 (semi-supervised, v1) and B.6 (linear probe); SimCLR v2 section 3 and the
+README of google-research/simclr (v2). Recipes whose name begins with `small` or ends in `adamw` are ours
+(docs/lab-notes.md).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from simclr.config.training import TrainingConfig
+from simclr.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Settings of one training on labels; the defaults are SimCLR v1's for all of ImageNet."""
+
+    head_layer: int = 0
+    """Layers of the projection head under the classifier: 0 in SimCLR v1, 1 in v2 where labels are few."""
+
+    tune_from: Literal["all", 0, 1, 2, 3, 4, "none"] = "all"
+    """The whole network (all), what comes after the stem (0) or a block group (1 to 4), or the classifier (none)."""
+
+    batch_norm_decay: float | None = None
+    """Share of the old running statistics that a step keeps; unset: what the encoder has, 0.9 for the authors'."""
+
+    def __post_init__(self) -> None:
+        """Say in one sentence what is wrong with a value."""
+        super().__post_init__()
+        decay = self.batch_norm_decay
+        self._require("head_layer", self.head_layer >= 0, "at least 0")
+        self._require("batch_norm_decay", decay is None or 0 <= decay < 1, "in [0, 1)")
+        self._require("tune_from", self.tune_from in ("all", 0, 1, 2, 3, 4, "none"), "all, 0 to 4, or none")
+
+
+_V1 = FinetuneConfig()
+_V2 = FinetuneConfig(optimizer="lars", lr=0.005, lr_scaling="sqrt", batch_size=1024)
+_V2_WIDE = replace(_V2, lr=0.002)  # width above 1, selective kernels
+_SMALL = FinetuneConfig(
+    lr=0.1, lr_scaling="none", weight_decay=1e-4, batch_size=64, epochs=30, least_steps=1000, crop_min=0.3
+)
+_ADAMW = FinetuneConfig(optimizer="adamw", lr=3.75e-5, lr_scaling="sqrt", weight_decay=0.05)  # 3e-4 at 64 images
+
+FINETUNE_RECIPES: dict[str, FinetuneConfig] = {
+    "v1-1%": replace(_V1, epochs=60),
+    "v1-10%": _V1,
+    "v1-100%": _V1,
+    "v2-1%": replace(_V2, epochs=60, head_layer=1),
+    "v2-10%": replace(_V2, head_layer=1),
+    "v2-100%": _V2,
+    "v2-wide-1%": replace(_V2_WIDE, epochs=60, head_layer=1),
+    "v2-wide-10%": replace(_V2_WIDE, head_layer=1),
+    "v2-wide-100%": _V2_WIDE,
+    "linear": FinetuneConfig(tune_from="none", lr=0.1, epochs=90),
+    "supervised": FinetuneConfig(lr=0.1, weight_decay=1e-4, epochs=90),
+    "small": _SMALL,
+    "small-linear": replace(_SMALL, tune_from="none", weight_decay=0.0, epochs=10, least_steps=500),
+    "small-supervised": _SMALL,
+    "supervised-adamw": replace(_ADAMW, batch_size=1024, warmup_epochs=5, epochs=90),
+    "small-supervised-adamw": replace(_ADAMW, batch_size=64, epochs=30, least_steps=1000, crop_min=0.3),
+}
+"""`FINETUNE_RECIPES["v2-1%"]`, and `dataclasses.replace` for what is to differ."""
+
+
+def find_finetune_recipe(name: str) -> FinetuneConfig:
+    """The recipe of that name."""
+    if name not in FINETUNE_RECIPES:
+        raise UserError(f"There is no fine-tuning recipe {name!r}; there are {', '.join(FINETUNE_RECIPES)}.")
+    return FINETUNE_RECIPES[name]

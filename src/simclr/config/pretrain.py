@@ -1,0 +1,241 @@
+"""The settings of a pretraining run: frozen, typed, each with its meaning and its source.
+
+A run saves the settings that it resolved as `RUN/config.json`; that file is itself a recipe
+(`simclr pretrain DATA --recipe RUN/config.json`). Nothing here imports torch.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from simclr.errors import UserError
+from simclr.files import write_atomically
+
+MAX_SEED = 2**64 - 1
+"""Philox, which draws order and views, has keys of 64 bits."""
+
+# Settings that a resumed run may change: they move no number of its result.
+FREE_ON_RESUME = frozenset({"workers", "save_every", "keep", "knn_every"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """How an encoder is pretrained. The defaults are the SimCLR v1 paper's where a small machine can follow."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # an unknown key in a saved file is an error
+
+    # ---- images
+    size: int = 32
+    """Height and width of a view, in pixels."""
+
+    channels: Literal["auto", "1", "3"] = "auto"
+    """Channels of the encoder's input; auto: 1 where every image is gray, else 3."""
+
+    # ---- views (paper section 3 and appendix A)
+    views: Literal["google", "torchvision"] = "google"
+    """Whose operations draw the views: the authors' (TensorFlow's) or torchvision's."""
+
+    strength: float = 1.0
+    """Strength s of the colour distortion: 1.0 for ImageNet, 0.5 for CIFAR (appendix A, B.9)."""
+
+    crop_min: float = 0.08
+    """Smallest share of the image's area that a random crop may take."""
+
+    flip: float = 0.5
+    """Probability of a left-right flip; 0 where mirror images mean something else, as with letters."""
+
+    jitter: float = 0.8
+    """Probability of the colour distortion."""
+
+    grayscale: float = 0.2
+    """Probability of dropping colour."""
+
+    blur: float | None = None
+    """Probability of the Gaussian blur; unset: 0.5 above 32 pixels, none at 32 and below (B.9)."""
+
+    brightness: Literal["multiply", "add"] = "multiply"
+    """Brightness as in SimCLR v2 (multiply) or v1 (add); the authors' code, data_util.py."""
+
+    # ---- encoder and projection head
+    encoder: str = "resnet18"
+    """resnet18/34/50/101/152/200, resnet10, small (for CPUs), timm/NAME or torchvision/NAME."""
+
+    width: float = 1.0
+    """Multiplier on every channel count of a ResNet."""
+
+    stem: Literal["auto", "cifar", "strided", "imagenet"] = "auto"
+    """First layers: 3x3 (cifar), 3x3/2 (strided: a quarter of the work), or 7x7/2 with max-pool (imagenet); auto:
+    cifar up to 32 pixels, else imagenet."""
+
+    sk: bool = False
+    """Selective kernels, and ResNet-D's stem and shortcuts, as in SimCLR v2; ResNets only."""
+
+    head: Literal["none", "linear", "nonlinear"] = "nonlinear"
+    """Projection head between the encoder and the loss (section 4.2)."""
+
+    head_layers: int = 2
+    """Layers of the nonlinear head: 2 in SimCLR v1, 3 in v2."""
+
+    head_dim: int = 128
+    """Width of the projection z."""
+
+    # ---- loss
+    loss: Literal["nt-xent", "dcl"] = "nt-xent"
+    """The paper's loss, or DCL, which leaves the positive out of the denominator (arXiv:2110.06848)."""
+
+    temperature: float = 0.1
+    """Temperature of the loss: 0.1 for ImageNet, 0.5 for CIFAR (table 5, B.9)."""
+
+    loss_scale: float = 2.0
+    """Factor on the loss that is optimised: the authors' code takes twice the paper's mean over 2N."""
+
+    # ---- optimiser and schedule
+    optimizer: Literal["lars", "sgd", "adamw"] = "lars"
+    """LARS as the authors wrote it, SGD with Nesterov momentum, or AdamW."""
+
+    lr: float = 0.3
+    """Base learning rate, before scaling."""
+
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    """Peak rate: lr x batch / 256 (linear), lr x sqrt(batch) (sqrt), or lr itself (B.1)."""
+
+    warmup_epochs: float = 10.0
+    """Epochs over which the rate climbs from 0 to its peak, before the cosine decay to 0."""
+
+    weight_decay: float = 1e-6
+    """L2 on the weights; batch-norm parameters and biases are exempt."""
+
+    momentum: float = 0.9
+    """Momentum of LARS and SGD."""
+
+    # ---- amount
+    epochs: int = 100
+    """Passes over the images."""
+
+    batch_size: int = 512
+    """Images per step over all processes; each gives two views."""
+
+    seed: int = 0
+    """Decides the initial weights, the order of the images and every view."""
+
+    global_bn: bool = True
+    """Batch-norm statistics over all processes, as the authors do; no effect with one process."""
+
+    # ---- machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto: a GPU if there is one."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the encoder; auto: bf16 on GPUs that have it, else fp32. The loss is always fp32."""
+
+    deterministic: bool = False
+    """On a GPU, only use kernels that give the same bits each time (slower). A CPU always does."""
+
+    memory: Literal["auto", "plain", "recompute", "cache"] = "auto"
+    """How a step fits the memory: plain, activations recomputed (same result), or gradients cached for a chunk of the
+    batch at a time (batch norm then sees chunks); auto: the first that fits."""
+
+    chunk: int = 0
+    """With --memory cache: images of a process in a chunk, which must divide its batch; 0: the most that fit."""
+
+    workers: int = 2
+    """Threads that decode images and prepare views ahead of the encoder; 0: none. Changes no pixel."""
+
+    # ---- record
+    log_every: int = 20
+    """Steps between two records in metrics.jsonl."""
+
+    save_every: int = 500
+    """Steps between two checkpoints; one is always written at the end."""
+
+    keep: int = 2
+    """Checkpoints that are kept."""
+
+    knn_every: float = 10.0
+    """Epochs between two kNN checks, where the images have labels; 0: never."""
+
+    def __post_init__(self) -> None:
+        """Say in one sentence what is wrong with a value."""
+        for name, least in (
+            ("size", 4),
+            ("head_layers", 1),
+            ("head_dim", 1),
+            ("epochs", 1),
+            ("batch_size", 2),
+            ("log_every", 1),
+            ("save_every", 1),
+            ("keep", 1),
+            ("workers", 0),
+            ("chunk", 0),
+        ):
+            _require(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
+        for name in ("temperature", "lr", "width", "loss_scale"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "greater than 0")
+        for name in ("warmup_epochs", "weight_decay", "strength", "knn_every"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        for name in ("flip", "jitter", "grayscale", "blur"):
+            value = getattr(self, name)
+            _require(name, value, value is None or 0 <= value <= 1, "a probability between 0 and 1")
+        require_seed(self.seed)
+        _require("chunk", self.chunk, self.chunk == 0 or self.memory == "cache", "0, unless --memory is cache")
+        _require("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
+        _require("crop_min", self.crop_min, 0 < self.crop_min <= 1, "an area share in (0, 1]")
+
+    def save(self, path: Path) -> None:
+        """Write the settings as JSON."""
+        from simclr.config.records import versioned
+
+        write_atomically(path, versioned(asdict(self)))
+
+
+def require_seed(seed: int, *, count: int = 1, name: str = "--seed") -> None:
+    """Refuse a seed that the random numbers (Philox) cannot take.
+
+    Args:
+        count: Seeds that are used: `seed` and those after it.
+        name: What the user calls it.
+    """
+    if not 0 <= seed <= MAX_SEED - (count - 1):
+        after = "" if count == 1 else f", less the {count - 1} that follow it"
+        raise UserError(f"{name} was {seed}; it must be a whole number from 0 to {MAX_SEED} (2**64 - 1){after}.")
+
+
+def _require(name: str, value: object, fine: bool, allowed: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        fine = False
+    if not fine:
+        raise UserError(f"--{name.replace('_', '-')} was {value}; it must be {allowed}.")
+
+
+def load_config(path: Path) -> PretrainConfig:
+    """Read settings saved by `PretrainConfig.save`; an unknown or mistyped one is an error that names it."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from simclr.config.records import first_error, read_json
+
+    values = read_json(path, remedy="restore it, or start a new run")
+    values.pop("schema_version", None)
+    try:
+        return TypeAdapter(PretrainConfig).validate_json(json.dumps(values), strict=True)
+    except (ValidationError, RecursionError) as error:
+        what = first_error(error) if isinstance(error, ValidationError) else "they are nested too deeply"
+        raise UserError(f"The settings {path} do not fit: {what}.") from None
+
+
+def settings_digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 (hexadecimal) of those settings, as they are saved, that determine a run's result."""
+    kept = {name: value for name, value in values.items() if name not in {"schema_version", *FREE_ON_RESUME}}
+    return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def changed_on_resume(saved: PretrainConfig, given: PretrainConfig) -> list[str]:
+    """Names of the settings that differ and would change the run's result."""
+    return [
+        f.name
+        for f in fields(PretrainConfig)
+        if f.name not in FREE_ON_RESUME and getattr(saved, f.name) != getattr(given, f.name)
+    ]

@@ -1,0 +1,315 @@
+"""Named, complete settings, each with its command, its cost and what to expect; and how one is chosen.
+
+A recipe is data: `simclr recipes` prints it, `--recipe NAME` starts from it, every flag given beside it wins.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from simclr.config.pretrain import PretrainConfig, load_config
+from simclr.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings with what they are for."""
+
+    name: str
+    summary: str
+    command: str
+    cost: str
+    expect: str
+    config: PretrainConfig
+    least_steps: int = 0
+    """With fewer images the epochs grow until training has this many steps."""
+
+
+class ImageFacts(Protocol):
+    """What the choice of a recipe looks at; `simclr.data.Images` has it."""
+
+    @property
+    def channels(self) -> int: ...
+    @property
+    def sizes(self) -> "np.ndarray": ...  # (n, 2) heights and widths
+    def __len__(self) -> int: ...
+
+
+_SMALL = PretrainConfig(
+    size=32,
+    encoder="small",
+    strength=0.5,
+    crop_min=0.3,
+    temperature=0.2,
+    optimizer="adamw",
+    lr=5e-3,
+    lr_scaling="none",
+    weight_decay=1e-4,
+    warmup_epochs=1,
+    loss_scale=1.0,
+    batch_size=256,
+    epochs=12,
+    knn_every=3,
+    log_every=50,
+)
+
+_V2 = PretrainConfig(  # SimCLR v2, without the queue of negatives that the authors never released (~1 %)
+    size=224,
+    encoder="resnet50",
+    head_layers=3,
+    temperature=0.1,
+    lr=0.1,
+    lr_scaling="sqrt",
+    weight_decay=1e-4,
+    batch_size=4096,
+    epochs=800,
+    warmup_epochs=40,
+    workers=8,
+    knn_every=0,
+)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            name="digits",
+            summary="The digits inside scikit-learn: the whole path in two minutes on a laptop.",
+            command="simclr pretrain digits --recipe digits --out runs/digits",
+            cost="about a minute on two cores",
+            expect="kNN near raw pixels (which are hard to beat on centred 8x8 digits), far above a random encoder",
+            config=replace(
+                _SMALL,
+                lr=2e-3,
+                size=8,
+                flip=0.0,
+                crop_min=0.4,
+                epochs=150,
+                warmup_epochs=5,
+                knn_every=25,
+                log_every=20,
+            ),
+        ),
+        Recipe(
+            name="cpu",
+            summary="Any small images on a CPU: a 16-wide ResNet-10 with a strided stem, at 32 pixels and below.",
+            command="simclr pretrain DATA --recipe cpu",
+            cost="60,000 images of 28 pixels: less than a minute per epoch on two cores",
+            least_steps=1500,
+            expect="fashion-mnist: 80 % linear accuracy from 600 labels (pixels 77 %), 87 % from all (pixels 85 %)",
+            config=replace(_SMALL, stem="strided"),
+        ),
+        Recipe(
+            name="cifar",
+            summary="The authors' README command for CIFAR-10: ResNet-18, batch 512, 1,000 epochs.",
+            command="simclr pretrain cifar10 --recipe cifar",
+            cost="hours on one GPU; not for a CPU",
+            expect="about 91 % linear accuracy on CIFAR-10 (google-research/simclr, README)",
+            config=PretrainConfig(
+                size=32,
+                strength=0.5,
+                encoder="resnet18",
+                head_layers=3,
+                temperature=0.5,
+                lr=1.0,
+                weight_decay=1e-4,
+                batch_size=512,
+                epochs=1000,
+                warmup_epochs=10,
+                knn_every=20,
+            ),
+        ),
+        Recipe(
+            name="cifar-r50",
+            summary="The paper's CIFAR-10 (B.9): ResNet-50, batch 1024, 1,000 epochs, two-layer head.",
+            command="simclr pretrain cifar10 --recipe cifar-r50",
+            cost="about a day on one GPU",
+            expect="94.0 % linear accuracy on CIFAR-10 (paper B.9)",
+            config=PretrainConfig(
+                size=32,
+                strength=0.5,
+                encoder="resnet50",
+                temperature=0.5,
+                lr=1.0,
+                weight_decay=1e-6,
+                batch_size=1024,
+                epochs=1000,
+                warmup_epochs=10,
+                knn_every=20,
+            ),
+        ),
+        Recipe(
+            name="photos",
+            summary="A folder of photographs on one GPU: ResNet-50 at 224 pixels, batch 256, square-root scaling.",
+            command="simclr pretrain FOLDER --recipe photos",
+            cost="100,000 images: about a day on one GPU",
+            expect="depends on the images: compare with `simclr evaluate`, and with features pretrained on ImageNet",
+            config=PretrainConfig(
+                size=224,
+                encoder="resnet50",
+                head_layers=3,
+                temperature=0.1,
+                lr=0.075,
+                lr_scaling="sqrt",
+                weight_decay=1e-6,
+                batch_size=256,
+                epochs=200,
+                warmup_epochs=10,
+                workers=8,
+            ),
+        ),
+        Recipe(
+            name="imagenet-v1",
+            summary="SimCLR v1 on ImageNet: ResNet-50, batch 4096, 1,000 epochs, LARS.",
+            command="torchrun --nproc-per-node 8 -m simclr pretrain IMAGENET/train --recipe imagenet-v1",
+            cost="1.3 billion views forward and backward: days on eight GPUs; needs 512 images a GPU",
+            expect="69.3 % linear top-1 (paper table 6); 64.5 % after 100 epochs (table 1)",
+            config=PretrainConfig(
+                size=224,
+                encoder="resnet50",
+                brightness="add",
+                temperature=0.1,
+                lr=0.3,
+                weight_decay=1e-6,
+                batch_size=4096,
+                epochs=1000,
+                warmup_epochs=10,
+                workers=8,
+                knn_every=0,
+            ),
+        ),
+        Recipe(
+            name="v2-r50",
+            summary="SimCLR v2 on ImageNet, its smallest network: ResNet-50, three-layer head, batch 4096, 800 epochs.",
+            command="torchrun --nproc-per-node 8 -m simclr pretrain IMAGENET/train --recipe v2-r50",
+            cost="5.0e19 operations: 18 hours on 8 GPUs if each does 100 TFLOP/s; 512 images a GPU",
+            expect="71.1 % linear top-1 without the queue (the authors, issue 77); with it 71.7 %, and 57.9 / 68.4 % "
+            "fine-tuned on 1 / 10 % of the labels (README of google-research/simclr)",
+            config=_V2,
+        ),
+        Recipe(
+            name="v2-r101-2x-sk",
+            summary="SimCLR v2 on ImageNet: ResNet-101 of double width with selective kernels, 257 million parameters.",
+            command="torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST "
+            "-m simclr pretrain IMAGENET/train --recipe v2-r101-2x-sk",
+            cost="5.8e20 operations, 12 times v2-r50: 25 hours on 64 GPUs if each does 100 TFLOP/s; 64 images a GPU",
+            expect="79.0 % linear top-1; 73.2 / 78.8 % fine-tuned on 1 / 10 % of the labels (README of "
+            "google-research/simclr, with a queue that is worth about a point)",
+            config=replace(_V2, encoder="resnet101", width=2.0, sk=True),
+        ),
+        Recipe(
+            name="v2-r152-3x-sk",
+            summary="SimCLR v2 on ImageNet, its largest network and teacher: ResNet-152 of triple width with selective "
+            "kernels, 795 million parameters.",
+            command="torchrun --nnodes 16 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST "
+            "-m simclr pretrain IMAGENET/train --recipe v2-r152-3x-sk",
+            cost="1.9e21 operations, 39 times v2-r50: 42 hours on 128 GPUs if each does 100 TFLOP/s; 32 images a GPU",
+            expect="79.8 % linear top-1; 74.9 / 80.1 % fine-tuned on 1 / 10 % of the labels (README of "
+            "google-research/simclr, with a queue that is worth about a point)",
+            config=replace(_V2, encoder="resnet152", width=3.0, sk=True),
+        ),
+    )
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name, or one made of a settings file (a path that ends in .json)."""
+    if name in RECIPES:
+        return RECIPES[name]
+    if name.endswith(".json"):
+        return Recipe(
+            name=name,
+            summary="Settings from a file.",
+            command="",
+            cost="",
+            expect="",
+            config=load_config(Path(name)),
+        )
+    raise UserError(f"There is no recipe {name!r}; there are {', '.join(RECIPES)}, or give the path of a config.json.")
+
+
+def choose_recipe(images: ImageFacts, *, on_gpu: bool) -> tuple[Recipe, str]:
+    """A recipe for these images on this hardware, and the sentence that says why."""
+    shorter = _typical_side(images)
+    what = f"{len(images):,} images, shorter side typically {shorter} pixels"
+    if shorter <= 12:
+        return RECIPES["digits"], f"{what}: tiny images"
+    if not on_gpu:
+        return RECIPES["cpu"], f"{what}, no GPU"
+    if shorter <= 64:
+        return RECIPES["cifar"], f"{what}, a GPU"
+    if len(images) >= 500_000:
+        return RECIPES["imagenet-v1"], f"{what}, a GPU: ImageNet's scale"
+    return RECIPES["photos"], f"{what}, a GPU"
+
+
+def fit_recipe(recipe: Recipe, images: ImageFacts) -> tuple[PretrainConfig, dict[str, str]]:
+    """Bend a recipe's own numbers to the images; what a user asks for by flag is not bent.
+
+    Returns:
+        The settings, and for each that was bent a sentence that says so.
+    """
+    config, said = recipe.config, {}
+    shorter = _typical_side(images)
+    if 4 <= shorter < config.size:
+        said["size"] = f"Size {shorter} instead of {config.size}: most images have no more pixels a side."
+        config = replace(config, size=shorter)
+    if len(images) < config.batch_size and len(images) >= 2:
+        batch = 1 << (len(images).bit_length() - 1)
+        said["batch_size"] = f"Batch size {batch} instead of {config.batch_size}: there are {len(images)} images."
+        config = replace(config, batch_size=batch)
+    if 2 <= len(images) * config.epochs < recipe.least_steps * config.batch_size:
+        epochs = -(-recipe.least_steps * config.batch_size // len(images))
+        longer = epochs / config.epochs
+        said["epochs"] = f"{epochs} epochs instead of {config.epochs}: few images need more passes."
+        config = replace(
+            config, epochs=epochs, warmup_epochs=config.warmup_epochs * longer, knn_every=config.knn_every * longer
+        )
+    return config, said
+
+
+def settings_for(
+    recipe: Recipe | None,
+    images: ImageFacts,
+    flags_over: Callable[[PretrainConfig], PretrainConfig],
+    *,
+    on_gpu: bool,
+    say: Callable[[str], None],
+) -> PretrainConfig:
+    """The complete settings: recipe, bent to the images where no flag says otherwise, under the flags.
+
+    Args:
+        recipe: None: `choose_recipe` decides.
+        flags_over: Settings -> those with what the user asks for on top.
+        say: Told what was decided, and what seems odd.
+    """
+    if recipe is None:
+        recipe, why = choose_recipe(images, on_gpu=on_gpu)
+        say(f"Recipe {recipe.name} ({why}); --recipe chooses another.")
+    if images.channels == 1 and flags_over(recipe.config).channels == "auto":
+        say("Gray views: no hue, no saturation, no grayscale. --channels 3 makes three equal channels.")
+    fitted, sentences = fit_recipe(recipe, images)
+    config = flags_over(fitted)
+    for name, sentence in sentences.items():
+        if getattr(config, name) == getattr(fitted, name):
+            say(sentence)
+    if config.optimizer != fitted.optimizer and config.lr == fitted.lr:
+        say(
+            f"The rate of {config.lr:g} (scaling {config.lr_scaling}) was chosen for {fitted.optimizer}, not for "
+            f"{config.optimizer}; give --lr and --lr-scaling."
+        )
+    longest = config.epochs / 10
+    if config.epochs < fitted.epochs and config.warmup_epochs == fitted.warmup_epochs > longest:
+        say(f"Warm-up of {longest:g} epochs: a tenth of this short run.")
+        config = replace(config, warmup_epochs=longest)
+    return config
+
+
+def _typical_side(images: ImageFacts) -> int:
+    """Median of the images' shorter sides, in pixels."""
+    shorter_sides = images.sizes.min(axis=1)  # (n,)
+    shorter_sides.sort()
+    return int(shorter_sides[len(shorter_sides) // 2])

@@ -1,0 +1,1 @@
+"""Packs: decoded images in memory-mapped files, checksummed and shared between processes."""

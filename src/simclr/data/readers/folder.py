@@ -1,0 +1,120 @@
+"""A folder of images as `Images`: which files it holds, and labels from sub-folders or a label file.
+
+`files.py` opens the files.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from simclr.data.images import Channels, Images, Split, part_of
+from simclr.data.labels import index_labels, read_label_file
+from simclr.data.readers.files import Labelling, Reading, open_files
+from simclr.data.readers.scan import Found, scan_folder, some
+from simclr.errors import UserError
+
+TEST_FOLDERS = ("test", "val")
+"""Names of the sub-folder that, beside train/, holds the test part; the first that is there counts."""
+
+
+def open_folder(
+    root: Path,
+    *,
+    split: Split = "train",
+    labels: Path | None = None,
+    strict: bool = False,
+    channels: Channels = "auto",
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+    memory_budget: int | None = None,
+    pack: str = "off",
+    side: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Images:
+    """Open the images of a folder, at any depth.
+
+    With train/ and test/ (or val/) sub-folders the folder brings its own split. Labels are the names of the
+    top-level sub-folders (of train/ and test/, where there are), if every image lies in one and there are
+    two or more.
+
+    Args:
+        labels: CSV file of `path,label` lines instead of sub-folders.
+        strict: A broken file is an error, not left out.
+        workers: Decoding threads, here and in `Images.batch`; 0 decodes in the calling thread.
+        progress: Called with (files done, files in all).
+        memory_budget: Bytes of decoded pixels to keep; by default MEMORY_SHARE and MEMORY_MOST decide.
+        pack: "off"; "auto": where decoding takes long, pixels are kept in the user's cache folder for all
+            processes and runs; or the folder to keep them in. It changes no pixel.
+        side: Images whose shorter side is longer are shrunk to it (`decode.shrink`), with a pack or without.
+        say: Told at once what takes long or has gone wrong, while `notes` wait until the images are open.
+
+    Raises:
+        UserError: nothing usable, a label file that does not fit, with `strict` a broken file, a `side` too
+            small, a pack among the images.
+    """
+    how = Reading(
+        strict=strict, channels=channels, workers=workers, progress=progress, memory_budget=memory_budget, pack=pack,
+        side=side, say=say,
+    )  # fmt: skip
+    scan = scan_folder(root, besides=labels)
+    if not scan.files and not scan.skipped:
+        raise UserError(f"There are no images in {root}: give a folder with .jpg, .png or other image files in it.")
+    parts = _parts(scan.files)
+    part = part_of(split, len(parts) > 0, str(root))
+    prefixes = {"train": parts[:1], "test": parts[1:], "all": parts}[part] or [""]
+    files = [file for file in scan.files if file.key.startswith(tuple(prefixes))]
+    outside = len(scan.files) - sum(file.key.startswith(tuple(parts)) for file in scan.files) if parts else 0
+    given = None
+    if labels is not None:  # before the decoding, which may take long
+        known = [item.key for item in (*scan.files, *scan.skipped)]
+        given = index_labels(read_label_file(labels, root, [file.key for file in files], known))
+
+    def label(rows: list[int]) -> Labelling:
+        if given is None:
+            return _labels_from_folders([files[row] for row in rows], scan.files, parts)
+        known = given[0][rows]
+        return Labelling(known, given[1]) if (known >= 0).any() else Labelling()
+
+    return open_files(
+        root,
+        files,
+        unreachable=[item for item in scan.skipped if item.key.startswith(tuple(prefixes))],
+        every=scan.files,
+        label=label,
+        name=root.resolve().name or str(root),
+        split=part,
+        has_own_split=len(parts) > 0,
+        notes=[*scan.notes, *([f"{outside:,} images outside {' and '.join(parts)} ignored."] if outside else [])],
+        how=how,
+    )
+
+
+def _parts(files: Sequence[Found]) -> list[str]:
+    """["train/", "test/"] where the folder brings its own split, else []."""
+    tops = {file.key.partition("/")[0] for file in files if "/" in file.key}
+    test = [name for name in TEST_FOLDERS if name in tops]
+    return ["train/", f"{test[0]}/"] if "train" in tops and test else []
+
+
+def _labels_from_folders(files: Sequence[Found], all_files: Sequence[Found], parts: Sequence[str]) -> Labelling:
+    """Labels and classes; the classes are those of both parts, so that a number means one class."""
+    prefixes = parts or [""]
+    folder_of = [_class_folder(file.key, prefixes) for file in files]
+    if not any(folder_of):
+        return Labelling()
+    if not all(folder_of):
+        return Labelling(notes=["Images both in sub-folders and beside them: no labels taken from the folders."])
+    everywhere = {_class_folder(file.key, prefixes) for file in all_files if file.key.startswith(tuple(prefixes))}
+    classes = sorted(name for name in everywhere if name)
+    if len(classes) < 2:
+        return Labelling(notes=[f"All images lie in one sub-folder, {some(classes)}: no labels."])
+    index = {name: i for i, name in enumerate(classes)}
+    return Labelling(np.array([index[name] for name in folder_of], dtype=np.int64), classes)
+
+
+def _class_folder(key: str, prefixes: Sequence[str]) -> str:
+    """Name of the top-level sub-folder that a file lies in, "" for none."""
+    prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
+    top, slash, _ = key.removeprefix(prefix).partition("/")
+    return top if slash else ""

@@ -1,0 +1,135 @@
+"""Which image files a folder holds, at any depth, in an order that is the same on every machine.
+
+Nothing is opened here: FIFOs and devices are only looked at, and symbolic links to folders are followed once.
+"""
+
+import heapq
+import os
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from simclr.data.images import Skipped
+from simclr.data.readers.decode import ENDINGS
+from simclr.files import Stamp, reason_of, stamp_of
+
+
+class Found(NamedTuple):
+    """A regular file with an image's ending, in few bytes: there may be millions."""
+
+    key: str
+    """Its path below the folder, with forward slashes, as it can be printed."""
+    root: Path
+    """The folder, one object for all of its files."""
+    below: str
+    """Its path below the folder; nearly always the very string that is the key."""
+    stamp: Stamp
+    """Its size in bytes, times and inode when it was looked at."""
+    digest: bytes = b""
+    """SHA-256 of its content (`digests.identify`), empty where it is not known."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return self.root / self.below
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stamp[0]
+
+
+class Scan(NamedTuple):
+    """What a folder holds: files sorted by key, what could not be reached, sentences about the rest."""
+
+    files: list[Found]
+    skipped: list[Skipped]
+    notes: list[str]
+
+
+def scan_folder(root: Path, besides: Path | None = None) -> Scan:
+    """Look through a folder.
+
+    A folder that is reached twice (through links) is read once, under its real path where that lies inside
+    `root`. Links to `root` or to a folder above it are loops and not followed. Hidden folders are left out.
+
+    Args:
+        besides: A file that may lie inside and is not data (the label file).
+    """
+    files: list[Found] = []
+    skipped: list[Skipped] = []
+    endings: Counter[str] = Counter()
+    hidden: list[str] = []
+    here = root.resolve()
+    seen = {_identity(folder) for folder in here.parents}
+    folders, links = [""], []  # keys; links wait until all real folders are read
+    while folders or links:
+        key = folders.pop() if folders else heapq.heappop(links)
+        try:
+            identity = _identity(root / key)
+            if identity in seen:
+                continue
+            seen.add(identity)
+            with os.scandir(root / key) as entries:
+                names = sorted(entry.name for entry in entries)
+        except OSError as error:
+            skipped.append(Skipped(_text(key) or ".", f"folder: {reason_of(error)}"))
+            continue
+        for name in names:
+            below = f"{key}/{name}" if key else name
+            path = root / below
+            ending = os.path.splitext(name)[1].lower()
+            try:
+                found = os.stat(path)  # of what a link leads to
+                mode, problem = found.st_mode, "not a regular file"
+            except OSError as error:
+                found, mode, problem = None, 0, f"cannot be reached: {reason_of(error)}"
+            if stat.S_ISDIR(mode):
+                if name.startswith("."):
+                    hidden.append(below)
+                elif path.is_symlink():
+                    heapq.heappush(links, below)
+                else:
+                    folders.append(below)
+            elif ending not in ENDINGS:
+                endings[ending] += besides is None or not _same_file(path, besides)
+            elif found is not None and stat.S_ISREG(mode):
+                files.append(Found(_text(below), root, below, stamp_of(found)))
+            else:
+                skipped.append(Skipped(_text(below), problem))
+    return Scan(sorted(files), sorted(skipped), _notes(+endings, hidden))
+
+
+def _notes(endings: Counter[str], hidden: list[str]) -> list[str]:
+    notes = []
+    if endings:
+        common = ", ".join(f"{ending or 'no ending'}: {count:,}" for ending, count in endings.most_common(5))
+        more = ", ..." if len(endings) > 5 else ""
+        notes.append(f"{endings.total():,} files with other endings ignored ({common}{more}).")
+    if hidden:
+        notes.append(f"Hidden folders left out: {some(hidden)}.")
+    return notes
+
+
+def some(names: list[str], most: int = 5) -> str:
+    """The first few names for a sentence, unprintable characters escaped, and how many more there are."""
+    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
+
+
+def _text(key: str) -> str:
+    """A key that can be printed and saved: bytes of a name that are not UTF-8 become \\x escapes."""
+    text = os.fsencode(key).decode("utf-8", "backslashreplace")
+    return key if text == key else text  # the one string, where it can be
+
+
+def _same_file(path: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False

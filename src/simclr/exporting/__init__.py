@@ -1,1 +1,0 @@
-"""`simclr export`: an encoder as a folder, a torchvision or timm state dict, an ONNX file, a folder for the hub."""

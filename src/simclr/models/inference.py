@@ -1,0 +1,172 @@
+"""Encoder + images -> features: the one source for evaluation, embedding and monitoring."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simclr.data.images import Images
+from simclr.distributed import World
+from simclr.errors import NotFinite, UserError
+from simclr.models.encoder import Encoder
+from simclr.views.policy import Semantics
+from simclr.views.views import eval_images
+
+ALONE = World()
+FEATURES_VERSION = 1
+"""Version of features: raise it when the same weights and pixels give other features by more than rounding, because of
+the evaluation preprocessing (crop, resizing), the networks' forward passes or what is taken as the features."""
+
+
+def extract(
+    encoder: Encoder,
+    images: Images,
+    *,
+    semantics: Semantics = "google",
+    crop: float | None = None,
+    batch_size: int = 256,
+    world: World = ALONE,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Features h of every image, in the order of the data, with the encoder in inference mode.
+
+    Args:
+        encoder: On the device where the work is to be done; its mode is restored afterwards.
+        semantics: Whose evaluation preprocessing: the one that the encoder was trained with.
+        crop: Share of the shorter side that is kept; None: the authors' rule (`eval_images`).
+        world: The processes that share the work; all must call.
+        progress: Called with (done, total) images.
+
+    Returns:
+        (n, F) float32.
+
+    Raises:
+        UserError: The images' channels are not the encoder's, or it gives NaN or infinite numbers.
+    """
+    config = encoder.config
+    require_channels(config.channels, images)
+    return outputs(
+        encoder, images, encoder.num_features,
+        size=config.size, semantics=semantics, crop=crop, batch_size=batch_size, world=world, progress=progress,
+    )  # fmt: skip
+
+
+def outputs(
+    network: nn.Module,
+    images: Images | Sequence[np.ndarray],
+    width: int,
+    *,
+    size: int,
+    semantics: Semantics = "google",
+    crop: float | None = None,
+    batch_size: int = 256,
+    world: World = ALONE,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """What `network` gives for the evaluation view of each image, in inference mode and in the order of the images.
+
+    Several processes take the batches in turn and exchange what they made, so that each ends with every row; the
+    batches are those of one process, and so are the bits.
+
+    Args:
+        network: (B, C, size, size) -> (B, width), on the device where the work is to be done.
+        images: Of the channels that it takes; arrays are (H, W, C) uint8.
+        crop: As in `extract`.
+        world: The processes that share the work; all must call.
+        progress: Called with (done, total) images.
+
+    Returns:
+        (n, width) float32.
+
+    Raises:
+        UserError: The network gives NaN or infinite numbers; every process raises it.
+    """
+    device = device_of(network)
+    result = np.empty((len(images), width), dtype=np.float32)
+    with inference(network):
+        for first in range(0, len(images), batch_size * world.size):
+            begin = min(first + world.rank * batch_size, len(images))
+            end = min(begin + batch_size, len(images))
+            mine = torch.zeros(batch_size, width, device=device)
+            if begin < end:
+                some = images.peek(np.arange(begin, end)) if isinstance(images, Images) else images[begin:end]
+                pixels = eval_images(some, size, semantics, crop=crop, device=device)  # (B, C, size, size)
+                mine[: end - begin] = network(pixels)
+            end = min(first + world.size * batch_size, len(images))
+            result[first:end] = world.all_gather_rows(mine)[: end - first].cpu().numpy()
+            require_finite(result[first:end], "network's", first=first)
+            if progress is not None:
+                progress(end, len(images))
+    return result
+
+
+def pixels_of(
+    images: Images, *, size: int, semantics: Semantics = "google", crop: float | None = None, batch_size: int = 256
+) -> np.ndarray:
+    """The evaluation pixels themselves as features: the baseline of every table. (n, C*S*S) float32."""
+    batches = []
+    for begin in range(0, len(images), batch_size):
+        rows = np.arange(begin, min(begin + batch_size, len(images)))
+        batches.append(eval_images(images.peek(rows), size, semantics, crop=crop).flatten(1).numpy())  # (B, C*S*S)
+    return np.concatenate(batches)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where it lies; a network that onnxruntime computes has no parameters, only a buffer."""
+    return next(chain(network.parameters(), network.buffers())).device
+
+
+def require_finite(features: np.ndarray, what: str, *, first: int | None = None) -> None:
+    """Refuse features with NaN or infinite values.
+
+    Args:
+        features: (n, F).
+        what: Whose they are, for the sentence: "training", "network's".
+        first: Number of the first row, where these are a part of more that have not been made yet.
+    """
+    rows = np.isfinite(features).all(axis=1)  # (n,)
+    if not rows.all():
+        bad = f"in {(~rows).sum():,} of {len(features):,} rows"
+        if first is not None:
+            bad = f"first in row {first + int(rows.argmin()):,}, counted from 0"
+        raise NotFinite(
+            f"The {what} features contain NaN or infinite numbers, {bad}; the encoder or the file that they come from "
+            "is damaged, or its training diverged."
+        )
+
+
+def probabilities_of(logits: Tensor) -> np.ndarray:
+    """Softmax of a classifier's logits: (n, K) -> (n, K) float32.
+
+    Raises:
+        NotFinite: Logits are NaN or infinite, so that there is no probability.
+    """
+    if not bool(logits.isfinite().all()):
+        raise NotFinite(
+            "The classifier gives NaN or infinite scores; its weights are damaged, or its training diverged."
+        )
+    return logits.float().softmax(dim=1).cpu().numpy()
+
+
+def require_channels(channels: int, images: Images) -> None:
+    """Refuse images that the encoder was not made for."""
+    if images.channels != channels:
+        raise UserError(
+            f"The encoder expects {channels}-channel images and {images.name} has {images.channels}; open the data "
+            f"with --channels {channels} to convert it."
+        )
+
+
+@contextmanager
+def inference(module: nn.Module) -> Iterator[None]:
+    """Batch norm in inference mode and no gradients; the module's mode is restored afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        module.train(training)

@@ -1,0 +1,1 @@
+"""Reports: runs and results as tables, pictures and model cards; computes nothing."""

@@ -1,0 +1,180 @@
+"""The model card of a hub folder, written from the run: data, settings, accuracies with their baselines, limits.
+
+Nothing is claimed that the run does not hold; what it does not hold is said to be missing. Paths of this machine stay
+here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from simclr.reports.run_results import Table
+from simclr.reports.table import markdown_table, seeds_note
+from simclr.weights.exporters.preprocessing import in_words
+from simclr.weights.folder import Embedder
+
+SETTINGS = (
+    "encoder", "width", "stem", "sk", "head", "head_layers", "head_dim", "size", "views", "strength", "crop_min",
+    "flip", "jitter", "grayscale", "blur", "loss", "temperature", "optimizer", "lr", "lr_scaling", "weight_decay",
+    "epochs", "batch_size", "global_bn", "seed",
+)  # fmt: skip
+"""Settings of pretraining that make a difference to the weights."""
+
+
+BASELINE_MEANINGS = {
+    "pixels": "are the images themselves as features",
+    "random": "is the same network with random weights",
+    "supervised": "is the same network trained from scratch on the same labels",
+}
+
+
+def model_card(
+    name: str,
+    model: Embedder,
+    *,
+    preprocessing: dict[str, Any],
+    origin: dict[str, Any],
+    run: dict[str, Any] | None,
+    config: dict[str, Any] | None,
+    tables: list[Table],
+    licence: str | None,
+) -> bytes:
+    """README.md with the front matter that huggingface.co reads.
+
+    Args:
+        name: Of the model.
+        preprocessing: Of `preprocessing_of`.
+        origin: Facts about where the weights come from, as the encoder's folder has them.
+        run, config: run.json and config.json of the pretraining, if it is one of ours.
+        tables: Of `results_of`.
+        licence: An identifier such as apache-2.0; None: the author has stated none.
+    """
+    parts = [
+        _front_matter(model, licence),
+        f"# {name}",
+        _summary(model, origin, run),
+        "## Use\n\n" + _use(model),
+        "## What goes in\n\n"
+        + in_words(preprocessing)
+        + " `preprocessing.json` has every number. `simclr.load(...).embed` does all of it, and refuses images with "
+        "other channels, or floats outside [0, 1].",
+        "## Training\n\n" + _training(origin, run, config) + _progress(model),
+        "## Accuracy\n\n" + _accuracy(tables),
+        "## Intended use and limits\n\n" + _limits(model, run, tables),
+        "## Licence\n\n" + _licence(licence),
+    ]
+    return ("\n\n".join(parts) + "\n").encode()
+
+
+def _front_matter(model: Embedder, licence: str | None) -> str:
+    """YAML; JSON's strings are YAML's too."""
+    task = "image-classification" if model.classes else "image-feature-extraction"
+    lines = ["---", f"license: {json.dumps(licence or 'other')}"]
+    if licence is None:
+        lines.append('license_name: "unstated"')
+    lines += ["library_name: simclr", f"pipeline_tag: {task}", "tags:", "- simclr", "- self-supervised-learning"]
+    return "\n".join([*lines, "- contrastive-learning", f"- {task}", "---"])
+
+
+def _summary(model: Embedder, origin: dict[str, Any], run: dict[str, Any] | None) -> str:
+    config = model.encoder.config
+    images = f"{config.channels}-channel images of {config.size} x {config.size} pixels"
+    width = "" if config.width == 1 else f", width {config.width:g}"
+    what = f"An image encoder ({config.name}{width}): {images} to {model.encoder.num_features} features"
+    what += f", with a classifier of {len(model.classes):,} classes. " if model.classes else ". "
+    if run is not None:
+        count, data = run["data"]["images"], run["data"]["name"]
+        return (
+            f"{what}Pretrained by SimCLR (Chen et al. 2020, arXiv:2002.05709) on {count:,} unlabelled images, {data}."
+        )
+    if "imported_from" in origin:
+        return f"{what}Imported from {origin['imported_from']} ({origin.get('format', 'another format')})."
+    if origin.get("method") in ("finetune", "distill"):
+        return f"{what}Made by `simclr {origin['method']}`."
+    return what + "Where its weights come from is not recorded."
+
+
+def _use(model: Embedder) -> str:
+    lines = ["import simclr", "", 'model = simclr.load("FOLDER")  # the downloaded files']
+    lines.append(f'features = model.embed(["a.png", "b.png"])  # (2, {model.encoder.num_features}) float32')
+    if model.classes:
+        lines.append('names = model.classify(["a.png", "b.png"])')
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _training(origin: dict[str, Any], run: dict[str, Any] | None, config: dict[str, Any] | None) -> str:
+    if run is None or config is None:
+        known = {key: value for key, value in origin.items() if value not in (None, [], False)}
+        if not known:
+            return "Nothing is recorded."
+        return "Recorded of the origin: " + ", ".join(f"{key} {value}" for key, value in known.items()) + "."
+    data, machine = run["data"], run["machine"]
+    lines = [f"- data: {data['name']}, {data['images']:,} images, fingerprint `{data['fingerprint']}`"]
+    if data["left_out"]:
+        lines.append(f"- left out, unreadable: {len(data['left_out']):,} files")
+    gpu = machine.get("gpu")
+    lines.append(f"- simclr {machine['simclr']}, torch {machine['torch']}, {f'on {gpu}' if gpu else 'on a CPU'}")
+    lines.append("- no label took part in pretraining")
+    if origin.get("method") not in (None, "simclr"):
+        lines.append(f"- after that: {origin['method']}, with labels")
+    table = ["| setting | value |", "|---|---|"]
+    table += [f"| {key} | {config[key]} |" for key in SETTINGS if config.get(key) is not None]
+    return "\n".join(lines) + "\n\n" + "\n".join(table)
+
+
+def _progress(model: Embedder) -> str:
+    if model.progress is None:
+        return ""
+    if model.progress.finished:
+        return f"\n\nThe training of these weights reached its end, step {model.progress.step:,}."
+    return f"\n\n**The training of these weights is unfinished: they are from {model.progress.text}.**"
+
+
+def _accuracy(tables: list[Table]) -> str:
+    if not tables:
+        return "Not measured for these weights. `simclr evaluate FOLDER DATA` does so, beside what they have to beat."
+    shown = []
+    for table in tables:
+        title = f"{table.data or 'Labelled images (the results do not name them)'}: {table.split}."
+        rows = table.rows
+        shown.append(f"{title} Top-1 in %, {seeds_note(rows)}.\n\n{markdown_table(rows, corner='features')}")
+    there = {row.name for table in tables for row in table.rows}
+    meanings = [f"`{name}` {meaning}" for name, meaning in BASELINE_MEANINGS.items() if name in there]
+    if meanings:
+        shown.append(f"Baselines: {'; '.join(meanings)}.")
+    return "\n\n".join(shown)
+
+
+def _limits(model: Embedder, run: dict[str, Any] | None, tables: list[Table]) -> str:
+    uses = "features for classification with few labels, for search and for grouping of images"
+    lines = [f"- Made for {uses} like those that it was trained on; on others it was not measured."]
+    if model.classes:
+        lines.append(
+            f"- It knows {len(model.classes):,} classes and answers with one of them whatever it is shown; its "
+            "probabilities are not calibrated."
+        )
+    lines.append(
+        "- What was never in the training images, or what the augmentations erase (exact colours, small objects at the "
+        "rim), may be missing from the features."
+    )
+    if run is not None:
+        lines.append("- Whatever is one-sided in the training images is in the features too; it was not examined.")
+    if not tables:
+        lines.append("- No accuracy was measured.")
+    return "\n".join(lines)
+
+
+def _licence(licence: str | None) -> str:
+    if licence is None:
+        return "The author of these weights has stated none, so no permission is given by this card; ask them."
+    return (
+        f"The weights are under {licence}, as stated by their author. The images they were trained on have their own."
+    )
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """A JSON file's content; None if there is none or it is damaged."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None

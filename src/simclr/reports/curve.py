@@ -1,0 +1,107 @@
+"""The label-efficiency curve as a table and as a picture (PNG bytes); nothing is shown or written here."""
+
+import io
+import itertools
+import math
+
+import numpy as np
+
+from simclr.evaluation.curve import Curve, count_name
+from simclr.evaluation.metrics import BASELINES, mean_and_spread
+from simclr.reports.table import Row, markdown_table, seeds_note, text_table
+
+COLOURS = {"encoder": "#2a6f97", "random": "#adb5bd", "pixels": "#e09f3e", "supervised": "#9b2226"}
+OTHER_COLOURS = ("#588157", "#7b2cbf", "#6c584c", "#1b9aaa")
+NAME_GAP = 0.05  # of the axis' height: between the names at the ends of the lines
+TICK_GAP = 0.06  # of the axis' width: ticks that are nearer are left out, the one with fewer labels first
+
+
+def curve_table(curve: Curve, *, markdown: bool = False) -> str:
+    """A row for each source, a column for each number of labels per class; percent, over seeds."""
+    rows = [
+        Row(
+            source,
+            {count_name(count): list(curve.values(source, count).values()) for count in curve.counts},
+            baseline=source in BASELINES,
+        )
+        for source in curve.sources
+    ]
+    caption = (
+        f"Accuracy on {curve.num_test:,} test images in %, {seeds_note(rows)}; labels a class, "
+        f"{curve.num_classes} classes, all = {curve.num_labels:,} labels."
+    )
+    as_text = markdown_table if markdown else text_table
+    return "\n".join([as_text(rows, corner="labels a class"), "", " ".join([caption, *curve.notes])])
+
+
+def draw_curve(curve: Curve) -> bytes:
+    """Mean accuracy and a band of ± one standard deviation over labels a class (log axis); above, labels in all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    others = itertools.cycle(OTHER_COLOURS)
+    ends = []
+    for source in curve.sources:
+        colour = COLOURS.get(source) or next(others)
+        values = {curve.labels_a_class(count): list(curve.values(source, count).values()) for count in curve.counts}
+        measured = {place: mean_and_spread(accuracies) for place, accuracies in values.items() if accuracies}
+        places = list(measured)
+        means = np.array([100 * mean for mean, _ in measured.values()])
+        spreads = np.array([100 * (spread or 0.0) for _, spread in measured.values()])
+        axes.fill_between(places, means - spreads, means + spreads, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(places, means, "o-", color=colour, markersize=3.5, linewidth=1.6)
+        ends.append((float(means[-1]), places[-1], source, colour))
+    ends.sort(reverse=True)
+    low, high = axes.get_ylim()
+    heights = _apart([height for height, *_ in ends], NAME_GAP * (high - low))
+    for height, (_, place, source, colour) in zip(heights, ends, strict=True):
+        axes.annotate(
+            source,
+            (place, height),
+            (7, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            annotation_clip=False,  # also where the names, moved apart, stand below the axes
+        )
+    ticks = _ticks(curve)
+    above = axes.twiny()
+    for side in (axes, above):
+        side.set_xscale("log")
+        side.xaxis.set_minor_locator(NullLocator())
+        side.tick_params(labelsize=8)
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    above.set_xlim(axes.get_xlim())
+    above.set_xticks(list(ticks), [f"{round(place * curve.num_classes):,}" for place in ticks])
+    axes.set_xlabel("labels a class")
+    above.set_xlabel(f"{curve.data}: labels in all {curve.num_classes} classes together")
+    axes.set_ylabel(f"accuracy on {curve.num_test:,} test images, %")
+    axes.grid(alpha=0.25)
+    for side in (axes, above):
+        side.spines["right"].set_visible(False)
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _apart(heights: list[float], gap: float) -> list[float]:
+    """Descending heights at least `gap` apart: the lower one of two that are nearer moves down."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(min(height, placed[-1] - gap) if placed else height)
+    return placed
+
+
+def _ticks(curve: Curve) -> dict[float, str]:
+    """Place on the axis -> its name; from the right, those that are not too near to the next."""
+    places = {curve.labels_a_class(count): count_name(count) for count in curve.counts}
+    gap = TICK_GAP * math.log(max(places) / min(places))
+    kept: dict[float, str] = {}
+    for place in sorted(places, reverse=True):
+        if not kept or math.log(min(kept) / place) >= gap:
+            kept[place] = places[place]
+    return kept

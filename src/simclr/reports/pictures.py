@@ -1,0 +1,202 @@
+"""Pictures: the views of a policy, and an evaluation at a glance. PNG bytes out; nothing is shown or written here."""
+
+import io
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from simclr.data.images import Images
+from simclr.evaluation.duplicates import Duplicates
+from simclr.evaluation.label_free import Misfit, Neighbours, nearest_neighbours
+from simclr.evaluation.measure import TITLES
+from simclr.evaluation.split import Split
+from simclr.reports.curve import COLOURS
+from simclr.views.policy import Policy
+from simclr.views.views import make_views
+
+MAP_ROWS = 2000  # points on the map of features
+PAIRS = 24  # of copies in a picture
+CHECK = "#588157"
+
+Cell = tuple[Any, str]
+"""Which image, and the word above it."""
+Pixels = Callable[[Any], np.ndarray]
+"""Its pixels, (H, W, C)."""
+
+
+def draw_views(images: Images, policy: Policy, *, rows: int, columns: int, seed: int) -> bytes:
+    """One row per image: the image itself, then views of it as training would see them in successive epochs."""
+    chosen = np.linspace(0, len(images) - 1, min(rows, len(images))).round().astype(int)
+    pixels = images.batch(chosen)
+    shown = [list(pixels)]
+    for epoch in range((columns + 1) // 2):
+        for views in make_views(pixels, policy, seed=seed, epoch=epoch, indices=chosen):
+            shown.append(list(views.permute(0, 2, 3, 1).numpy()))  # (rows, S, S, C)
+    figure = Figure(figsize=(1.1 * (columns + 1), 1.1 * len(chosen) + 0.4), layout="constrained")
+    axes = figure.subplots(len(chosen), columns + 1, squeeze=False)
+    for column in range(columns + 1):
+        axes[0, column].set_title("image" if column == 0 else f"view {'ab'[(column - 1) % 2]}", fontsize=8)
+        for row in range(len(chosen)):
+            _show(axes[row, column], shown[column][row])
+    figure.suptitle(f"{images.name}: {policy.semantics} views at {policy.size} pixels", fontsize=9)
+    return _png(figure)
+
+
+def draw_evaluation(
+    features: np.ndarray, split: Split, results: dict[str, dict[str, float]], metrics: list[dict[str, Any]]
+) -> bytes:
+    """Accuracies beside their baselines, the loss, nearest neighbours of test images, and a map of the features.
+
+    Args:
+        features: (m, F) of the test images.
+        results: Name -> protocol -> accuracy in [0, 1].
+        metrics: Records of the run, if there is one.
+    """
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.3))
+    _draw_accuracies(figure.add_subplot(grid[0, 0]), results)
+    _draw_curve(figure.add_subplot(grid[1, 0]), metrics)
+    neighbours = figure.add_subfigure(grid[0, 1])
+    _fill(neighbours, *_in_rows(split.test, nearest_neighbours(features, split.test)))
+    neighbours.suptitle("test images and their nearest neighbours, with their cosine", fontsize=9)
+    _draw_map(figure.add_subplot(grid[1, 1]), split.test, features)
+    figure.suptitle(f"{split.test.name}: {split.how}", fontsize=10)
+    return _png(figure)
+
+
+def draw_neighbours(images: Images, found: list[Neighbours]) -> bytes:
+    """Each row: an image, then those nearest to it by their features, with the cosine above."""
+    return _draw_images(f"{images.name}: nearest neighbours, by cosine", *_in_rows(images, found))
+
+
+def draw_copies(copies: Duplicates, images: Images, test: Images | None = None) -> bytes:
+    """The most alike pairs, original beside copy, the near ones first: identical ones hardly need a picture.
+
+    Args:
+        images: What was searched.
+        test: What was asked about; None: the same images.
+    """
+    pairs = sorted(copies.pairs, key=lambda pair: pair.kind == "identical")[:PAIRS]
+    cells = []
+    for pair in pairs:
+        cells += [((0, pair.original_row), pair.kind), ((1, pair.copy_row), f"{pair.similarity:.3f}")]
+    shown = [cells[begin : begin + 8] for begin in range(0, len(cells), 8)]
+    parts = (images, images if test is None else test)
+    return _draw_images(copies.sentence, shown, lambda cell: parts[cell[0]].batch([cell[1]])[0])
+
+
+def draw_misfits(images: Images, misfits: list[Misfit]) -> bytes:
+    """The images that fit their clusters worst, with their silhouettes."""
+    cells = [(misfit.row, f"{misfit.silhouette:.2f}") for misfit in misfits]
+    shown = [cells[begin : begin + 8] for begin in range(0, len(cells), 8)]
+    return _draw_images(
+        f"{images.name}: images that fit their cluster worst, by silhouette", shown, lambda row: images.batch([row])[0]
+    )
+
+
+def _in_rows(images: Images, found: list[Neighbours]) -> tuple[list[list[Cell]], Pixels]:
+    rows = [[(n.query_row, "query"), *zip(n.nearest_rows, map("{:.2f}".format, n.cosine), strict=True)] for n in found]
+    return rows, lambda row: images.batch([row])[0]
+
+
+def _draw_images(title: str, shown: list[list[Cell]], pixels: Pixels) -> bytes:
+    columns, rows = max((len(row) for row in shown), default=1), max(len(shown), 1)
+    figure = Figure(figsize=(1.1 * max(columns, 6), 1.25 * rows + 0.5), layout="constrained")
+    _fill(figure, shown, pixels)
+    figure.suptitle("\n".join(textwrap.wrap(title, 90)), fontsize=9)
+    return _png(figure)
+
+
+def _fill(figure: Any, shown: list[list[Cell]], pixels: Pixels) -> None:
+    """Rows of images, each with a word above it."""
+    columns, rows = max((len(row) for row in shown), default=1), max(len(shown), 1)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for place in axes.flat:
+        place.set_axis_off()
+    for row, cells in enumerate(shown):
+        for column, (cell, word) in enumerate(cells):
+            _show(axes[row, column], pixels(cell))
+            axes[row, column].set_title(word, fontsize=7)
+
+
+def _draw_accuracies(axes: Axes, results: dict[str, dict[str, float]]) -> None:
+    protocols = list(dict.fromkeys(TITLES[protocol] for row in results.values() for protocol in row))
+    width = 0.8 / max(len(results), 1)
+    for shift, (name, row) in enumerate(results.items()):
+        places = [protocols.index(TITLES[p]) + (shift - (len(results) - 1) / 2) * width for p in row]
+        bars = axes.bar(
+            places, [100 * value for value in row.values()], 0.93 * width, label=name, color=COLOURS.get(name)
+        )
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    axes.set_xticks(range(len(protocols)), protocols)
+    axes.set_ylabel("accuracy on test images, %")
+    axes.set_ylim(0, 112)
+    axes.legend(ncols=3, fontsize=8, loc="upper center")
+
+
+def _draw_curve(axes: Axes, metrics: list[dict[str, Any]]) -> None:
+    if not metrics:
+        axes.set_axis_off()
+        return
+    steps = [record["step"] for record in metrics]
+    axes.plot(steps, [record["loss"] for record in metrics], "." if len(steps) == 1 else "-", color=COLOURS["encoder"])
+    axes.set_xlabel("step")
+    axes.set_ylabel("NT-Xent loss", color=COLOURS["encoder"])
+    checks = [(record["step"], 100 * record["knn"]) for record in metrics if "knn" in record]
+    if checks:
+        right = axes.twinx()
+        right.plot(*zip(*checks, strict=True), "x-", color=CHECK, markersize=4)
+        right.set_ylabel("kNN within the training images, %", color=CHECK)
+        right.set_ylim(0, 100)
+
+
+def _draw_map(axes: Axes, images: Images, features: np.ndarray) -> None:
+    """The two directions in which the features vary most (PCA), coloured by class."""
+    rows = np.linspace(0, len(features) - 1, min(MAP_ROWS, len(features))).round().astype(int)
+    centred = features[rows] - features[rows].mean(0)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    points = np.zeros((len(rows), 2))
+    points[:, : len(directions[:2])] = centred @ directions[:2].T
+    assert images.labels is not None
+    labels = images.labels[rows]
+    classes = np.unique(labels)
+    colours = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20"]
+    for k, label in enumerate(classes[:20]):
+        name = images.classes[label] if images.classes is not None else str(label)
+        axes.scatter(*points[labels == label].T[:2], s=5, label=name, color=colours(k))
+    shown = f" ({len(classes[:20])} of {len(classes)} classes)" if len(classes) > 20 else ""
+    axes.set_title(f"test features, first two principal components{shown}", fontsize=9)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.legend(
+        fontsize=7,
+        markerscale=2,
+        ncols=1 if len(classes) <= 12 else 2,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
+
+
+def _show(axes: Axes, image: np.ndarray) -> None:
+    gray = image.shape[-1] == 1
+    axes.imshow(
+        image[..., 0] if gray else image,
+        cmap="gray" if gray else None,
+        vmin=0,
+        vmax=255 if image.dtype == np.uint8 else 1,
+        interpolation="nearest",
+    )
+    axes.set_axis_off()
+
+
+def _png(figure: Figure) -> bytes:
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Tasks: one module per command, called by the command line and by the Python API."""

@@ -1,0 +1,189 @@
+"""`simclr distill TEACHER DATA --out OUT`: name, open and check what takes part, distil, say how good it is."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from simclr import distributed
+from simclr.config.distill import SELF, SMALL, SMALLER, DistillConfig, find_distill_recipe
+from simclr.config.encoder import EncoderConfig
+from simclr.config.pretrain import require_seed
+from simclr.data.images import Images, fit_channels
+from simclr.data.labels import chosen_by
+from simclr.distributed import World
+from simclr.errors import UserError
+from simclr.evaluation.finetune import Stopped
+from simclr.models.classifier import Classifier
+from simclr.models.encoder import Encoder, build_encoder
+from simclr.models.heads import ProjectionHead
+from simclr.reports.table import error_note
+from simclr.tasks.distill import Distilled
+from simclr.tasks.distill import distill as run_distillation
+from simclr.tasks.opening import lasting, load_model, open_parts
+from simclr.tasks.teacher import open_teacher
+from simclr.training.progress import say
+from simclr.training.run import hold
+from simclr.weights.folder import Embedder
+
+if TYPE_CHECKING:
+    from simclr.tasks.options.labels import Distill
+
+SAME = "same"
+
+
+def distill(args: "Distill", over: Callable[[DistillConfig], DistillConfig]) -> None:
+    """The command.
+
+    Args:
+        over: Puts the flags that were given on top of a recipe.
+    """
+    _check(args, over(DistillConfig()))
+    with distributed.joined(args.device) as world:
+        try:
+            with hold(args.out, world):
+                result, test = _distill(args, over, world)
+        except Stopped as stopped:
+            if world.size == 1:
+                raise SystemExit(128 + (stopped.signal or 15)) from None
+            return
+    if world.is_main:
+        _print(result, test)
+
+
+def _distill(
+    args: "Distill", over: Callable[[DistillConfig], DistillConfig], world: World
+) -> tuple[Distilled, Images | None]:
+    """The student, and the images that it was tested on."""
+    teacher = open_teacher(args.teacher, size=args.teacher_size, main=world.is_main)
+    assert teacher.classifier is not None
+    student, how = open_student(args, teacher, main=world.is_main)
+    images, test = _open_images(args, teacher, world)
+    config = _settle(args, over, images, student, teacher, world)
+    origin = {
+        "teacher": args.teacher, "student": how, "data": lasting(args.data), "labels": args.labels,
+        "only_labels": args.only_labels,
+    }  # fmt: skip
+    size = {name: sum(p.numel() for p in n.parameters()) for name, n in (("t", teacher.classifier), ("s", student))}
+    say(
+        f"The student ({how}, {size['s']:,} parameters) learns from {args.teacher} ({size['t']:,}) on "
+        f"{len(images):,} images at temperature {config.temperature:g}; the run is in {args.out}.",
+        main=world.is_main,
+    )
+    result = run_distillation(
+        teacher, student, images, config, args.out, seed=args.seed, test=test, world=world, origin=origin
+    )
+    return result, test
+
+
+def open_student(args: "Distill", teacher: Embedder, *, main: bool = True) -> tuple[Classifier, str]:
+    """The network that is to learn, and what it is in words.
+
+    Args:
+        main: Whether this process prints messages.
+
+    Raises:
+        UserError: It cannot be built or loaded, has no such head layer, or takes other channels than the teacher.
+    """
+    expected = teacher.encoder.config
+    if args.encoder is not None:
+        config = EncoderConfig(
+            name=args.encoder, width=args.width, stem=args.stem, sk=args.sk, channels=expected.channels,
+            size=args.size or expected.size,
+        )  # fmt: skip
+        encoder, head, how = build_encoder(config, seed=args.seed), None, f"a fresh {args.encoder}"
+    elif args.student == SAME:
+        encoder, how = build_encoder(expected, seed=args.seed), "fresh weights in the teacher's shape"
+        head = _fresh_head(teacher.head, encoder, args.seed)
+    else:
+        loaded = load_model(args.student, main=main)
+        encoder, head, how = loaded.encoder, loaded.head, f"starting from {args.student}"
+    if encoder.config.channels != expected.channels:
+        raise UserError(
+            f"The student {args.student} takes {encoder.config.channels}-channel images and the teacher {args.teacher} "
+            f"{expected.channels}-channel ones; take a student of the teacher's channels."
+        )
+    layer = args.head_layer
+    if layer is None:
+        alike = args.student == SAME and args.encoder is None
+        layer = teacher.classifier.head_layer if alike and isinstance(teacher.classifier, Classifier) else 0
+    return Classifier(encoder, head, len(teacher.classes), head_layer=layer), how
+
+
+def _fresh_head(like: ProjectionHead | None, encoder: Encoder, seed: int) -> ProjectionHead | None:
+    return None if like is None else ProjectionHead(encoder.num_features, **like.to_dict(), seed=seed)
+
+
+def _check(args: "Distill", asked: DistillConfig) -> None:
+    """Fail before anything is opened where flags do not go together."""
+    require_seed(args.seed)
+    if args.encoder is None:
+        given = {"width": args.width != 1, "stem": args.stem != "auto", "sk": args.sk, "size": args.size is not None}
+        if any(given.values()):
+            names = ", ".join(f"--{name}" for name, is_given in given.items() if is_given)
+            raise UserError(
+                f"{names} go with --encoder, which builds a fresh student; name one, such as --encoder small."
+            )
+    elif args.student != SAME:
+        raise UserError(
+            f"--encoder {args.encoder} builds a fresh student and --student {args.student} names one; give one."
+        )
+    if args.labels is None and asked.alpha < 1:
+        raise UserError(
+            f"--alpha was {asked.alpha:g}, which leaves {1 - asked.alpha:g} to labels, and none were named; give "
+            "--labels, such as 1%, or leave --alpha at 1."
+        )
+    if args.labels is not None and asked.alpha == 1:
+        raise UserError(f"--labels {args.labels} would not count, because --alpha is 1; give a lower one, such as 0.5.")
+    if args.recipe is not None:
+        find_distill_recipe(args.recipe)
+
+
+def _open_images(args: "Distill", teacher: Embedder, world: World) -> tuple[Images, Images | None]:
+    """Images to learn on, with the labels that may be used, and labelled ones to test on, if there are any."""
+    train, test = open_parts(args.data, world, labels=args.labels_file, pack=args.pack, side=args.pack_side)
+    channels = teacher.encoder.config.channels
+    train = fit_channels(train, channels)
+    if args.only_labels is not None:
+        train = train.subset(_chosen(train, args.only_labels, args.seed))
+    if args.labels is not None:
+        chosen = _chosen(train, args.labels, args.seed)
+        assert train.labels is not None
+        labels = np.full(len(train), -1)
+        labels[chosen] = train.labels[chosen]
+        train = replace(train, labels=labels)
+        say(f"Labels of {len(chosen):,} images count beside the teacher.", main=world.is_main)
+    if test is None or test.labels is None or not (test.labels >= 0).any():
+        say(f"{train.name} brings no labelled test images: nothing is tested at the end.", main=world.is_main)
+        return train, None
+    if not args.test:
+        return train, None
+    return train, fit_channels(test.subset(np.flatnonzero(test.labels >= 0)), channels)
+
+
+def _chosen(images: Images, labels: str, seed: int) -> np.ndarray:
+    """Indices of the images that a flag names."""
+    if images.labels is None and not Path(labels).is_file():
+        raise UserError(f"{images.name} has no labels, so {labels} of them cannot be taken; leave the flag out.")
+    return chosen_by(labels, images, seed=seed)
+
+
+def _settle(
+    args: "Distill", over: Callable[[DistillConfig], DistillConfig], images: Images, student: Classifier,
+    teacher: Embedder, world: World,
+) -> DistillConfig:  # fmt: skip
+    """The complete settings: recipe, the temperature that suits the student, the flags on top."""
+    name = args.recipe or ("small-distill" if len(images) <= SMALL else "v2-distill")
+    if args.recipe is None:
+        say(f"Recipe {name} ({len(images):,} images); --recipe chooses another.", main=world.is_main)
+    itself = student.encoder.config == teacher.encoder.config
+    return replace(find_distill_recipe(name), temperature=SELF if itself else SMALLER).under(over)
+
+
+def _print(result: Distilled, test: Images | None) -> None:
+    if test is None or result.accuracy is None or result.teacher_accuracy is None:
+        return
+    print(f"{'teacher':<9}{result.teacher_accuracy:.1%}\n{'student':<9}{result.accuracy:.1%}")
+    print(f"Top-1 accuracy on {len(test):,} test images, last checkpoint; {error_note(len(test))}.")

@@ -1,0 +1,173 @@
+"""`simclr finetune RUN DATA --out FOLDER`: an encoder and labelled images -> a classifier, and how good it is.
+
+FOLDER/
+  encoder/        what `simclr.load(FOLDER).classify` reads
+  summary.json    settings, accuracies, and what they have to beat; written at the end
+  finetune.json, checkpoints/, metrics.jsonl, timing.jsonl   for the same command to go on with after a stop
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simclr import distributed
+from simclr.config.finetune import FinetuneConfig, find_finetune_recipe
+from simclr.config.pretrain import require_seed
+from simclr.config.records import versioned
+from simclr.distributed import World
+from simclr.errors import UserError
+from simclr.evaluation.finetune import Finetuned, Stopped, finetune, supervised
+from simclr.evaluation.knn import knn
+from simclr.evaluation.measure import Settings, how_to_finetune
+from simclr.evaluation.metrics import mean_per_class, top_k
+from simclr.evaluation.split import Split
+from simclr.evaluation.subjects import PIXELS, RANDOM, Subject
+from simclr.reports.table import error_note
+from simclr.tasks.evaluate import Session
+from simclr.tasks.opening import require_writable, side_of, write
+from simclr.tasks.options.labels import Evaluate, Finetune
+from simclr.training.progress import counting, say
+from simclr.training.run import RunFolder, hold
+from simclr.weights.training_progress import TrainingProgress
+
+PIXELS_MOST = 1 << 30
+"""Bytes of raw pixels, as features, up to which their accuracy stands beside the classifier's."""
+TOP5_FROM = 10
+"""Classes from which on the top 5 tell something."""
+NAMED_MOST = 20
+"""Classes up to which each one's accuracy is printed; with more, the WORST of them."""
+WORST = 5
+
+
+def finetune_run(args: Finetune, over: Callable[[FinetuneConfig], FinetuneConfig]) -> None:
+    """The command.
+
+    Args:
+        over: Puts the flags that were given on top of a recipe.
+
+    Raises:
+        UserError: RUN, DATA, settings and FOLDER do not go together.
+    """
+    _check(args)
+    with distributed.joined(args.device) as world:
+        try:
+            with hold(args.out, world):
+                _finetune(args, over, world)
+        except Stopped as stopped:
+            say(f"Stopped; what is done is in {args.out}: the same command goes on.", main=world.is_main)
+            if world.size == 1:
+                raise SystemExit(128 + (stopped.signal or 15)) from None
+
+
+def _finetune(args: Finetune, over: Callable[[FinetuneConfig], FinetuneConfig], world: World) -> None:
+    session = Session.open(_as_evaluation(args), ["finetune"], world)
+    session.tell_unfinished()
+    split = session.split(args.seed)
+    session.tell(f"{session.train.name}: {split.how}.")
+    subject, pixels = session.subjects()
+    config = how_to_finetune(subject, split, Settings(recipe=args.finetune_recipe, over=over, flip=session.flip))
+    session.tell(
+        f"Training by {config.optimizer}, rate {config.lr:g}: {config.steps(len(split.train)):,} steps of "
+        f"{config.batch_size} images (--epochs changes it)."
+    )
+    network = _train(args, session, subject, split, config)
+    if world.is_main:
+        _tell(args, network, split, pixels, subject.progress)
+
+
+def _check(args: Finetune) -> None:
+    """What can be wrong before any image is opened."""
+    if args.run == PIXELS:
+        raise UserError("pixels are no network; give a run's folder, timm/NAME, torchvision/NAME or random.")
+    require_seed(args.seed)
+    if args.finetune_recipe is not None:
+        find_finetune_recipe(args.finetune_recipe)
+    require_writable(args.out / "summary.json")
+    if not (args.out / "finetune.json").is_file():
+        RunFolder(args.out).refuse_existing()
+
+
+def _as_evaluation(args: Finetune) -> Evaluate:
+    """The same images, encoder and labels as `simclr evaluate` would take."""
+    return Evaluate(
+        run=args.run, data=(args.data,), labels=args.labels, seed=args.seed, compare=(PIXELS,), size=args.size,
+        out=args.out, labels_file=args.labels_file, pack=args.pack, pack_side=args.pack_side, cache="off",
+        device=args.device,
+    )  # fmt: skip
+
+
+def _train(args: Finetune, session: Session, subject: Subject, split: Split, config: FinetuneConfig) -> Finetuned:
+    """From the subject's weights or, for `random`, from those that training from scratch begins with."""
+    assert subject.encoder is not None
+    train, test = (subject.fitted(images) for images in (split.train, split.test))
+    with counting("training", main=session.world.is_main, lines=True) as progress:
+        shared: dict[str, Any] = {
+            "seed": args.seed, "semantics": subject.preprocessing, "world": session.world, "run": args.out,
+            "progress": progress,
+        }  # fmt: skip
+        if subject.name == RANDOM:
+            return supervised(subject.encoder.config, train, test, config, **shared)
+        return finetune(subject.encoder, subject.head, train, test, config, **shared)
+
+
+def _tell(args: Finetune, network: Finetuned, split: Split, pixels: Subject, progress: TrainingProgress | None) -> None:
+    """The accuracies on standard output and in summary.json, beside those that cost nothing."""
+    accuracies = _accuracies(network)
+    by_class = _by_class(network)
+    baselines = _baselines(split, pixels)
+    num_test = len(split.test)
+    print(f"Test accuracy of {args.run}, trained on {len(split.train):,} labels, in %:")
+    for name, value in accuracies.items():
+        print(f"  {name:<32}{100 * value:5.1f}")
+    print("Beside it, top-1:")
+    for name, value in baselines.items():
+        print(f"  {name:<32}{100 * value:5.1f}")
+    worst = sorted(by_class, key=lambda name: by_class[name])[: WORST if len(by_class) > NAMED_MOST else None]
+    print(f"{'The worst' if len(worst) < len(by_class) else 'All'} of {len(by_class)} classes:")
+    for name in worst:
+        print(f"  {name:<32}{100 * by_class[name]:5.1f}")
+    print(f"Test images: {num_test:,}, so {error_note(num_test, 'top-1')}.")
+    summary = {
+        "run": args.run, "data": args.data, "split": split.how, "labels": args.labels, "seed": args.seed,
+        "images": len(split.train), "test_images": num_test, "steps": network.steps, "accuracy": accuracies,
+        "encoder_progress": None if progress is None else progress.to_dict(), "baselines": baselines,
+        "classes": network.classes, "by_class": by_class, "settings": asdict(network.config),
+    }  # fmt: skip
+    write(args.out / "summary.json", versioned(summary))
+    side = side_of(Path(args.run), args.data, args.pack_side)
+    shrunk = "" if side is None else f" --pack-side {side}"
+    say(f"The classifier is in {args.out}: `simclr predict {args.out} IMAGES --out FILE.csv{shrunk}` uses it.")
+
+
+def _accuracies(network: Finetuned) -> dict[str, float]:
+    scores, targets = network.scores, network.targets
+    found = {"top-1": top_k(scores, targets, 1)}
+    if len(network.classes) >= TOP5_FROM:
+        found["top-5"] = top_k(scores, targets, 5)
+    return found | {"mean per class": mean_per_class(scores.argmax(1), targets)}
+
+
+def _by_class(network: Finetuned) -> dict[str, float]:
+    """Top-1 accuracy within each class that is tested."""
+    right = network.scores.argmax(1) == network.targets  # (m,)
+    return {
+        name: float(right[network.targets == column].mean())
+        for column, name in enumerate(network.classes)
+        if (network.targets == column).any()
+    }
+
+
+def _baselines(split: Split, pixels: Subject) -> dict[str, float]:
+    """What the commonest class and the nearest raw pixels reach, from the same labels."""
+    train, test = split.train.labels, split.test.labels
+    assert train is not None and test is not None
+    labels, counts = np.unique(train, return_counts=True)
+    found = {"always the commonest class": float((test == labels[counts.argmax()]).mean())}
+    if (len(train) + len(test)) * 4 * pixels.channels * pixels.size**2 > PIXELS_MOST:
+        say("Raw pixels are left out beside it: so many images would take too much memory.")
+        return found
+    near = knn(pixels.features(split.train), train, pixels.features(split.test))
+    return found | {"kNN on raw pixels": float((near == test).mean())}

@@ -1,0 +1,163 @@
+"""`simclr import`: somebody else's checkpoint becomes an encoder's folder, and what was inferred is said."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simclr.distributed import World
+from simclr.errors import UserError
+from simclr.files import MAX_RECORD_BYTES, read_regular, reason_of, writing
+from simclr.models.classifier import Classifier, usual_names
+from simclr.tasks.opening import require_writable, start_encoder_folder
+from simclr.training.progress import say
+from simclr.training.run import hold
+from simclr.weights.folder import save_classifier, save_encoder
+from simclr.weights.importers.import_tf import EMA, Imported, import_tf
+from simclr.weights.importers.import_torch import import_torch
+
+if TYPE_CHECKING:
+    from simclr.tasks.options.using import Import
+
+
+def import_checkpoint(args: "Import") -> None:
+    """Read, write, and say what was found and what was left out.
+
+    Raises:
+        UserError: The checkpoint is damaged or of another network, or OUT holds something or cannot be written.
+    """
+    require_writable(args.out / "config.json")
+    if args.format not in ("auto", "tensorflow") and not args.checkpoint.is_file():
+        raise UserError(f"There is no file {args.checkpoint}; check the path.")
+    tensorflow = args.format == "tensorflow" or (args.format == "auto" and not _is_torch(args.checkpoint))
+    with hold(args.out, World()), writing(args.out, hint="give another folder"):
+        start_encoder_folder(args.out, ours={})
+        (_import_tf if tensorflow else _import_torch)(args)
+    say(f'The encoder is in {args.out}: `simclr evaluate {args.out} DATA`, or simclr.load("{args.out}").')
+
+
+def _is_torch(path: Path) -> bool:
+    return path.is_file() and path.suffix != ".index" and not path.suffix.startswith(".data-")
+
+
+def _import_torch(args: "Import") -> None:
+    if args.ema or args.classes or args.head_layer is not None:
+        raise UserError("--ema, --classes and --head-layer are about TensorFlow checkpoints; leave them out.")
+    if (args.mean is None) != (args.std is None):
+        raise UserError("Only one of --mean and --std was given; give both, or neither.")
+    format = None if args.format in ("auto", "tensorflow") else args.format
+    found = import_torch(args.checkpoint, format=format, size=args.size, mean=args.mean, std=args.std)
+    origin = {
+        "imported_from": str(args.checkpoint),
+        "format": f"PyTorch checkpoint of {found.format}",
+        "left_out": list(found.left_out),
+    }
+    save_encoder(found.encoder, args.out, preprocessing="torchvision", origin=origin)
+    config = found.encoder.config
+    relu = "" if config.stem_relu else " and without a ReLU, as in lightly's example"
+    stem = f"3x3 stem padded by {config.stem_padding}, without max-pool{relu}" if config.stem == "cifar" else "7x7 stem"
+    say(
+        f"Found, in the names of {found.format}: {config.name}, width {config.width:g}, {stem}, "
+        f"{found.encoder.num_features} features; images of {config.size} x {config.size} pixels (--size changes it)."
+    )
+    say(
+        f"Pixels in [0, 1] are normalised by mean {_numbers(config.mean)} and std {_numbers(config.std)}, "
+        f"{'as asked' if args.mean else 'the usual ones of that library (--mean, --std change them)'}; evaluation "
+        "images are resized and cropped as torchvision does."
+    )
+    parts = Counter(name.removeprefix("module.").partition(".")[0] for name in found.left_out)
+    if parts:
+        say(f"Left out: {', '.join(f'{part} ({_tensors(count)})' for part, count in parts.items())}.")
+
+
+def _numbers(values: tuple[float, ...] | None) -> str:
+    return ", ".join(f"{value:g}" for value in values or ())
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'' if count == 1 else 's'}"
+
+
+def _import_tf(args: "Import") -> None:
+    if args.mean is not None or args.std is not None:
+        raise UserError(
+            "--mean and --std are about PyTorch's checkpoints; the authors' networks take pixels in [0, 1]."
+        )
+    imported = import_tf(args.checkpoint, size=args.size, ema=args.ema, head_layer=args.head_layer)
+    classifier, origin = imported.classifier, _origin(args, imported)
+    if classifier is None and (args.classes or args.head_layer is not None):
+        raise UserError("--classes and --head-layer are about the supervised head, and none was taken; leave them out.")
+    classes, how = ([], "") if classifier is None else _classes(args.classes, classifier.linear.out_features)
+    if classifier is None:
+        save_encoder(imported.encoder, args.out, preprocessing="google", origin=origin, head=imported.head)
+    else:
+        save_classifier(
+            classifier, args.out, classes=classes, preprocessing="google", origin=origin, head=imported.head
+        )
+    _say_what_is_there(imported)
+    if classifier is not None:
+        _say_how_it_classifies(classifier, imported, how, asked=args.head_layer is not None)
+    for sentence in _left_out(imported):
+        say(sentence)
+
+
+def _origin(args: "Import", imported: Imported) -> dict[str, Any]:
+    return {
+        "imported_from": str(args.checkpoint),
+        "format": f"TensorFlow {imported.version} checkpoint",
+        "step": imported.step,
+        "ema": args.ema,
+        "left_out": list(imported.left_out),
+    }
+
+
+def _classes(file: Path | None, count: int) -> tuple[list[str], str]:
+    """Names in the order of the logits, and where they come from."""
+    if file is not None:
+        try:
+            names = read_regular(file, MAX_RECORD_BYTES).decode().splitlines()
+        except OSError as error:
+            raise UserError(f"The classes cannot be read from {file}: {reason_of(error, file)}.") from None
+        except UnicodeDecodeError:
+            raise UserError(f"The classes cannot be read from {file}: it is no text in UTF-8.") from None
+        names = [name.strip() for name in names if name.strip()]
+        if len(names) != count:
+            raise UserError(f"{file} names {len(names)} classes, and the supervised head has {count}.")
+        return names, f"named by {file}"
+    names, imagenet = usual_names(count)
+    if imagenet:
+        return names, "taken for ImageNet's, named by their WordNet identifiers"
+    return names, "named by their numbers; --classes FILE names them"
+
+
+def _say_what_is_there(imported: Imported) -> None:
+    config, head = imported.encoder.config, imported.head
+    kernels = " with selective kernels" if config.sk else ""
+    step = "" if imported.step is None else f" at step {imported.step:,}"
+    say(
+        f"Found{step}: {config.name}{kernels}, width {config.width:g}, {config.stem} stem, {config.channels} channels, "
+        f"{imported.encoder.num_features} features; images of {config.size} x {config.size} pixels (--size changes it)."
+    )
+    if head is None:
+        say("No projection head.")
+    else:
+        say(f"Projection head: {head.kind}, {len(head.layers)} layers, {head.dim} wide.")
+
+
+def _say_how_it_classifies(classifier: Classifier, imported: Imported, how: str, *, asked: bool) -> None:
+    layer = classifier.head_layer
+    where = "the encoder's output" if layer == 0 else f"layer {layer} of the projection head"
+    doubt = "" if asked or imported.head is None else " (--head-layer says otherwise)"
+    say(f"Supervised head on {where}{doubt}: {classifier.linear.out_features:,} classes, {how}.")
+
+
+def _left_out(imported: Imported) -> Iterator[str]:
+    """A sentence for each kind of variables that were not used, and the names of those of no kind."""
+    if imported.slots:
+        yield f"Left out: {len(imported.slots)} variables of the optimiser."
+    average = [name for name in imported.left_out if name.startswith(EMA)]
+    others = [name for name in imported.left_out if name not in set(average)]
+    if average:
+        yield f"Left out: the moving average, {len(average)} variables under {EMA} (--ema takes it)."
+    if others:
+        yield f"Left out: {', '.join(others)}."

@@ -1,0 +1,152 @@
+"""Open images and encoders and write files as the commands do: with a progress bar and messages."""
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import torch
+
+from simclr.data.images import Channels, Images, Split
+from simclr.data.readers.named import NAMES
+from simclr.data.source import open_data
+from simclr.distributed import World
+from simclr.errors import UserError
+from simclr.files import open_regular, reason_of, require_possible, write_atomically, writing
+from simclr.training.progress import counting, say
+from simclr.training.run import open_run
+from simclr.weights.folder import FORMAT, WEIGHTS_MARK, Embedder, load_quietly
+
+
+def open_aloud(
+    source: str,
+    world: World,
+    *,
+    split: Split = "train",
+    channels: Channels = "auto",
+    strict: bool = False,
+    labels: str | None = None,
+    pack: str = "auto",
+    side: int | None = None,
+    known: Sequence[str] = (),
+) -> Images:
+    """Open data and say aloud what there is to say, but for what is `known`."""
+    with counting("Reading images", main=world.is_main) as progress:
+        images = open_data(
+            source, split=split, channels=channels, strict=strict, labels=Path(labels) if labels else None,
+            workers=os.cpu_count() or 1, progress=progress, pack=pack, side=side,
+            say=partial(say, main=world.is_main),
+        )  # fmt: skip
+    for note in images.notes:
+        if note not in known:
+            say(note, main=world.is_main)
+    world.require_equal(
+        f"images of {source}",
+        {"number": len(images), "fingerprint": images.fingerprint},
+        "Give every process the same files.",
+    )
+    return images
+
+
+def load_model(path: str | PathLike[str], *, device: str | torch.device = "cpu", main: bool = True) -> Embedder:
+    """Load an encoder as `simclr.load` does, and say it where its training is unfinished.
+
+    Args:
+        main: Whether this process prints messages.
+    """
+    model = load_quietly(path, device=device)
+    if model.progress is not None and not model.progress.finished:
+        say(model.progress.warning(path), main=main)
+    return model
+
+
+def open_parts(
+    source: str, world: World, *, labels: Path | None, pack: str, side: int | None
+) -> tuple[Images, Images | None]:
+    """The images to learn from, and the data's own test part where it has one."""
+    csv = str(labels) if labels else None
+    train = open_aloud(source, world, labels=csv, pack=pack, side=side)
+    if not train.has_own_split:
+        return train, None
+    return train, open_aloud(source, world, split="test", labels=csv, pack=pack, side=side, known=train.notes)
+
+
+def side_of(run: Path, source: str, asked: int | None) -> int | None:
+    """What --pack-side asks for, else how far the run shrank its images, for a folder that is to be shrunk alike."""
+    if asked is not None:
+        return asked
+    if not (run / "run.json").is_file() or not Path(source).expanduser().is_dir():
+        return None
+    return open_run(run).origin["data"]["options"].get("side")
+
+
+def lasting(source: str) -> str:
+    """What the user typed, such that it means the same from every folder."""
+    name, colon, place = source.partition(":")
+    if name in NAMES:
+        return f"{name}:{Path(place).expanduser().resolve()}" if colon else source
+    return str(Path(source).expanduser().resolve())
+
+
+def start_encoder_folder(folder: Path, *, ours: Mapping[str, str]) -> None:
+    """See that an encoder's folder can be made here, and remove what a killed command left of an earlier attempt.
+
+    config.json is written last, so a folder without it is no encoder's yet.
+
+    Args:
+        ours: Further files that will be written, and a text that those of this package contain.
+
+    Raises:
+        UserError: An encoder, a run, or a file that this package did not write is there.
+    """
+    config, tensors = folder / "config.json", folder / "model.safetensors"
+    # until 2026-11-30 config.json was written before the weights
+    if config.exists() and (tensors.exists() or not _contains(config, FORMAT)):
+        raise UserError(f"{folder} holds an encoder or a run already; give another folder, or remove it first.")
+    marks = {tensors.name: WEIGHTS_MARK, config.name: FORMAT, **ours}
+    left = [folder / name for name in marks if (folder / name).exists()]
+    for path in left:
+        if not _contains(path, marks[path.name]):
+            raise UserError(f"{path} is there already, and would be replaced; give another folder, or remove it first.")
+    with writing(folder):
+        for path in left:
+            path.unlink()
+
+
+def _contains(path: Path, text: str) -> bool:
+    """Whether a text stands near the beginning of a file."""
+    try:
+        with open_regular(path) as file:
+            return text.encode() in file.read(1 << 20)
+    except (OSError, UserError):
+        return False
+
+
+def require_writable(path: Path) -> None:
+    """Fail before the work and not after it."""
+    require_possible(path)
+    try:
+        folder = path.parent
+        while not folder.exists():
+            folder = folder.parent
+        with TemporaryFile(dir=folder):  # permissions alone do not tell: root may write to /proc, which takes nothing
+            reason = "it is a folder" if path.is_dir() else None
+    except OSError as error:
+        reason = reason_of(error)
+    if reason is not None:
+        raise UserError(f"{path} cannot be written: {reason}; give another path.")
+
+
+def tell_if_replaced(path: Path) -> None:
+    """Say so before the work that will end in another content."""
+    if path.is_file():
+        say(f"{path} is there already and will be replaced.")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Make the file, and the folders that it needs."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)

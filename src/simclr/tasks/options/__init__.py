@@ -1,0 +1,1 @@
+"""Flags of the commands as dataclasses; imports no torch, so that `--help` answers at once."""

@@ -1,0 +1,1 @@
+"""Training: the loop, run folders, checkpoints, optimisers, devices, memory strategies, gradient caching."""

@@ -1,0 +1,341 @@
+"""The one training loop: any method, one process or many, stopped at any step and resumed to the same bits.
+
+State is one integer: the step. Batches, views and random numbers are functions of it, so a resumed run needs
+the weights, the optimiser's state and nothing else.
+"""
+
+import signal
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from simclr.distributed import World
+from simclr.errors import Diverged, UserError
+from simclr.training.checkpoint import checkpoints, load_newest, remove_oldest, save_checkpoint, set_aside_newer
+from simclr.training.optim import set_lr
+from simclr.training.progress import say
+from simclr.training.run import RunFolder
+
+Inputs = tuple[Any, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the loop trains. Everything that depends on the step is a pure function of it.
+
+    Attributes:
+        method: Module whose call on a batch, `method(*inputs, detail=bool)`, gives (loss, metrics).
+        batch: This process's inputs of a step: tensors on the device, or functions that make them there.
+        optimizer: Over the method's parameters.
+        learning_rate: Of a step.
+        total_steps: Where training ends.
+        images_per_step: Over all processes; for views per second.
+        views_per_image: Likewise.
+        seed: Of the stochastic layers, if the encoder has any.
+        precision: Autocast of the forward pass.
+        evaluate: Metrics too costly for each record, such as kNN accuracy.
+        evaluate_every: Steps between two of them; 0: never.
+        publish: Writes the encoder's folder; called with the step after each checkpoint, and on resuming.
+        warnings: Sentences on what a record shows to be wrong.
+        remedy: What to try where the loss or the weights are no longer finite.
+    """
+
+    method: nn.Module
+    batch: Callable[[int], Inputs]
+    optimizer: torch.optim.Optimizer
+    learning_rate: Callable[[int], float]
+    total_steps: int
+    images_per_step: int
+    views_per_image: int = 2
+    seed: int = 0
+    precision: torch.dtype = torch.float32
+    evaluate: Callable[[], dict[str, float]] | None = None
+    evaluate_every: int = 0
+    publish: Callable[[int], None] | None = None
+    warnings: Callable[[dict[str, float]], list[str]] = lambda _record: []
+    remedy: str = "Try a lower --lr, a longer --warmup-epochs, or a higher --temperature in a new run."
+
+
+class Watcher(Protocol):
+    """Who is told how training goes; `progress.Progress` shows it to a person."""
+
+    def step(self, done: int) -> None: ...
+    def record(self, record: dict[str, float], outcome: "Outcome") -> None: ...
+
+
+@dataclass
+class Outcome:
+    """How a call of `train` ended."""
+
+    step: int
+    finished: bool
+    signal: int | None = None
+    """The signal that asked to stop, if one did."""
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    steps_run: int = 0
+    last: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def train(
+    task: Task,
+    run: RunFolder,
+    world: World,
+    *,
+    start_step: int,
+    workers: int,
+    log_every: int,
+    save_every: int,
+    keep: int,
+    progress: Watcher,
+) -> Outcome:
+    """Train from `start_step` to the end, or until a signal asks to stop.
+
+    Raises:
+        UserError: The loss or the weights became non-finite (the last good checkpoint is kept), or the disk refused.
+    """
+    model = _over_processes(task.method) if world.size > 1 else task.method
+    device = next(task.method.parameters()).device
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    outcome = Outcome(step=start_step, finished=start_step >= task.total_steps)
+    clock = time.perf_counter()
+    if start_step and world.is_main:
+        _catch_up(task, run, start_step, outcome, keep)
+
+    with _stop_signals() as asked, Prefetcher(task.batch, start_step, task.total_steps, workers) as batches:
+        for step, inputs in batches:
+            done = step + 1
+            last = done == task.total_steps
+            evaluate = task.evaluate_every > 0 and (done % task.evaluate_every == 0 or last)
+            log = done % log_every == 0 or evaluate or last
+
+            loss, metrics = take_step(model, task, step, inputs, world, detail=log)
+            finite &= torch.isfinite(loss.detach())
+
+            outcome.step, outcome.steps_run = done, outcome.steps_run + 1
+            interrupted = world.any_rank(bool(asked))
+            save = done % save_every == 0 or last or interrupted
+
+            if log or save:
+                _stop_if_broken(finite, task, run, world, done)
+            if log:  # the only synchronisation with the device
+                record = {"step": done, "lr": task.learning_rate(step)}
+                record |= {name: float(value) for name, value in metrics.items()}
+                if evaluate and task.evaluate is not None and world.is_main:
+                    record |= task.evaluate()
+                outcome.last = record
+                outcome.warnings = task.warnings(record)
+                outcome.seconds = time.perf_counter() - clock
+                outcome.wait_seconds = batches.wait_seconds
+                progress.record(record, outcome)
+                if world.is_main:
+                    run.append(run.metrics, record)
+                    run.append(run.timing, {"step": done} | _timing(outcome, task))
+            else:
+                progress.step(done)
+            if save and world.is_main:
+                with run.writing():
+                    run.sync()
+                    _save(task, run, done, world, keep)
+            if interrupted:
+                outcome.signal = next(iter(asked), signal.SIGTERM)
+                break
+
+    outcome.finished = outcome.step >= task.total_steps
+    outcome.seconds = time.perf_counter() - clock
+    outcome.wait_seconds = batches.wait_seconds
+    return outcome
+
+
+def _save(task: Task, run: RunFolder, step: int, world: World, keep: int) -> None:
+    """Write the checkpoint of a step, then publish what was trained."""
+    state = {
+        "step": step,
+        "method": task.method.state_dict(),
+        "optimizer": task.optimizer.state_dict(),
+        "processes": world.size,
+    }
+    save_checkpoint(run.checkpoints, step, state, keep=keep, resuming=run.resuming)
+    if task.publish is not None:
+        task.publish(step)
+
+
+def _catch_up(task: Task, run: RunFolder, step: int, outcome: Outcome, keep: int) -> None:
+    """Do what a process that was killed after writing the checkpoint of `step` did not come to."""
+    remove_oldest(run.checkpoints, keep=keep)
+    if task.publish is not None:
+        with run.writing():
+            task.publish(step)
+    records = run.read_metrics()
+    if records:
+        outcome.last = records[-1]
+        outcome.warnings = task.warnings(outcome.last)
+
+
+def restore(task: Task, run: RunFolder, world: World) -> int:
+    """Load the run's newest good checkpoint into the task, on every process; the step that it was written after."""
+    loaded = load_newest(run.checkpoints, say if world.is_main else lambda _: None)
+    world.barrier()  # nobody reads any more: the main process may tidy up
+    start = 0
+    if loaded is not None:
+        start, state = loaded
+        processes = _load(task, state, f"The checkpoint of step {start} in {run.checkpoints}")
+        if processes != world.size:
+            say(
+                f"The run was trained by {processes} processes and goes on with {world.size}: the same up "
+                "to rounding, not bit for bit.",
+                main=world.is_main,
+            )
+    elif checkpoints(run.checkpoints):
+        say("No checkpoint is whole: starting again from step 0.", main=world.is_main)
+    if world.is_main:
+        with run.writing():
+            set_aside_newer(run.checkpoints, start)
+            run.rewind(start)
+    return start
+
+
+def _load(task: Task, state: dict[str, Any], name: str) -> int:
+    """Put a checkpoint's state into the task; the number of processes that wrote it.
+
+    Raises:
+        UserError: It is of another network or optimiser.
+    """
+    try:
+        task.method.load_state_dict(state["method"])
+        task.optimizer.load_state_dict(state["optimizer"])
+        for parameter, values in task.optimizer.state.items():
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"{key} has shape {tuple(value.shape)}, its weights {tuple(parameter.shape)}")
+        return int(state["processes"])
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        what = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch lists every tensor
+        raise UserError(
+            f"{name} does not fit the settings that the run began with ({what}); restore the run's settings or its "
+            "checkpoints, or start a new run."
+        ) from None
+
+
+def take_step(
+    model: nn.Module, task: Task, step: int, inputs: Inputs, world: World, *, detail: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One update of the weights; the loss and metrics before it.
+
+    Args:
+        model: The task's method, in DistributedDataParallel where there are several processes.
+        inputs: The task's batch of this step.
+        detail: As the method takes it.
+    """
+    torch.manual_seed(_step_seed(task.seed, step, world))
+    set_lr(task.optimizer, task.learning_rate(step))
+    with _autocast(world.device, task.precision):
+        loss, metrics = model(*inputs, detail=detail)
+    task.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    task.optimizer.step()
+    return loss, metrics
+
+
+class Prefetcher:
+    """Batches in the order of their steps, prepared ahead by threads; how many changes no batch."""
+
+    def __init__(self, batch: Callable[[int], Inputs], start: int, stop: int, workers: int) -> None:
+        self._batch, self._start, self._stop = batch, start, stop
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="views") if workers else None
+        self._ahead = workers
+        self.wait_seconds = 0.0
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[tuple[int, Inputs]]:
+        if self._pool is None:
+            for step in range(self._start, self._stop):
+                begun = time.perf_counter()
+                inputs = self._batch(step)
+                self.wait_seconds += time.perf_counter() - begun
+                yield step, inputs
+            return
+        pending = deque()
+        for step in range(self._start, min(self._start + self._ahead, self._stop)):
+            pending.append(self._pool.submit(self._batch, step))
+        for step in range(self._start, self._stop):
+            begun = time.perf_counter()
+            inputs = pending.popleft().result()
+            self.wait_seconds += time.perf_counter() - begun
+            if step + self._ahead < self._stop:
+                pending.append(self._pool.submit(self._batch, step + self._ahead))
+            yield step, inputs
+
+
+def _over_processes(method: nn.Module) -> DistributedDataParallel:
+    """Average gradients over the processes; buffers stay each process's own (global batch norm keeps them equal)."""
+    with warnings.catch_warnings():  # torch 2.15 deprecates the flag, torch 2.11 knows no other
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
+    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
+
+
+def _step_seed(seed: int, step: int, world: World) -> int:
+    """Dropout and stochastic depth draw from the step too; no generator's state needs saving."""
+    return ((seed << 40) + step * world.size + world.rank) % 2**63
+
+
+def _stop_if_broken(finite: Tensor, task: Task, run: RunFolder, world: World, step: int) -> None:
+    """Raise in all processes at the same step where one of them has seen a loss or weights that are not finite."""
+    weights = torch.stack(torch._foreach_norm([p.detach() for p in task.method.parameters()]))
+    if world.any_rank(not bool(finite & torch.isfinite(weights).all())):
+        kept = "the last good checkpoint is kept" if checkpoints(run.checkpoints) else "there is no earlier checkpoint"
+        raise Diverged(
+            f"The loss or the weights were no longer finite at step {step}; nothing of that was saved, {kept}. "
+            + task.remedy
+        )
+
+
+def _timing(outcome: Outcome, task: Task) -> dict[str, float]:
+    views = outcome.steps_run * task.images_per_step * task.views_per_image
+    return {
+        "seconds": round(outcome.seconds, 3),
+        "views_per_second": round(views / outcome.seconds, 1),
+        "wait_share": round(outcome.wait_seconds / outcome.seconds, 4),
+    }
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM ask the loop to save and stop by joining this list; a second Ctrl-C stops at once."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(signum: int, _frame: object) -> None:
+        if asked and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(signum)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,288 @@
+"""The run folder: everything that a pretraining run leaves behind, and all that it needs to go on.
+
+RUN/
+  config.json      the resolved settings; itself a recipe
+  run.json         where it came from: data, versions, hardware, command
+  metrics.jsonl    one line per record; depends on settings and data alone, so a resumed run writes the same bytes
+  timing.jsonl     views per second and waiting time of the same steps: the machine's part of the story
+  checkpoints/     step-*.pt, atomic and checksummed (checkpoint.py)
+  encoder/         model.safetensors + config.json: what `simclr.load` reads
+  summary.json     written when the run ends
+  .lock            while a process writes the folder
+"""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from simclr.config.pretrain import PretrainConfig, load_config, settings_digest
+from simclr.config.records import RunRecord, SummaryRecord, read_json, read_record, versioned
+from simclr.distributed import World
+from simclr.errors import UserError
+from simclr.files import FileLock, is_temporary, open_regular, reason_of, sweep, write_atomically, writing
+
+LOCK = ".lock"
+"""Of a folder that a process is writing: held by that process (`hold`)."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder on disk."""
+
+    path: Path
+    how_to_resume: str = ""
+    """For sentences; by default the command `simclr resume`."""
+    lasting: bool = True
+    """Whether it stays when the work is done, and is worth naming."""
+
+    @property
+    def resuming(self) -> str:
+        """What a person does to go on."""
+        return self.how_to_resume or f"`simclr resume {self.path}`"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def encoder(self) -> Path:
+        return self.path / "encoder"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def timing(self) -> Path:
+        return self.path / "timing.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def config(self) -> PretrainConfig:
+        return load_config(self.path / "config.json")
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What run.json holds: data, versions, hardware, command."""
+        return _read(self.path / "run.json").model_dump(exclude_unset=True)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has come to its end; it then has a whole summary."""
+        remedy = f"remove it, then {self.resuming}"
+        return self.summary.exists() and bool(read_record(self.summary, SummaryRecord, remedy=remedy))
+
+    def refuse_changed_settings(self) -> None:
+        """Stop where config.json is not what the run began with; a result has one set of settings."""
+        began, config = _read(self.path / "run.json").settings, self.path / "config.json"
+        if began is not None and began != settings_digest(read_json(config, remedy="restore it")):
+            raise UserError(
+                f"{config} was changed after the run began, and its result would be of neither settings; restore it, "
+                f"or start a new run with --recipe {config}."
+            )
+
+    def refuse_existing(self) -> None:
+        """Stop where a new run would overwrite something, but for what a process left that was killed at its start."""
+        config = self.path / "config.json"
+        if config.exists() and not _is_leftover(config):
+            raise UserError(
+                f"{self.path} already holds a run; `simclr resume {self.path}` goes on with it, and another --out "
+                "starts a new one."
+            )
+        if self.path.exists() and not (self.path.is_dir() and all(map(_is_leftover, self.path.iterdir()))):
+            raise UserError(f"{self.path} exists and is no run; give another --out, or empty it first.")
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn what the disk refuses in the block into a sentence that says how to go on."""
+        with writing(self.path, hint=f"what was saved before is kept; make room, then {self.resuming}"):
+            yield
+
+    def append(self, file: Path, record: dict[str, Any]) -> None:
+        """Add one JSON line."""
+        try:
+            with open(file, "a") as lines:
+                lines.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{file} could not be written: {reason_of(error, file)}. The last good checkpoint is kept; make room, "
+                f"then {self.resuming}."
+            ) from None
+
+    def sync(self) -> None:
+        """Put the records on the disk, before a checkpoint that counts on them."""
+        for file in (self.metrics, self.timing):
+            if file.exists():
+                with open(file, "rb") as lines:
+                    os.fsync(lines.fileno())
+
+    def rewind(self, step: int) -> None:
+        """Forget the records after `step`, and a last line that a killed process left unfinished."""
+        sweep(self.path)
+        sweep(self.checkpoints)
+        for file in (self.metrics, self.timing):
+            if file.exists():
+                write_atomically(file, b"".join(line + b"\n" for line in _records(file, step)))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records of metrics.jsonl, oldest first."""
+        return [json.loads(line) for line in _records(self.metrics, None)]
+
+
+_held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
+"""Folders that this thread holds."""
+
+
+@contextmanager
+def hold(folder: Path, world: World) -> Iterator[None]:
+    """Keep every other process from writing a folder, by the lock FOLDER/.lock, until the end of the block.
+
+    The main process takes the lock; the folder is made if it is missing, and removed again if it stays empty. The lock
+    ends with the process, so one that was left by a killed process is no obstacle. Blocks for the same folder may
+    lie within one another.
+
+    Raises:
+        UserError: Another process holds the folder, or it cannot be written; in every process of the world.
+    """
+    place = folder.absolute()
+    if place in _held.get():
+        yield
+        return
+    lock, made = FileLock(place / LOCK), []
+    world.on_main(lambda: _acquire(folder, lock, made))
+    token = _held.set(_held.get() | {place})
+    try:
+        yield
+    finally:
+        _held.reset(token)
+        if world.is_main:
+            _release(lock, made)
+
+
+def _acquire(folder: Path, lock: FileLock, made: list[Path]) -> None:
+    """Take the lock of a folder, adding the folders that are made for it to `made`, innermost first."""
+    try:
+        with writing(folder):
+            acquired = None
+            while acquired is None:
+                made[:] = [place for place in (folder, *folder.parents) if not place.exists()]
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    acquired = lock.acquire()
+                except FileNotFoundError:
+                    if folder.is_dir():  # else its last holder left it empty, and has removed it just now
+                        raise
+        if not acquired:
+            raise UserError(f"{folder} is being written by {lock.holder()}; wait for its end, or stop it first.")
+    except BaseException:
+        _release(lock, made)
+        raise
+
+
+def _release(lock: FileLock, made: list[Path]) -> None:
+    lock.release(remove=True)
+    for folder in made:
+        with suppress(OSError):  # not empty, or another process has begun there
+            folder.rmdir()
+
+
+def create_run(path: Path, config: PretrainConfig, origin: dict[str, Any]) -> RunFolder:
+    """Make the folder of a new run; a folder that holds one already, or anything else, is left as it is.
+
+    config.json comes last and makes it a run: a folder without it, left by a process that was killed here, counts as
+    empty. What was made is removed again where the disk refuses the rest.
+    """
+    run = RunFolder(path)
+    run.refuse_existing()
+    try:
+        with writing(path, hint="give another --out"):
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_atomically(path / "run.json", versioned(origin | {"settings": settings_digest(asdict(config))}))
+            config.save(path / "config.json")
+    except BaseException:
+        with suppress(OSError):
+            for name in ("config.json", "run.json"):
+                (path / name).unlink(missing_ok=True)
+            run.checkpoints.rmdir()
+        raise
+    return run
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether a file or folder is what a process leaves that was killed while it made a run's folder."""
+    if path.is_dir():
+        return path.name == "checkpoints" and all(is_temporary(inner.name) for inner in path.iterdir())
+    if path.name == "config.json":  # as versions wrote it that did not write it atomically
+        return path.stat().st_size == 0
+    return path.name == LOCK or is_temporary(path.name) or (path.name == "run.json" and _is_origin(path))
+
+
+def _is_origin(path: Path) -> bool:
+    try:
+        return bool(_read(path))
+    except UserError:
+        return False
+
+
+def _read(path: Path) -> RunRecord:
+    return read_record(path, RunRecord, remedy="restore it, or start a new run")
+
+
+def open_run(path: Path) -> RunFolder:
+    """An existing run's folder."""
+    for name in ("finetune", "distill"):
+        if (path / f"{name}.json").is_file():
+            raise UserError(f"{path} belongs to `simclr {name}`; the same command as before goes on, or evaluates it.")
+    if not (path / "config.json").is_file() or not (path / "run.json").is_file():
+        raise UserError(f"{path} holds no run (no config.json and run.json in it); `simclr pretrain` makes one.")
+    return RunFolder(path)
+
+
+def describe_machine() -> dict[str, Any]:
+    """Versions and hardware, for run.json and for every published figure."""
+    import numpy
+    import torch
+
+    from simclr import __version__
+
+    return {
+        "simclr": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "command": sys.argv,
+    }
+
+
+def _records(file: Path, step: int | None) -> Iterator[bytes]:
+    """The lines of a file of records, up to a step, without what a killed process left unfinished."""
+    if not file.exists():
+        return
+    with open_regular(file) as lines:
+        for line in lines:
+            if _is_record_until(line, step):
+                yield line.removesuffix(b"\n")
+
+
+def _is_record_until(line: bytes, step: int | None) -> bool:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(record, dict):
+        return False
+    written = record.get("step", 0)
+    return isinstance(written, int) and (step is None or written <= step)

@@ -1,0 +1,1 @@
+"""Encoders on disk: the encoder folder, loading by name or path, importers and exporters."""

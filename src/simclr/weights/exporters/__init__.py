@@ -1,0 +1,1 @@
+"""Exporters of encoders: torchvision and timm state dicts, ONNX files, preprocessing code."""
