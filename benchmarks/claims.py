@@ -32,19 +32,19 @@ from simclr.config.distill import DISTILL_RECIPES
 from simclr.config.finetune import FINETUNE_RECIPES
 from simclr.data.images import Images
 from simclr.data.source import open_data
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.finetune import TRAINING_VERSION, digest_of, finetune
 from simclr.evaluation.logistic import LOGISTIC_VERSION, optimum_probe
 from simclr.evaluation.metrics import BASELINES
-from simclr.evaluation.results import Ledger, name_of
+from simclr.evaluation.results import ResultStore, name_of
 from simclr.evaluation.split import Split, split_data
-from simclr.evaluation.subjects import PIXELS, RANDOM, Subject, open_subject
+from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel, open_subject
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.reports.table import Row, markdown_table, seeds_note
 from simclr.tasks.distill import distill
-from simclr.weights.folder import Embedder, load
+from simclr.weights.folder import Model, load
 
 DEPTHS = ("none", 4, 3, 2, 1, "all")
 """What is trained besides the classifier, as `--finetune.tune-from` takes it."""
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/claims"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    ledger = Ledger(args.out / "results.jsonl", World())
+    ledger = ResultStore(args.out / "results.jsonl", DistributedContext())
     for data in args.data:
         rows = CLAIMS[args.claim](args, data, ledger)
         print(f"\n{args.claim}, {data}: accuracy in %, {seeds_note(rows)}\n\n{markdown_table(rows)}", flush=True)
@@ -77,7 +77,7 @@ def main() -> None:
 # ---- how deep, from which layer
 
 
-def depth(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
+def depth(args: argparse.Namespace, data: str, ledger: ResultStore) -> list[Row]:
     """Rows: what is trained and the head layer; columns: share of the labels."""
     train, test = open_data(data), open_data(data, split="test")
     table: dict[str, dict[str, list[float]]] = {}
@@ -91,13 +91,13 @@ def depth(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
                     config = replace(FINETUNE_RECIPES["small"], tune_from=tune_from, head_layer=head_layer)
                     key = {
                         "claim": "depth", "version": TRAINING_VERSION,
-                        "encoder": subject.identity, "seed": seed, "config": config.deciding(),
+                        "encoder": subject.identity, "seed": seed, "config": config.result_fields(),
                         "train": split.train.fingerprint, "test": split.test.fingerprint,
                     }  # fmt: skip
                     assert subject.encoder is not None
                     make = partial(
                         finetune, subject.encoder, subject.head, subject.fitted(split.train),
-                        subject.fitted(split.test), config, seed=seed, semantics=subject.preprocessing,
+                        subject.fitted(split.test), config, seed=seed, preset=subject.preprocessing,
                     )  # fmt: skip
                     value = kept(ledger, key, lambda make=make: make().accuracy)
                     print(f"{data}, {labels}, {name}, seed {seed}: {100 * value:.1f}", flush=True)
@@ -114,7 +114,7 @@ def named(tune_from: int | str) -> str:
 # ---- which base
 
 
-def base(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
+def base(args: argparse.Namespace, data: str, ledger: ResultStore) -> list[Row]:
     """Rows: the teacher, and where its students begin; one column."""
     train, test = open_data(data), open_data(data, split="test")
     table: dict[str, list[float]] = {}
@@ -124,12 +124,10 @@ def base(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
         shape, preprocessing = own.encoder.config, own.preprocessing
         teacher = finetune(
             own.encoder, own.head, split.train, split.test, FINETUNE_RECIPES["small"], seed=seed,
-            semantics=preprocessing,
+            preset=preprocessing,
         )  # fmt: skip
         table.setdefault("teacher", []).append(teacher.accuracy)
-        taught_by = Embedder(
-            teacher.network.encoder, preprocessing, classifier=teacher.network, classes=teacher.classes
-        )
+        taught_by = Model(teacher.network.encoder, preprocessing, classifier=teacher.network, classes=teacher.classes)
         students = {
             "the same base": own.encoder,
             "the base of another run": other.encoder,
@@ -140,7 +138,7 @@ def base(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
             key = {
                 "claim": "base", "version": TRAINING_VERSION,
                 "teacher": digest_of(teacher.network), "student": digest_of(encoder), "seed": seed,
-                "config": DISTILLATION.deciding(), "train": train.fingerprint, "test": split.test.fingerprint,
+                "config": DISTILLATION.result_fields(), "train": train.fingerprint, "test": split.test.fingerprint,
             }  # fmt: skip
 
             place = args.out / f"student-{name_of(key)[:12]}"
@@ -150,7 +148,7 @@ def base(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
     return [Row(name, {"accuracy": values}) for name, values in table.items()]
 
 
-def taught(teacher: Embedder, encoder: Encoder, train: Images, test: Images, seed: int, place: Path) -> float:
+def taught(teacher: Model, encoder: Encoder, train: Images, test: Images, seed: int, place: Path) -> float:
     """Test accuracy of a student that begins at this encoder."""
     found = distill(
         teacher, Classifier(encoder, None, len(teacher.classes)), train, DISTILLATION, place, seed=seed, test=test
@@ -162,7 +160,7 @@ def taught(teacher: Embedder, encoder: Encoder, train: Images, test: Images, see
 # ---- how many classes
 
 
-def classes(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
+def classes(args: argparse.Namespace, data: str, ledger: ResultStore) -> list[Row]:
     """Rows: features; columns: accuracy, then kappa, for each number of classes."""
     train, test = open_data(data), open_data(data, split="test")
     accuracies: dict[str, dict[int, list[float]]] = {}
@@ -189,7 +187,7 @@ def classes(args: argparse.Namespace, data: str, ledger: Ledger) -> list[Row]:
     ]
 
 
-def by_count(subject: Subject, split: Split, seed: int) -> dict[str, float]:
+def by_count(subject: EvaluatedModel, split: Split, seed: int) -> dict[str, float]:
     """Number of classes -> accuracy of the linear probe, the mean over draws of so many classes."""
     learn, ask = split.train.labels, split.test.labels
     assert learn is not None and ask is not None
@@ -212,17 +210,17 @@ def by_count(subject: Subject, split: Split, seed: int) -> dict[str, float]:
 # ---- shared
 
 
-def subjects(run: Path, seed: int) -> list[Subject]:
+def subjects(run: Path, seed: int) -> list[EvaluatedModel]:
     """The run's encoder, a random one of its shape, and pixels."""
     model = load(run)
-    open_one: Callable[[str], Subject] = partial(
+    open_one: Callable[[str], EvaluatedModel] = partial(
         open_subject, like=model.encoder.config, preprocessing=model.preprocessing, seed=seed,
-        cache=FeatureCache(None), world=World(),
+        cache=FeatureCache(None), world=DistributedContext(),
     )  # fmt: skip
     return [open_one(name) for name in (str(run), RANDOM, PIXELS)]
 
 
-def kept(ledger: Ledger, key: dict[str, Any], make: Callable[[], float]) -> float:
+def kept(ledger: ResultStore, key: dict[str, Any], make: Callable[[], float]) -> float:
     return ledger.get(key, lambda: {"accuracy": make()})["accuracy"]
 
 

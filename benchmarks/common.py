@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simclr.config.pretrain import PretrainConfig
 from simclr.data.images import Images, array_images
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.tasks import pretrain as pretraining
 from simclr.training.loop import Outcome, Task, train
 from simclr.training.run import RunFolder, describe_machine
@@ -174,7 +174,7 @@ def run_ours(
     on_step: Callable[[Task, int], None],
     *,
     change: Callable[[Task], Task] = lambda task: task,
-    world: World | None = None,
+    world: DistributedContext | None = None,
     folder: Path | None = None,
 ) -> None:
     """`simclr pretrain` with `on_step(task, steps done)` called after each step, until it ends or raises `Stop`.
@@ -186,9 +186,9 @@ def run_ours(
     """
     if world is None:
         gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        world = World(device=torch.device("cuda", 0) if gpu else torch.device("cpu"))
+        world = DistributedContext(device=torch.device("cuda", 0) if gpu else torch.device("cpu"))
 
-    def watched(task: Task, run: Any, world: World, **settings: Any) -> Outcome:
+    def watched(task: Task, run: Any, world: DistributedContext, **settings: Any) -> Outcome:
         task = change(task)
         settings["progress"] = Watch(lambda done: on_step(task, done))
         return train(task, run, world, **settings)

@@ -29,7 +29,7 @@ from simclr.data.source import open_data
 from simclr.evaluation.finetune import TRAINING_VERSION, finetune, supervised
 from simclr.evaluation.logistic import optimum_probe
 from simclr.evaluation.metrics import accuracy
-from simclr.evaluation.results import Ledger, name_of
+from simclr.evaluation.results import ResultStore, name_of
 from simclr.evaluation.split import Split, split_data
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import build_encoder
@@ -37,10 +37,10 @@ from simclr.models.inference import pixels_of
 from simclr.reports.table import Row, markdown_table, seeds_note
 from simclr.tasks.distill import distill
 from simclr.training.run import describe_machine, open_run
-from simclr.weights.folder import Embedder, digest_of, load
+from simclr.weights.folder import Model, digest_of, load
 
 TEACHER, PIXELS = "teacher, fine-tuned", "raw pixels, linear"
-TUNING: dict[str, Any] = {"lr": 0.03, "weight_decay": 0.0, "epochs": 10, "least_steps": 500}
+TUNING: dict[str, Any] = {"lr": 0.03, "weight_decay": 0.0, "epochs": 10, "min_steps": 500}
 """Of the teacher: a shorter training than `small`, by which the figures in docs/distillation.md were taken."""
 WAYS = ("student, labels only", "student, distilled on the labelled images", "student, distilled on all images")
 
@@ -57,7 +57,7 @@ def main() -> None:
     args = parser.parse_args()
     train = open_data(args.data)
     test = open_data(args.data, split="test") if train.has_own_split else None
-    ledger = Ledger(args.out / "results.jsonl")
+    ledger = ResultStore(args.out / "results.jsonl")
     results: list[dict[str, Any]] = []
     for seed, run in enumerate(args.runs):
         for result in one_seed(args, run, seed, train, test, ledger):
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def one_seed(
-    args: argparse.Namespace, run: Path, seed: int, train: Images, test: Images | None, ledger: Ledger
+    args: argparse.Namespace, run: Path, seed: int, train: Images, test: Images | None, ledger: ResultStore
 ) -> list[dict[str, Any]]:
     """The five results of a seed, from the ledger where they are known."""
     everything = split_data(train, test, seed=seed)
@@ -86,24 +86,23 @@ def one_seed(
     shape = replace(base.encoder.config, width=args.width * base.encoder.config.width)
     on_all = replace(DISTILL_RECIPES["small-distill"], epochs=args.epochs, temperature=args.temperature, flip=flip)
     steps = total_steps(len(everything.train), on_all.epochs, on_all.batch_size)
-    on_few = replace(on_all, epochs=0, least_steps=steps)
+    on_few = replace(on_all, epochs=0, min_steps=steps)
     key = {
         "version": TRAINING_VERSION,
         "run": digest_of(base.encoder), "seed": seed, "few": few.train.fingerprint, "all": everything.train.fingerprint,
-        "test": few.test.fingerprint, "tuning": tuning.deciding(),
+        "test": few.test.fingerprint, "tuning": tuning.result_fields(),
     }  # fmt: skip
 
     @cache
-    def teacher() -> Embedder:
+    def teacher() -> Model:
         place = args.out / f"teacher-{name_of(key)}"
-        finetune(
-            base.encoder, base.head, few.train, few.test, tuning, seed=seed, semantics=base.preprocessing, run=place
-        )
+        finetune(base.encoder, base.head, few.train, few.test, tuning, seed=seed, preset=base.preprocessing, run=place)
         return load(place)
 
     def taught(images: Images, config: DistillConfig) -> dict[str, Any]:
         place = (
-            args.out / f"student-{name_of({**key, 'images': images.fingerprint, **config.deciding(), **asdict(shape)})}"
+            args.out
+            / f"student-{name_of({**key, 'images': images.fingerprint, **config.result_fields(), **asdict(shape)})}"
         )
         begin = Classifier(build_encoder(shape, seed=seed), None, len(teacher().classes))
         done = distill(teacher(), begin, images, config, place, seed=seed, test=few.test)
@@ -111,7 +110,7 @@ def one_seed(
         return {"accuracy": done.accuracy, "parameters": parameters(begin), "steps": done.steps}
 
     def from_labels() -> dict[str, Any]:
-        done = supervised(shape, few.train, few.test, scratch, seed=seed, semantics=base.preprocessing)
+        done = supervised(shape, few.train, few.test, scratch, seed=seed, preset=base.preprocessing)
         return {"accuracy": done.accuracy, "parameters": parameters(done.network), "steps": done.steps}
 
     def of_teacher() -> dict[str, Any]:
@@ -123,9 +122,9 @@ def one_seed(
 
     work: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
         TEACHER: ({}, of_teacher),
-        WAYS[0]: (scratch.deciding() | asdict(shape), from_labels),
-        WAYS[1]: (on_few.deciding() | asdict(shape), lambda: taught(few.train, on_few)),
-        WAYS[2]: (on_all.deciding() | asdict(shape), lambda: taught(everything.train, on_all)),
+        WAYS[0]: (scratch.result_fields() | asdict(shape), from_labels),
+        WAYS[1]: (on_few.result_fields() | asdict(shape), lambda: taught(few.train, on_few)),
+        WAYS[2]: (on_all.result_fields() | asdict(shape), lambda: taught(everything.train, on_all)),
         PIXELS: (
             {},
             lambda: {"accuracy": of_pixels(few, base.encoder.config, seed), "parameters": None, "steps": None},

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from simclr import cli
+from simclr.cli import main as cli
 from simclr.config import finetune as finetune_config
 from simclr.evaluation import curve, grid, keys, measure, subjects, transfer
 from simclr.evaluation import probe as probing
@@ -305,7 +305,7 @@ def quick() -> Iterator[None]:
     """Trainings of a few steps."""
     recipes = finetune_config.FINETUNE_RECIPES
     short = {
-        name: replace(config, epochs=0, least_steps=2, batch_size=8)
+        name: replace(config, epochs=0, min_steps=2, batch_size=8)
         for name, config in recipes.items()
         if name.startswith("small")
     }

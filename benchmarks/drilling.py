@@ -31,16 +31,16 @@ from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from simclr import cli
+from simclr.cli import main as cli
 from simclr.cli.commands import COMMANDS
 from simclr.evaluation.results import read_results
 from simclr.files import file_digest
 
-STEPS = ["--epochs", "0", "--least-steps", "6", "--batch-size", "6", "--save-every", "2", "--workers", "0"]
+STEPS = ["--epochs", "0", "--min-steps", "6", "--batch-size", "6", "--save-every", "2", "--workers", "0"]
 PRETRAIN = [
     "--recipe", "digits", "--epochs", "3", "--batch-size", "6", "--save-every", "2",
     "--log-every", "1", "--knn-every", "2", "--workers", "0", "--size", "8",
-    "--width", "0.25", "--head-dim", "8", "--keep", "2", "--pack", "off",
+    "--width", "0.25", "--head-dim", "8", "--max-checkpoints", "2", "--pack", "off",
 ]  # fmt: skip
 WALL_TIME = {
     "summary.json": {"seconds_of_this_call", "steps_of_this_call", "views_per_second", "wait_share"},

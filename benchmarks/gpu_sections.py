@@ -28,7 +28,7 @@ from simclr.config.pretrain import PretrainConfig
 from simclr.config.recipes import RECIPES
 from simclr.data.images import Images
 from simclr.data.source import open_data
-from simclr.distributed import World, stop
+from simclr.distributed import DistributedContext, stop
 from simclr.errors import UserError
 from simclr.evaluation.knn import knn
 from simclr.evaluation.metrics import accuracy
@@ -416,7 +416,7 @@ def train_resnet50(bench: Bench) -> dict[str, Any]:
 
 
 def huge_batch(bench: Bench) -> dict[str, Any]:
-    """Batch 65,536 of ResNet-18 at 32 pixels on one GPU: the run picks the rung of the memory ladder and says which."""
+    """Batch 65,536 of ResNet-18 at 32 pixels on one GPU: the run picks and names the memory strategy."""
     bench.need_gpu()
     config = _config(bench, "cifar", batch_size=65_536, log_every=10**9)
     timed = Timed(bench, warm=2, probe=1, rounds=3, alone=False)
@@ -424,7 +424,7 @@ def huge_batch(bench: Bench) -> dict[str, Any]:
 
 
 def precision_and_compile(bench: Bench) -> dict[str, Any]:
-    """The same step in fp32 and bf16, on each rung of the memory ladder, and compiled: speed and peak memory."""
+    """The same step in fp32 and bf16, with each memory strategy, and compiled: speed and peak memory."""
     images = random_images(bench.size(8192, 8), 32)
     found: dict[str, Any] = bench.partial
     found["fp32"] = _train(bench, images, _config(bench, "cifar", batch_size=1024, precision="fp32"))
@@ -432,9 +432,11 @@ def precision_and_compile(bench: Bench) -> dict[str, Any]:
         return dict(found)
     half = _config(bench, "cifar", batch_size=1024, precision="bf16")
     found["bf16"] = _train(bench, images, half)
-    for rung in ("recompute", "cache"):
+    for strategy in ("checkpointing", "grad-cache"):
         if not bench.late:
-            found[f"bf16, {rung}"] = _train(bench, images, replace(half, memory=rung), timed=Timed(bench, alone=False))
+            found[f"bf16, {strategy}"] = _train(
+                bench, images, replace(half, memory=strategy), timed=Timed(bench, alone=False)
+            )
     if not bench.late:
 
         def compiled(task: Task) -> Task:
@@ -458,7 +460,10 @@ def _resume(device: str, tiny: bool) -> dict[str, Any]:
     steps = 4 if tiny else 20
     images = random_images(bench.size(1024, 16), 16 if tiny else 32)
     config = replace(
-        _config(bench, "cifar", batch_size=256, deterministic=True), save_every=steps // 2, log_every=1, keep=9
+        _config(bench, "cifar", batch_size=256, deterministic=True),
+        save_every=steps // 2,
+        log_every=1,
+        max_checkpoints=9,
     )
 
     def stop_at(step: int) -> Callable[[Task, int], None]:
@@ -517,7 +522,7 @@ def _process(rank: int, size: int, folder: str, device: str, tiny: bool) -> None
 def _gradients(rank: int, size: int, device: str, tiny: bool) -> tuple[float, list[Tensor]]:
     """Global loss, and gradients averaged over the processes, of one step in fp32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    world = World(rank=rank, size=size, device=torch.device(device))
+    world = DistributedContext(rank=rank, size=size, device=torch.device(device))
     side, batch = (8, 8) if tiny else (32, 256)
     encoder = build_encoder(EncoderConfig(name="small", channels=3, size=side), seed=0)
     head = ProjectionHead(encoder.num_features, kind="nonlinear", layers=2, dim=32, seed=0)

@@ -19,7 +19,7 @@ import torch
 
 from common import print_markdown, random_images
 from simclr.config.recipes import find_recipe
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.losses import nt_xent
 from simclr.tasks.pretrain import build_task
 from simclr.training.loop import take_step
@@ -41,16 +41,16 @@ def main() -> None:
     config = replace(find_recipe(args.recipe).config, channels=cast(Literal["1", "3"], args.channels), workers=0)
     config = replace(config, batch_size=args.batch or config.batch_size, size=args.size or config.size)
     images = random_images(2 * config.batch_size, config.size, int(args.channels))
-    task, _ = build_task(images, config, RunFolder(Path(tempfile.mkdtemp())), World())
+    task, _ = build_task(images, config, RunFolder(Path(tempfile.mkdtemp())), DistributedContext())
     inputs = task.batch(0)
-    take_step(task.method, task, 0, inputs, World())
+    take_step(task.method, task, 0, inputs, DistributedContext())
     za, zb = (torch.randn(config.batch_size, config.head_dim, requires_grad=True) for _ in range(2))
     parts = {
         "views": median(lambda: task.batch(1), args.steps),
         "loss, forward and backward": median(lambda: nt_xent(za, zb, temperature=0.5).backward(), args.steps),
         "optimiser": median(lambda: task.optimizer.step(), args.steps),
     }
-    step = median(lambda: take_step(task.method, task, 1, inputs, World()), args.steps)
+    step = median(lambda: take_step(task.method, task, 1, inputs, DistributedContext()), args.steps)
     whole = step + parts["views"]
     parts["encoder and head, forward and backward"] = whole - sum(parts.values())
     print(f"{args.recipe}: {config.encoder}, {config.size} px, {args.channels} channels, batch {config.batch_size}\n")

@@ -47,9 +47,9 @@ def main() -> None:
     vendors = [pictures_by(vendor, images) for vendor in VENDORS]
     random = random_encoder(model.encoder.config, seed=args.seed)
     sources = {
-        "pixels": lambda part: pixels_of(part, size=PIXELS_SIDE, semantics="torchvision"),
-        "random": lambda part: extract(random, part, semantics=model.preprocessing),
-        "encoder": lambda part: extract(model.encoder, part, semantics=model.preprocessing),
+        "pixels": lambda part: pixels_of(part, size=PIXELS_SIDE, preset="torchvision"),
+        "random": lambda part: extract(random, part, preset=model.preprocessing),
+        "encoder": lambda part: extract(model.encoder, part, preset=model.preprocessing),
     }
     codes = [[code_of(key) for key in part.keys] for part in vendors]
     rows = []

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simclr import cli
+from simclr.cli.main import main
 from skips import counted, violations
 
 if not torch.cuda.is_available():
@@ -74,7 +74,7 @@ def simclr(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["simclr", *map(str, arguments)])
         code = 0
         try:
-            cli.main()
+            main()
         except SystemExit as stop:
             code = stop.code or 0
         captured = capsys.readouterr()

@@ -215,7 +215,7 @@ def test_crops_of_a_very_long_image_fall_back():
         (lambda: replace(Policy.google(32), hue=0.6), "hue"),
         (lambda: replace(Policy.google(32), contrast=1.1), "contrast"),
         (lambda: replace(Policy.google(32), saturation=-0.1), "saturation"),
-        (lambda: replace(Policy.google(32), semantics="tf"), "semantics"),
+        (lambda: replace(Policy.google(32), preset="tf"), "preset"),
         (lambda: replace(Policy.google(32), brightness_mode="sub"), "brightness_mode"),
         (lambda: replace(Policy.torchvision(32), brightness_mode="add"), "brightness_mode"),
     ],
@@ -469,11 +469,11 @@ def test_evaluation_crops_where_the_authors_do(size, box):
     assert torch.equal(eval_images(images, 64), expected)
 
 
-@pytest.mark.parametrize("semantics", ["google", "torchvision"])
-def test_evaluation_uses_small_images_as_they_are(semantics):
+@pytest.mark.parametrize("preset", ["google", "torchvision"])
+def test_evaluation_uses_small_images_as_they_are(preset):
     images = np.stack(random_images([(32, 32)] * 3))
     expected = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
-    torch.testing.assert_close(eval_images(images, 32, semantics), expected, atol=1e-7, rtol=0)
+    torch.testing.assert_close(eval_images(images, 32, preset), expected, atol=1e-7, rtol=0)
 
 
 @pytest.mark.parametrize("size", [28, 56, 64, 112])
@@ -487,14 +487,14 @@ def test_torchvision_evaluation_is_that_of_torchvision(size, shape):
     torch.testing.assert_close(eval_images([image], size, "torchvision")[0], expected, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("semantics", ["google", "torchvision"])
+@pytest.mark.parametrize("preset", ["google", "torchvision"])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_evaluation_is_the_same_bits_in_any_batch(semantics, channels):
+def test_evaluation_is_the_same_bits_in_any_batch(preset, channels):
     images = random_images(MIXED, channels)
-    full = eval_images(images, 40, semantics)
+    full = eval_images(images, 40, preset)
     assert full.shape == (len(MIXED), channels, 40, 40) and full.min() >= 0 and full.max() <= 1
     for k, image in enumerate(images):
-        assert torch.equal(full[k : k + 1], eval_images([image], 40, semantics))
+        assert torch.equal(full[k : k + 1], eval_images([image], 40, preset))
 
 
 def test_evaluation_refuses_nonsense():

@@ -192,8 +192,8 @@ def test_both_back_ends_of_make_views_and_eval_images_agree(preset):
         assert_same_bits(a, b)
         assert a.is_contiguous(memory_format=torch.channels_last)
     for size, crop in ((36, None), (32, None), (17, 0.5)):
-        fixed = eval_images(images, size, policy.semantics, crop=crop)
-        assert_same_bits(fixed, eval_images(images, size, policy.semantics, crop=crop, backend="reference"))
+        fixed = eval_images(images, size, policy.preset, crop=crop)
+        assert_same_bits(fixed, eval_images(images, size, policy.preset, crop=crop, backend="reference"))
         assert fixed.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from simclr.config.pretrain import PretrainConfig
 from simclr.data.images import array_images
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.tasks import pretrain
 from simclr.views import reference, resize
@@ -118,7 +118,7 @@ def test_far_larger_images_too(preset):
 @pytest.mark.parametrize("policy", [Policy.google(21, strength=1.25), Policy.torchvision(21, strength=2.5)])
 def test_extreme_factors_and_sigmas(policy):
     images = random_images([(9, 9)] * 6)  # enlarged noise overshoots [0, 1]
-    strongest = 3.5 if policy.semantics == "torchvision" else 2.0
+    strongest = 3.5 if policy.preset == "torchvision" else 2.0
     params = replace(
         draws(policy, images),
         blur=np.ones(6, bool),
@@ -192,8 +192,8 @@ def test_back_ends_of_make_views_and_eval_images_agree(preset):
         torch.testing.assert_close(a, b, rtol=0, atol=LAST_BITS, check_stride=False)
         assert a.is_contiguous(memory_format=torch.channels_last)
     for size, crop in ((18, None), (9, 0.5)):
-        fixed = eval_images(images, size, policy.semantics, crop=crop, device=DEVICE, backend="cuda")
-        defined = eval_images(images, size, policy.semantics, crop=crop, device=DEVICE, backend="reference")
+        fixed = eval_images(images, size, policy.preset, crop=crop, device=DEVICE, backend="cuda")
+        defined = eval_images(images, size, policy.preset, crop=crop, device=DEVICE, backend="reference")
         assert torch.equal(fixed, defined)
 
 
@@ -257,8 +257,8 @@ def test_training_takes_its_views_from_images_that_stay_on_the_device(monkeypatc
     )  # fmt: skip
     config = PretrainConfig(size=8, batch_size=4, precision="fp32")
     policy = pretrain.policy_of(config, channels=1)
-    world = World(device=DEVICE)
-    expected = pretrain._batches(data, policy, config, World())(1)  # straddles two epochs
+    world = DistributedContext(device=DEVICE)
+    expected = pretrain._batches(data, policy, config, DistributedContext())(1)  # straddles two epochs
     monkeypatch.setattr(pretrain, "has_kernels", lambda device: True)
     for free, said in ((10_000, "stay there"), (100, "is sent there")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))

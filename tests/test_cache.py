@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache, cache_of
 
@@ -27,7 +27,7 @@ class Maker:
 
 
 def get(folder, make, *, key=KEY, shape=FEATURES.shape):
-    return FeatureCache(folder).get(key, shape, make, World())
+    return FeatureCache(folder).get(key, shape, make, DistributedContext())
 
 
 def kept(folder: Path) -> Path:
@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_and_no_features(tmp_pat
         monkeypatch.setattr("simclr.files.os.fsync", full)
     make, cache = Maker(), FeatureCache(folder)
     for key in (KEY, {"other": 1}, KEY):
-        assert np.array_equal(cache.get(key, FEATURES.shape, make, World()), FEATURES)
+        assert np.array_equal(cache.get(key, FEATURES.shape, make, DistributedContext()), FEATURES)
     assert make.calls == 2
     assert capsys.readouterr().err.count("Features cannot be kept in") == 1
     if obstacle == "full":
@@ -162,7 +162,7 @@ def write_many(folder, barrier):
     barrier.wait()
     for i in range(20):
         rows = np.full((100, 50), i, np.float32)
-        found = cache.get({"key": i % 3}, rows.shape, lambda rows=rows: rows, World())
+        found = cache.get({"key": i % 3}, rows.shape, lambda rows=rows: rows, DistributedContext())
         assert (found == found[0, 0]).all() and found[0, 0] % 3 == i % 3
 
 

@@ -11,20 +11,20 @@ from simclr.files import write_atomically
 from simclr.training.checkpoint import checkpoints, load_newest, save_checkpoint, step_of
 
 
-def save_some(folder, steps, keep=10):
+def save_some(folder, steps, max_checkpoints=10):
     for step in steps:
-        save_checkpoint(folder, step, {"weights": torch.full((50,), float(step))}, keep=keep)
+        save_checkpoint(folder, step, {"weights": torch.full((50,), float(step))}, max_checkpoints=max_checkpoints)
 
 
 def test_newest_is_loaded_and_old_ones_go(tmp_path):
-    save_some(tmp_path, [3, 12, 7, 100], keep=2)
+    save_some(tmp_path, [3, 12, 7, 100], max_checkpoints=2)
     assert [step_of(path) for path in checkpoints(tmp_path)] == [100, 12]
     step, state = load_newest(tmp_path, pytest.fail)
     assert step == 100 and torch.equal(state["weights"], torch.full((50,), 100.0))
 
 
 def test_a_checkpoint_is_an_ordinary_torch_file(tmp_path):
-    path = save_checkpoint(tmp_path, 5, {"step": 5, "name": "x", "list": [1, 2.0]}, keep=1)
+    path = save_checkpoint(tmp_path, 5, {"step": 5, "name": "x", "list": [1, 2.0]}, max_checkpoints=1)
     assert torch.load(path, weights_only=True) == {"step": 5, "name": "x", "list": [1, 2.0]}
 
 
@@ -54,14 +54,14 @@ def test_nothing_good_is_none(tmp_path):
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    save_some(tmp_path, [1], keep=1)
+    save_some(tmp_path, [1], max_checkpoints=1)
 
     def full(_descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"step 2 .* could not be written.*no space left on device.*kept"):
-        save_some(tmp_path, [2], keep=1)
+        save_some(tmp_path, [2], max_checkpoints=1)
     assert [step_of(path) for path in checkpoints(tmp_path)] == [1]
     assert not list(tmp_path.glob(".*.tmp"))
     assert load_newest(tmp_path, pytest.fail)[0] == 1

@@ -10,7 +10,7 @@ from torch import nn
 
 from simclr import UserError
 from simclr.config.encoder import EncoderConfig
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.methods.supervised import Classify
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import build_encoder
@@ -36,7 +36,7 @@ def batch(n=24, seed=0, dtype=torch.float32):
 
 
 def test_an_untrained_classifier_finds_all_classes_equally_likely():
-    model = Classify(network(), world=World())
+    model = Classify(network(), world=DistributedContext())
     x, targets = batch()
     loss, metrics = model(x, targets, detail=True)
     assert not model.network(x).any()
@@ -47,7 +47,7 @@ def test_an_untrained_classifier_finds_all_classes_equally_likely():
 
 @pytest.mark.parametrize("head_layer", [0, 1, 2, 3])
 def test_loss_and_gradients_are_those_of_the_naive_formula(head_layer):
-    model = Classify(network(head_layer), world=World()).double()
+    model = Classify(network(head_layer), world=DistributedContext()).double()
     nn.init.normal_(model.network.linear.weight)
     plain = copy.deepcopy(model.network)
     x, targets = batch(dtype=torch.float64)
@@ -100,7 +100,7 @@ def stages(network):
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
 def test_exactly_what_is_to_be_trained_changes(tune_from, trained, optimizer):
     """Three steps with weight decay: parameters and buffers of frozen parts keep every bit."""
-    model = Classify(network(head_layer=1), tune_from=tune_from, world=World())
+    model = Classify(network(head_layer=1), tune_from=tune_from, world=DistributedContext())
     model.eval()
     model.train()  # as after a look at the test images
     nn.init.normal_(model.network.linear.weight)
@@ -119,18 +119,18 @@ def test_exactly_what_is_to_be_trained_changes(tune_from, trained, optimizer):
 
 
 def test_frozen_means_the_features_do_not_depend_on_the_batch():
-    model = Classify(network(), tune_from="none", world=World())
+    model = Classify(network(), tune_from="none", world=DistributedContext())
     x, _ = batch()
     torch.testing.assert_close(model.network.features(x)[:3], model.network.features(x[:3]), rtol=1e-5, atol=1e-6)
-    model = Classify(network(), tune_from=3, world=World())
+    model = Classify(network(), tune_from=3, world=DistributedContext())
     assert not torch.allclose(model.network.features(x)[:3], model.network.features(x[:3]), rtol=1e-2)
 
 
 def test_block_groups_are_asked_only_of_an_encoder_that_has_them():
     encoder = build_encoder(EncoderConfig("timm/test_vit", channels=1, size=32))
     with pytest.raises(UserError, match=r"after block group 2.*timm/test_vit has no such"):
-        Classify(Classifier(encoder, None, 3), tune_from=2, world=World())
-    model = Classify(Classifier(encoder, None, 3), tune_from=4, world=World())
+        Classify(Classifier(encoder, None, 3), tune_from=2, world=DistributedContext())
+    model = Classify(Classifier(encoder, None, 3), tune_from=4, world=DistributedContext())
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         "network.linear.weight",
         "network.linear.bias",

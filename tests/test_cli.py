@@ -94,7 +94,7 @@ def test_a_folder_from_pretraining_to_features(simclr, folder, tmp_path):
 
 def test_every_protocol_and_a_second_call(simclr, folder, tmp_path, monkeypatch):
     """On thirty labelled pictures of two classes, with three steps of training on labels."""
-    quick = replace(FINETUNE_RECIPES["small-supervised"], epochs=0, least_steps=3, batch_size=8)
+    quick = replace(FINETUNE_RECIPES["small-supervised"], epochs=0, min_steps=3, batch_size=8)
     monkeypatch.setitem(FINETUNE_RECIPES, "small-supervised", quick)
     monkeypatch.setitem(FINETUNE_RECIPES, "small", quick)
     out = tmp_path / "run"

@@ -73,7 +73,7 @@ def test_every_setting_is_documented_and_used():
 
 def test_what_may_change_on_resume():
     saved = PretrainConfig()
-    assert changed_on_resume(saved, replace(saved, workers=7, keep=5)) == []
+    assert changed_on_resume(saved, replace(saved, workers=7, max_checkpoints=5)) == []
     assert changed_on_resume(saved, replace(saved, lr=0.1, seed=1, workers=7)) == ["lr", "seed"]
 
 
@@ -98,7 +98,7 @@ def test_a_recipe_is_bent_to_few_and_small_images_and_says_so():
     config, said = fit_recipe(RECIPES["cpu"], Facts(100, 20))
     assert (config.size, config.batch_size) == (20, 64)
     assert set(said) == {"size", "batch_size", "epochs"}
-    assert 100 * config.epochs / 64 == pytest.approx(RECIPES["cpu"].least_steps, rel=0.01)
+    assert 100 * config.epochs / 64 == pytest.approx(RECIPES["cpu"].min_steps, rel=0.01)
     config, said = fit_recipe(RECIPES["cpu"], Facts(60_000, 200))
     assert config == RECIPES["cpu"].config and not said
 

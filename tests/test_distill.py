@@ -21,7 +21,7 @@ from simclr.config.distill import DISTILL_RECIPES, DistillConfig, find_distill_r
 from simclr.config.encoder import EncoderConfig
 from simclr.config.schedule import peak_lr, total_steps
 from simclr.data.source import open_data
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.methods.distill import Distill
 from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier
@@ -32,11 +32,11 @@ from simclr.tasks.distill import Stopped, distill
 from simclr.tasks.teacher import open_teacher, teachers_columns
 from simclr.training.run import RunFolder
 from simclr.views.policy import crop_and_flip
-from simclr.weights.folder import Embedder, load, save_classifier, save_encoder
+from simclr.weights.folder import Model, load, save_classifier, save_encoder
 from test_distributed import in_processes
 
 CONFIG = replace(
-    DISTILL_RECIPES["small-distill"], lr=0.05, warmup_epochs=0, epochs=0, least_steps=12, batch_size=32, flip=0.0,
+    DISTILL_RECIPES["small-distill"], lr=0.05, warmup_epochs=0, epochs=0, min_steps=12, batch_size=32, flip=0.0,
     workers=0, save_every=4, log_every=3, alpha=0.5,
 )  # fmt: skip
 
@@ -54,9 +54,9 @@ def classifier(*, seed: int, size: int = 8, width: float = 0.5, head_layer: int 
     return network
 
 
-def teacher(**shape) -> Embedder:
+def teacher(**shape) -> Model:
     network = classifier(seed=1, **shape).eval()
-    return Embedder(network.encoder, "google", classifier=network, classes=[str(i) for i in range(10)])
+    return Model(network.encoder, "google", classifier=network, classes=[str(i) for i in range(10)])
 
 
 def student(**shape) -> Classifier:
@@ -100,7 +100,7 @@ def test_the_method_is_the_formula_and_only_the_student_moves():
     network, taught = student().double(), teacher().classifier.double().train()
     x, targets = batch(12), torch.tensor([3, -1, -1, 0, 9, -1, -1, -1, 2, 2, -1, 5])
     before = state_of(taught)
-    method = Distill(network, taught, temperature=0.5, alpha=0.3, world=World())
+    method = Distill(network, taught, temperature=0.5, alpha=0.3, world=DistributedContext())
     assert not taught.training and not any(p is q for p in method.parameters() for q in taught.parameters())
     assert len(method.state_dict()) == len(network.state_dict())
     loss, metrics = method(x, x, targets, 6, detail=True)
@@ -115,7 +115,9 @@ def test_the_method_is_the_formula_and_only_the_student_moves():
     method(x, x)
     assert_equal(state_of(taught), before)
     without, metrics = method(x, x, torch.full((12,), -1), 0, detail=True)
-    torch.testing.assert_close(without, 0.3 * Distill(network, taught, temperature=0.5, world=World())(x, x)[0])
+    torch.testing.assert_close(
+        without, 0.3 * Distill(network, taught, temperature=0.5, world=DistributedContext())(x, x)[0]
+    )
     assert "accuracy" not in metrics
 
 
@@ -125,11 +127,11 @@ def test_a_student_learns_its_teacher(images, test, tmp_path):
     from simclr.evaluation.finetune import finetune
 
     labelled = open_data("digits", split="train")
-    recipe = replace(FINETUNE_RECIPES["small"], optimizer="adamw", lr=1e-2, epochs=0, least_steps=100, flip=0.0)
+    recipe = replace(FINETUNE_RECIPES["small"], optimizer="adamw", lr=1e-2, epochs=0, min_steps=100, flip=0.0)
     tuned = finetune(teacher().encoder, None, labelled, test, recipe, seed=0)
-    wise = Embedder(tuned.network.encoder, "google", classifier=tuned.network, classes=tuned.classes)
+    wise = Model(tuned.network.encoder, "google", classifier=tuned.network, classes=tuned.classes)
     before = state_of(tuned.network)
-    config = replace(CONFIG, alpha=1.0, temperature=1.0, least_steps=100, batch_size=64)
+    config = replace(CONFIG, alpha=1.0, temperature=1.0, min_steps=100, batch_size=64)
     begin = student(size=12, head_layer=1)
     at_first = state_of(begin)
     result = distill(wise, begin, replace(labelled, labels=None), config, tmp_path / "run", seed=0, test=test)
@@ -155,11 +157,13 @@ def test_both_see_one_view_each_at_its_own_size(images, tmp_path, monkeypatch):
     made = []
     real = distilling.make_view
     monkeypatch.setattr(distilling, "make_view", lambda *args, **kwargs: made.append(args) or real(*args, **kwargs))
-    one = distilling.build_task(teacher(), student(), images, None, config, run, seed=5, world=World()).batch(3)
+    one = distilling.build_task(
+        teacher(), student(), images, None, config, run, seed=5, world=DistributedContext()
+    ).batch(3)
     assert len(made) == 1 and one[0] is one[1]
     targets = images.labels
     two = distilling.build_task(
-        teacher(size=32), student(), images, targets, config, run, seed=5, world=World()
+        teacher(size=32), student(), images, targets, config, run, seed=5, world=DistributedContext()
     ).batch(3)  # fmt: skip
     assert torch.equal(two[0], one[0]) and two[1].shape == (32, 1, 32, 32)
     shrunk = F.interpolate(two[1], size=(8, 8), mode="bilinear", antialias=True)
@@ -206,7 +210,7 @@ def test_resume_is_exact(images, tmp_path, monkeypatch):
 
 
 def test_a_folder_of_another_distillation_is_refused(images, tmp_path):
-    config = replace(CONFIG, least_steps=1)
+    config = replace(CONFIG, min_steps=1)
     distill(teacher(), student(), images, config, tmp_path / "run", seed=0)
     relabelled = replace(images, labels=np.roll(images.labels, 3))
     for who, what, how, seed in (
@@ -237,19 +241,19 @@ def test_two_processes_equal_one(tmp_path):
     assert load(tmp_path / "shared").classes == [str(i) for i in range(10)]
 
 
-def check_processes(folder, world: World) -> None:
+def check_processes(folder, world: DistributedContext) -> None:
     check_gradients(world)
     check_training(folder, world)
 
 
-def check_gradients(world: World) -> None:
+def check_gradients(world: DistributedContext) -> None:
     """Labelled images lie unevenly, in one case all with the first process; batch norm is over both."""
     x = batch(12, seed=3)
     for targets in ([3, 4, 1, 0, 9, -1, -1, -1, 2, -1, -1, -1], [3, 4, -1, 0, -1, -1, *[-1] * 6]):
         targets, mine = torch.tensor(targets), world.local_slice(12)
         labelled = int((targets >= 0).sum())
         alone, shared, taught = student().double(), student().double(), teacher().classifier.double()
-        expected, all_metrics = Distill(alone, taught, temperature=2.0, alpha=0.4, world=World())(
+        expected, all_metrics = Distill(alone, taught, temperature=2.0, alpha=0.4, world=DistributedContext())(
             x, x, targets, labelled, detail=True
         )
         expected.backward()
@@ -265,12 +269,12 @@ def check_gradients(world: World) -> None:
             assert (ours.grad - theirs.grad).norm() <= 1e-10 * theirs.grad.norm() + 1e-14
 
 
-def check_training(folder, world: World) -> None:
+def check_training(folder, world: DistributedContext) -> None:
     """A whole run: the same views, the same weights up to rounding."""
     found = open_data("digits", split="train").subset(np.arange(200))
     sparse = replace(found, labels=np.where(np.arange(200) % 5 == 0, found.labels, -1))
     asked = open_data("digits", split="test").subset(np.arange(33))
-    config = replace(CONFIG, least_steps=4, log_every=1)
+    config = replace(CONFIG, min_steps=4, log_every=1)
     alone = distill(teacher(), student(), sparse, config, folder / f"alone-{world.rank}", seed=0, test=asked)
     shared = distill(teacher(), student(), sparse, config, folder / "shared", seed=0, test=asked, world=world)
     for ours, theirs in zip(state_of(shared.network), state_of(alone.network), strict=True):
@@ -280,11 +284,11 @@ def check_training(folder, world: World) -> None:
 
 def test_classes_are_matched_by_name(test):
     wise = teacher()
-    shuffled = Embedder(wise.encoder, "google", classifier=wise.classifier, classes=["x", *"9876543210"])
+    shuffled = Model(wise.encoder, "google", classifier=wise.classifier, classes=["x", *"9876543210"])
     assert teachers_columns(shuffled, test).tolist() == (10 - test.labels).tolist()
     assert teachers_columns(wise, replace(test, labels=np.array([4, -1, 0]), classes=None)).tolist() == [4, -1, 0]
     with pytest.raises(UserError, match=r"2 of the 10 classes of digits \(0, 9\) are not among the teacher's 8"):
-        teachers_columns(Embedder(wise.encoder, "google", classes=list("12345678")), test)
+        teachers_columns(Model(wise.encoder, "google", classes=list("12345678")), test)
 
 
 def filled(model: nn.Module) -> nn.Module:
@@ -360,7 +364,7 @@ def folders(tmp_path_factory):
     return root
 
 
-FAST = ["--least-steps", "10", "--epochs", "0", "--batch-size", "32", "--workers", "0"]
+FAST = ["--min-steps", "10", "--epochs", "0", "--batch-size", "32", "--workers", "0"]
 
 
 def test_the_command_end_to_end(simclr, folders, tmp_path):

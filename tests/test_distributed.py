@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simclr import UserError, distributed
 from simclr.data.images import array_images
-from simclr.distributed import World, joined, start, stop
+from simclr.distributed import DistributedContext, joined, start, stop
 from simclr.errors import ReportedElsewhere
 from simclr.losses import contrastive_accuracy_and_entropy, nt_xent, nt_xent_dense
 from simclr.losses.streamed import others_logsumexp
@@ -30,7 +30,7 @@ def test_a_process_on_its_own(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     world = start("cpu")
     x = torch.arange(6.0).view(3, 2)
-    assert world == World() and world.is_main and world.group is None
+    assert world == DistributedContext() and world.is_main and world.group is None
     assert not torch.distributed.is_initialized()
     assert torch.equal(world.all_gather_rows(x), x) and torch.equal(world.all_reduce_sum(x), x)
     assert world.any_rank(True) and not world.any_rank(False)
@@ -40,9 +40,9 @@ def test_a_process_on_its_own(monkeypatch):
 
 
 def test_a_batch_is_shared_evenly_or_refused():
-    assert [World(rank=rank, size=4).local_slice(8) for rank in (0, 3)] == [slice(0, 2), slice(6, 8)]
+    assert [DistributedContext(rank=rank, size=4).local_slice(8) for rank in (0, 3)] == [slice(0, 2), slice(6, 8)]
     with pytest.raises(UserError, match="--batch-size was 10, which 4 processes cannot share evenly"):
-        World(size=4).local_slice(10)
+        DistributedContext(size=4).local_slice(10)
 
 
 def test_half_an_environment_is_refused(monkeypatch):
@@ -62,7 +62,7 @@ def test_a_missing_gpu_is_named(monkeypatch):
         start("cuda:3")
 
 
-def check_features(world: World) -> None:
+def check_features(world: DistributedContext) -> None:
     """Batches of 7 and a rest in turn, two rounds: the rows of one process, to the last bit, in every process."""
     pixels = np.random.default_rng(0).integers(0, 256, (24, 8, 8), dtype=np.uint8)
     images = array_images(pixels, None, name="noise", split="all", has_own_split=False, classes=None, channels="auto")
@@ -88,12 +88,12 @@ def test_a_lost_process_is_an_error_and_not_a_hang(tmp_path):
     in_processes(2, tmp_path, check_lost_process)
 
 
-def in_processes(size: int, folder: Path, check: Callable[[World], None]) -> None:
+def in_processes(size: int, folder: Path, check: Callable[[DistributedContext], None]) -> None:
     """Run `check` in `size` processes; a failed assertion in any of them fails the test."""
     spawn(run_check, args=(size, str(folder / "store"), check), nprocs=size)
 
 
-def run_check(rank: int, size: int, store: str, check: Callable[[World], None]) -> None:
+def run_check(rank: int, size: int, store: str, check: Callable[[DistributedContext], None]) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     with joined("cpu", timeout=timedelta(seconds=60), init_method=f"file://{store}") as world:
@@ -107,7 +107,7 @@ def gloo_threads() -> list[str]:
     return [name for name in names if "gloo_runloop" in name]
 
 
-def check_everything(world: World) -> None:
+def check_everything(world: DistributedContext) -> None:
     check_exchanges(world)
     check_metrics(world)
     check_row_gradients(world)
@@ -116,7 +116,7 @@ def check_everything(world: World) -> None:
             check_training_step(world, dtype, tolerance, temperature, normalize)
 
 
-def check_exchanges(world: World) -> None:
+def check_exchanges(world: DistributedContext) -> None:
     rank, size = world.rank, world.size
     gathered = world.all_gather_rows(torch.full((2, 3), float(rank), requires_grad=True))
     assert gathered.shape == (2 * size, 3) and not gathered.requires_grad
@@ -131,7 +131,7 @@ def check_exchanges(world: World) -> None:
     world.barrier()
 
 
-def check_metrics(world: World) -> None:
+def check_metrics(world: DistributedContext) -> None:
     za, zb = global_views(torch.float64)[:, :, :5].unbind()
     own = world.local_slice(NUM_IMAGES)
     got = contrastive_accuracy_and_entropy(za[own], zb[own], 0.2, world=world)
@@ -139,7 +139,7 @@ def check_metrics(world: World) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def check_row_gradients(world: World) -> None:
+def check_row_gradients(world: DistributedContext) -> None:
     """Tiles that do not divide a process's rows, and a scalar in which each row has its own weight."""
     z = global_views(torch.float64)[0].requires_grad_()  # (24, 10)
     weights = torch.linspace(-1, 2, len(z), dtype=torch.float64)
@@ -156,7 +156,7 @@ def check_row_gradients(world: World) -> None:
 
 
 def check_training_step(
-    world: World, dtype: torch.dtype, tolerance: float, temperature: float, normalize: bool
+    world: DistributedContext, dtype: torch.dtype, tolerance: float, temperature: float, normalize: bool
 ) -> None:
     """Loss and every gradient of an encoder in DistributedDataParallel, relative to the single process's."""
     views = global_views(dtype)
@@ -174,7 +174,7 @@ def check_training_step(
         assert error <= tolerance, (error, ours.shape, dtype, temperature, normalize)
 
 
-def check_lost_process(world: World) -> None:
+def check_lost_process(world: DistributedContext) -> None:
     if world.is_main:
         with pytest.raises(RuntimeError):
             world.any_rank(False)
@@ -188,7 +188,7 @@ def test_nothing_outlives_the_group(tmp_path):
 REMAINS = []
 
 
-def check_remains(world: World) -> None:
+def check_remains(world: DistributedContext) -> None:
     """A user's model, one that global batch norm was set for, a loss with its graph, the frames of an exception."""
     assert gloo_threads() or not Path("/proc/self/task").is_dir()
     model = nn.Sequential(nn.Linear(10, 8), nn.BatchNorm1d(8))
@@ -220,7 +220,7 @@ def check_errors(rank: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     distributed.REPORT_TIMEOUT = timedelta(milliseconds=1)  # the first to fail does not end, as it would under torchrun
 
-    def fail(name: str, work: Callable[[World], object]) -> Exception:
+    def fail(name: str, work: Callable[[DistributedContext], object]) -> Exception:
         with (
             pytest.raises(Exception) as caught,
             joined("cpu", timeout=timedelta(seconds=60), init_method=f"file://{folder / name}") as world,
@@ -232,7 +232,7 @@ def check_errors(rank: int, folder: Path) -> None:
     error = fail("one", lambda world: None if world.is_main else Path("/nowhere/image.png").read_bytes())
     assert isinstance(error, FileNotFoundError if rank == 1 else ReportedElsewhere)
 
-    def refuse(world: World) -> None:
+    def refuse(world: DistributedContext) -> None:
         if world.is_main:
             raise UserError("the folder is in use")
 

@@ -20,7 +20,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator, parametrize_with_checks
 
 import simclr
-from simclr import SimCLR, UserError, cli
+from simclr import SimCLR, UserError
+from simclr.cli.main import main
 from simclr.data import open_data
 from simclr.training.run import RunFolder
 
@@ -78,7 +79,7 @@ def test_the_weights_are_those_of_the_command(tmp_path, monkeypatch, capsys):
     run = RunFolder(tmp_path / "run")
     flags = ["--epochs=2", "--batch-size=256", "--width=0.25", "--seed=3", "--temperature=0.3", "--head-dim=16"]
     monkeypatch.setattr(sys, "argv", ["simclr", "pretrain", "digits", *flags, f"--out={run.path}"])
-    cli.main()
+    main()
     capsys.readouterr()
     images = open_data("digits")
     rows = load_digits().data[[int(key) for key in images.keys]] / 16

@@ -13,7 +13,7 @@ from torch import nn
 import simclr
 from simclr.config.encoder import RESNETS
 from simclr.errors import UserError
-from simclr.evaluation.subjects import Subject
+from simclr.evaluation.subjects import EvaluatedModel
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder
 from simclr.models.classifier import Classifier
 from simclr.models.external.onnx_bridge import OnnxEncoder
@@ -108,7 +108,7 @@ def test_every_kind_of_block_and_stem(config: EncoderConfig, tmp_path: Path, mon
 def test_two_files_are_two_encoders_to_the_evaluation() -> None:
     """Kept features are found again by weights: those of one file must not answer for another."""
     one, same, other = (
-        Subject(name="", encoder=OnnxEncoder(SMALL, content, 128), size=40, channels=3).identity
+        EvaluatedModel(name="", encoder=OnnxEncoder(SMALL, content, 128), size=40, channels=3).identity
         for content in (b"one", b"one", b"other")
     )
     assert one == same != other

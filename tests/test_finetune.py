@@ -29,7 +29,7 @@ from test_distributed import in_processes
 
 SHAPE = EncoderConfig("small", channels=1, size=8, width=0.5)
 CONFIG = replace(
-    FINETUNE_RECIPES["small"], optimizer="adamw", lr=1e-3, epochs=0, least_steps=12, batch_size=32, flip=0.0,
+    FINETUNE_RECIPES["small"], optimizer="adamw", lr=1e-3, epochs=0, min_steps=12, batch_size=32, flip=0.0,
     workers=0, save_every=4, log_every=3,
 )  # fmt: skip
 
@@ -70,7 +70,7 @@ def test_fine_tuning_learns_and_leaves_the_given_network_alone(test):
     encoder, head = network()
     encoder.eval()
     before = state_of(encoder, head)
-    config = replace(CONFIG, least_steps=80, lr=1e-2)
+    config = replace(CONFIG, min_steps=80, lr=1e-2)
     told = []
     result = finetune(
         encoder, head, digits("train", "20/class"), test, config, seed=0, progress=lambda *call: told.append(call)
@@ -85,7 +85,7 @@ def test_fine_tuning_learns_and_leaves_the_given_network_alone(test):
 
 def test_the_linear_probe_moves_the_classifier_alone_and_learns(test):
     encoder, _ = network()
-    config = replace(FINETUNE_RECIPES["small-linear"], epochs=0, least_steps=100, lr=10.0, flip=0.0, workers=0)
+    config = replace(FINETUNE_RECIPES["small-linear"], epochs=0, min_steps=100, lr=10.0, flip=0.0, workers=0)
     result = linear(encoder, digits("train", "20/class"), test, config, seed=0)
     assert_equal(state_of(result.network.encoder), state_of(encoder))
     assert result.network.linear.weight.any()
@@ -133,7 +133,7 @@ def test_supervised_is_the_same_training_from_fresh_weights(train, test):
 
 
 def test_batch_norm_decay_reaches_the_running_statistics(train, test):
-    config = replace(CONFIG, least_steps=1, batch_norm_decay=0.0)
+    config = replace(CONFIG, min_steps=1, batch_norm_decay=0.0)
     encoder, head = network()
     stem = finetune(encoder, head, train, test, config, seed=0).network.encoder.backbone.stem[0].norm
     default = finetune(encoder, head, train, test, replace(config, batch_norm_decay=None), seed=0)
@@ -185,7 +185,7 @@ def test_resume_is_exact(train, test, tmp_path, monkeypatch, changes):
 
 
 def test_a_signal_in_the_last_step_stops_what_would_follow(train, test, tmp_path, monkeypatch):
-    config = replace(CONFIG, least_steps=2)
+    config = replace(CONFIG, min_steps=2)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         disturb(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
         finetune(*network(), train, test, config, seed=0, run=tmp_path)
@@ -206,13 +206,13 @@ def test_a_run_leaves_a_network_that_names_classes(train, test, tmp_path):
 
 
 def test_the_first_loss_is_that_of_chance(train, test, tmp_path):
-    finetune(*network(), train, test, replace(CONFIG, least_steps=1, log_every=1), seed=0, run=tmp_path)
+    finetune(*network(), train, test, replace(CONFIG, min_steps=1, log_every=1), seed=0, run=tmp_path)
     assert RunFolder(tmp_path).read_metrics()[0]["loss"] == pytest.approx(math.log(10), rel=1e-6)
 
 
 def test_a_folder_of_another_training_is_refused(train, test, tmp_path):
     encoder, head = network()
-    config = replace(CONFIG, least_steps=1)
+    config = replace(CONFIG, min_steps=1)
     finetune(encoder, head, train, test, config, seed=0, run=tmp_path / "run")
     other = build_encoder(SHAPE, seed=9)
     for arguments in (
@@ -305,7 +305,7 @@ def test_two_processes_equal_one(tmp_path):
 def check_processes(run, world):
     """The same views, global batch norm, averaged gradients and shared test images: the same scores up to rounding."""
     train, test = digits("train", "5/class"), digits("test", "10/class").subset(np.arange(33))
-    config = replace(CONFIG, head_layer=1, optimizer="sgd", lr=0.5, least_steps=5)
+    config = replace(CONFIG, head_layer=1, optimizer="sgd", lr=0.5, min_steps=5)
     alone = finetune(*network(), train, replace(test), config, seed=0)
     shared = finetune(*network(), train, test, config, seed=0, world=world, run=run)
     np.testing.assert_allclose(shared.scores, alone.scores, rtol=2e-3, atol=2e-4)

@@ -20,7 +20,7 @@ from simclr.evaluation import finetune as finetuning
 from simclr.models.encoder import build_encoder
 from simclr.weights.folder import save_encoder
 
-QUICK = ["--labels", "5/class", "--epochs", 0, "--least-steps", 12, "--workers", 0, "--save-every", 4]
+QUICK = ["--labels", "5/class", "--epochs", 0, "--min-steps", 12, "--workers", 0, "--save-every", 4]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_the_figures_are_those_of_the_saved_classifier(simclr, encoder, tmp_path
 
 def test_it_trains_as_evaluate_does(simclr, encoder, tmp_path, monkeypatch):
     for name, steps in (("small", 6), ("small-supervised", 7)):
-        monkeypatch.setitem(FINETUNE_RECIPES, name, replace(FINETUNE_RECIPES[name], epochs=0, least_steps=steps))
+        monkeypatch.setitem(FINETUNE_RECIPES, name, replace(FINETUNE_RECIPES[name], epochs=0, min_steps=steps))
     for run, protocol, row in ((encoder, "finetune", "encoder"), ("random", "supervised", "supervised")):
         result, out = tmp_path / f"{protocol}.json", tmp_path / protocol
         shared = ["digits", "--labels", "5/class", "--seed", 1]
@@ -115,7 +115,7 @@ def test_many_classes_are_told_by_the_worst(simclr, encoder, tmp_path):
     names = np.array([f"class {i:02}" for i in range(24)]).repeat(5)
     np.savez(tmp_path / "many.npz", x=pixels, y=names)
     code, table, said = simclr(
-        "finetune", encoder, tmp_path / "many.npz", "--out", tmp_path / "out", "--epochs", 0, "--least-steps", 1,
+        "finetune", encoder, tmp_path / "many.npz", "--out", tmp_path / "out", "--epochs", 0, "--min-steps", 1,
         "--workers", 0,
     )  # fmt: skip
     assert code == 0, said

@@ -146,7 +146,7 @@ def test_errors_of_the_session_are_sentences(model, tmp_path: Path, capfd) -> No
 
 
 def test_its_description_is_validated(model, tmp_path: Path) -> None:
-    for change in ({"num_features": "128"}, {"classes": ["\x1b[2J"]}, {"preprocessing": {"semantics": "none"}}):
+    for change in ({"num_features": "128"}, {"classes": ["\x1b[2J"]}, {"preprocessing": {"preset": "none"}}):
         changed = onnx.ModelProto()
         changed.CopyFrom(model)
         for entry in changed.metadata_props:

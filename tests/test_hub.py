@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import simclr
-from simclr import cli
+from simclr.cli.main import main
 from simclr.errors import UserError
 from simclr.models import EncoderConfig, build_encoder
 from simclr.tasks.export import export
@@ -23,7 +23,7 @@ from simclr.weights.folder import save_encoder
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["simclr", *map(str, arguments)])
-    cli.main()
+    main()
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_an_encoder_without_a_run_claims_nothing(tmp_path: Path) -> None:
 
 
 def test_a_fine_tuned_networks_card_has_what_the_command_measured(run: Path, tmp_path: Path, monkeypatch) -> None:
-    flags = ["--labels", "5/class", "--epochs", "0", "--least-steps", "5", "--workers", "0"]
+    flags = ["--labels", "5/class", "--epochs", "0", "--min-steps", "5", "--workers", "0"]
     call(monkeypatch, "finetune", run, "digits", "--out", tmp_path / "tuned", *flags)
     summary = json.loads((tmp_path / "tuned" / "summary.json").read_text())
     _, card = exported(tmp_path / "tuned", tmp_path / "out")

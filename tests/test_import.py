@@ -10,7 +10,7 @@ import torch
 
 import simclr
 from bundle_writer import authors_variables, write_bundle
-from simclr import cli
+from simclr.cli.main import main
 from simclr.errors import UserError
 from simclr.models import Encoder, EncoderConfig, LinearClassifier, ProjectionHead, build_encoder
 from simclr.tasks.importing import import_checkpoint
@@ -170,7 +170,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     flags = ["--size", "28", "--classes", str(tmp_path / "names.txt")]
     arguments = ["simclr", "import", str(tmp_path / "in" / "model.ckpt-7"), str(tmp_path / "out"), *flags]
     monkeypatch.setattr("sys.argv", arguments)
-    cli.main()
+    main()
     said = capsys.readouterr().err
     for part in ("resnet10", "width 0.03125", "cifar stem", "28 x 28", "2 layers", "5 classes", "of the optimiser"):
         assert part in said
@@ -179,5 +179,5 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert model.embed(image).shape == (1, 16) and model.classify(image)[0] in ("ant", "bee", "cat", "dog", "elk")
     assert model.head is not None and model.preprocessing == "google"
     with pytest.raises(SystemExit):
-        cli.main()
+        main()
     assert "already" in capsys.readouterr().err

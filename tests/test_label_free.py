@@ -196,13 +196,13 @@ def test_neighbours_and_misfits(measured):
         expected = np.argsort(-cosine[found.query_row])[1:8]
         assert found.nearest_rows == expected.tolist()
         np.testing.assert_allclose(found.cosine, cosine[found.query_row, expected], atol=1e-4)
-    assert result.misfits[0].row == 5  # the one between two clusters
-    assert [m.silhouette for m in result.misfits] == sorted(m.silhouette for m in result.misfits)
+    assert result.outliers[0].row == 5  # the one between two clusters
+    assert [m.silhouette for m in result.outliers] == sorted(m.silhouette for m in result.outliers)
     planted = np.arange(80) % 4  # what k-means must have found
-    planted[5] = planted[[m.row for m in result.misfits if m.cluster == result.misfits[0].cluster][1]]
+    planted[5] = planted[[m.row for m in result.outliers if m.cluster == result.outliers[0].cluster][1]]
     expected = silhouette_samples(unit(features), planted, metric="cosine")
     assert result.silhouette == pytest.approx(expected.mean(), abs=1e-4)
-    assert result.misfits[0].silhouette == pytest.approx(expected[5], abs=1e-3)
+    assert result.outliers[0].silhouette == pytest.approx(expected[5], abs=1e-3)
 
 
 def test_copies_are_reported_and_all_is_json(measured):
@@ -218,7 +218,7 @@ def test_pictures_show_what_was_found(measured):
         draw_neighbours(images, result.neighbours[:1]),
         draw_copies(replace(result.across, pairs=result.across.pairs[:3]), images, images),
         draw_copies(result.within, images),
-        draw_misfits(images, result.misfits[:3]),
+        draw_misfits(images, result.outliers[:3]),
     ):
         assert min(Image.open(io.BytesIO(picture)).size) > 100
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from simclr.evaluation.results import Ledger, append_line, read_results
+from simclr.evaluation.results import ResultStore, append_line, read_results
 
 KEY, VALUE = {"protocol": "knn", "seed": 0, "version": {"knn": 1}}, {"figures": {"top1": 0.913}, "how": "so"}
 
@@ -17,8 +17,8 @@ def refuse():
 
 def test_a_result_is_read_back_with_what_is_said_about_it(tmp_path):
     file = tmp_path / "deep" / "results.jsonl"
-    assert Ledger(file).get(KEY, lambda: VALUE, about={"subject": "mine"}) == VALUE
-    again = Ledger(file)
+    assert ResultStore(file).get(KEY, lambda: VALUE, about={"subject": "mine"}) == VALUE
+    again = ResultStore(file)
     assert again.get(dict(reversed(KEY.items())), refuse) == VALUE and again.reused == 1
     ((record,), others) = read_results(file)
     assert others == 0 and record["about"]["subject"] == "mine" and {"torch", "numpy"} <= set(record["about"])
@@ -41,23 +41,23 @@ def test_a_result_is_read_back_with_what_is_said_about_it(tmp_path):
 )
 def test_a_line_that_is_not_intact_is_counted_and_not_used(tmp_path, damage, capsys):
     file = tmp_path / "results.jsonl"
-    Ledger(file).get(KEY, lambda: VALUE)
-    Ledger(file).get({"other": 1}, lambda: {"fine": 1})
+    ResultStore(file).get(KEY, lambda: VALUE)
+    ResultStore(file).get({"other": 1}, lambda: {"fine": 1})
     first, second = file.read_bytes().splitlines()
     file.write_bytes(damage(first) + b"\n" + second + b"\n")
-    again = Ledger(file)
+    again = ResultStore(file)
     assert "1 line is damaged or of another version" in capsys.readouterr().err
     assert again.get({"other": 1}, refuse) == {"fine": 1}
     with pytest.raises(AssertionError, match="computed again"):
         again.get(KEY | {"seed": 1}, refuse)
-    assert again.get(KEY, lambda: {"new": 1}) == {"new": 1} and Ledger(file).get(KEY, refuse) == {"new": 1}
+    assert again.get(KEY, lambda: {"new": 1}) == {"new": 1} and ResultStore(file).get(KEY, refuse) == {"new": 1}
 
 
 def test_a_line_behind_one_that_was_cut_short(tmp_path):
     file = tmp_path / "results.jsonl"
     file.write_bytes(b'{"key": {"protocol"')
-    Ledger(file).get(KEY, lambda: VALUE)
-    assert Ledger(file).get(KEY, refuse) == VALUE
+    ResultStore(file).get(KEY, lambda: VALUE)
+    assert ResultStore(file).get(KEY, refuse) == VALUE
     assert len(file.read_bytes().splitlines()) == 2
 
 
@@ -69,7 +69,7 @@ def test_a_file_that_cannot_be_used_costs_a_warning_and_no_result(tmp_path, obst
     else:
         file.parent.mkdir()
         (file.mkdir if obstacle == "folder" else lambda: os.mkfifo(file))()
-    store = Ledger(file)
+    store = ResultStore(file)
     for seed in range(3):
         assert store.get({"seed": seed}, lambda: VALUE) == VALUE
         assert store.get({"seed": seed}, refuse) == VALUE
@@ -77,7 +77,7 @@ def test_a_file_that_cannot_be_used_costs_a_warning_and_no_result(tmp_path, obst
 
 
 def append_many(file, letter, barrier):
-    store = Ledger(file)
+    store = ResultStore(file)
     barrier.wait()
     for i in range(100):
         store.get({"by": letter, "i": i}, lambda: {"credits": [0.5] * 400})
@@ -108,8 +108,8 @@ def test_what_another_process_kept_meanwhile_is_not_kept_twice(tmp_path):
     file = tmp_path / "results.jsonl"
 
     def make():
-        Ledger(file).get(KEY, lambda: VALUE)  # while this one computes
+        ResultStore(file).get(KEY, lambda: VALUE)  # while this one computes
         return VALUE
 
-    assert Ledger(file).get(KEY, make) == VALUE
+    assert ResultStore(file).get(KEY, make) == VALUE
     assert len(file.read_text().splitlines()) == 1

@@ -11,20 +11,20 @@ import torch
 from simclr.config.encoder import EncoderConfig
 from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
 from simclr.data.source import open_data
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.knn import knn
 from simclr.evaluation.measure import Settings, measure, supervised_recipe
-from simclr.evaluation.results import Ledger
+from simclr.evaluation.results import ResultStore
 from simclr.evaluation.split import Split, split_data
-from simclr.evaluation.subjects import Subject, open_subject
+from simclr.evaluation.subjects import EvaluatedModel, open_subject
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.weights.folder import save_encoder
 
 SHAPE = EncoderConfig("small", channels=1, size=8, width=0.5)
-QUICK = Settings(recipe="small", over=lambda config: replace(config, least_steps=3, epochs=0, batch_size=16))
+QUICK = Settings(recipe="small", over=lambda config: replace(config, min_steps=3, epochs=0, batch_size=16))
 
 
 @pytest.fixture(autouse=True)
@@ -49,10 +49,11 @@ def folder(tmp_path_factory) -> Path:
     return place
 
 
-def subjects(*names: str, cache: FeatureCache | None = None) -> list[Subject]:
+def subjects(*names: str, cache: FeatureCache | None = None) -> list[EvaluatedModel]:
     keep = cache or FeatureCache(None)
     return [
-        open_subject(str(name), like=SHAPE, preprocessing="google", seed=0, cache=keep, world=World()) for name in names
+        open_subject(str(name), like=SHAPE, preprocessing="google", seed=0, cache=keep, world=DistributedContext())
+        for name in names
     ]
 
 
@@ -62,7 +63,7 @@ def raising(_what: str, error: UserError):
 
 def run(
     split: Split,
-    opened: list[Subject],
+    opened: list[EvaluatedModel],
     protocols=PROTOCOLS,
     *,
     ledger=None,
@@ -73,7 +74,8 @@ def run(
     return list(
         measure(
             protocols, [0], subjects_of=lambda _: opened, split_of=lambda _: split, settings=settings,
-            ledger=ledger or Ledger(None), folder=folder, world=World(), say=lambda _: None, failed=failed,
+            ledger=ledger or ResultStore(None), folder=folder, world=DistributedContext(), say=lambda _: None,
+            failed=failed,
         )
     )  # fmt: skip
 
@@ -118,11 +120,11 @@ def test_what_cannot_be_measured_leaves_the_rest():
 
 def test_nothing_is_measured_twice(digits, folder, tmp_path):
     place = tmp_path / "results.jsonl"
-    first = run(digits, subjects(folder, "pixels"), ledger=Ledger(place), folder=tmp_path)
+    first = run(digits, subjects(folder, "pixels"), ledger=ResultStore(place), folder=tmp_path)
     assert len(place.read_text().splitlines()) == len(first)
     with open(place, "a") as file:
         file.write('{"key": {"protocol": "kn')  # a kill in the middle of a line
-    again = Ledger(place)
+    again = ResultStore(place)
     assert run(digits, subjects(folder, "pixels"), ledger=again, folder=tmp_path) == first
     assert again.reused == len(first)
     other_labels = replace(digits, train=digits.train.subset(np.arange(0, len(digits.train), 2)))

@@ -1,4 +1,4 @@
-"""Memory: how it is counted, which rung is chosen, runs on it, and the plan before a run."""
+"""Memory: how it is counted, which strategy is chosen, runs on it, and the plan before a run."""
 
 import json
 from dataclasses import replace
@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from simclr.data.source import open_data
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.tasks import pretrain as pretraining
-from simclr.training.memory import Footprint, Line, available, choose, ladder, measure, parse_bytes
+from simclr.training.memory import Footprint, Line, available, choose, list_strategies, measure, parse_bytes
 from simclr.training.meter import free_bytes, peak_bytes
 from simclr.training.run import RunFolder, describe_machine
 from test_train import CONFIG, Killed, assert_same, final_state
@@ -36,9 +36,9 @@ def test_the_meter_counts_what_lives_at_once():
 def test_the_count_of_tiny_steps_foretells_a_large_one():
     images = open_data("digits")
     config = replace(CONFIG, size=12, width=1.0)
-    method = pretraining.build_method(config, 1, World())
+    method = pretraining.build_method(config, 1, DistributedContext())
     footprint = measure(method, config, images, torch.float32)
-    fresh = pretraining.build_method(config, 1, World())
+    fresh = pretraining.build_method(config, 1, DistributedContext())
     pair = torch.rand(2, 100, 1, 12, 12)
 
     def step():
@@ -49,7 +49,7 @@ def test_the_count_of_tiny_steps_foretells_a_large_one():
     assert footprint.recompute.per_image < footprint.plain.per_image
 
 
-# ---- which rung
+# ---- which strategy
 
 FOOTPRINT = Footprint(
     weights=1000, views=10, pixels=1, projections=2, ahead=1,
@@ -61,27 +61,27 @@ FOOTPRINT = Footprint(
     ("n", "budget", "name", "chunk"),
     [
         (4096, 10_000_000, "plain", 0),
-        (4096, 4_000_000, "recompute", 0),
-        (4096, 1_500_000, "cache", 1024),
-        (4096, 100_000, "cache", 64),
-        (300, 100_000, "cache", 75),
-        (300, 40_000, "cache", 30),
+        (4096, 4_000_000, "checkpointing", 0),
+        (4096, 1_500_000, "grad-cache", 1024),
+        (4096, 100_000, "grad-cache", 64),
+        (300, 100_000, "grad-cache", 75),
+        (300, 40_000, "grad-cache", 30),
     ],
 )
 def test_the_first_rung_that_fits_is_chosen_with_the_largest_chunk(n, budget, name, chunk):
-    rung = choose(FOOTPRINT, n, budget)
-    assert (rung.name, rung.chunk) == (name, chunk) and rung.need <= budget
-    assert [r.name for r in ladder(FOOTPRINT, n, budget)] == ["plain", "recompute", "cache"]
+    strategy = choose(FOOTPRINT, n, budget)
+    assert (strategy.name, strategy.chunk) == (name, chunk) and strategy.need <= budget
+    assert [r.name for r in list_strategies(FOOTPRINT, n, budget)] == ["plain", "checkpointing", "grad-cache"]
     if chunk:
         larger = [c for c in range(chunk + 1, n // 2 + 1) if n % c == 0]
-        assert all(FOOTPRINT.need("cache", n, c) > budget for c in larger)
+        assert all(FOOTPRINT.need("grad-cache", n, c) > budget for c in larger)
 
 
 def test_what_fits_nowhere_is_refused_in_words():
-    with pytest.raises(UserError, match=r"4,096 images, which need .* even with --memory cache in chunks of 8"):
+    with pytest.raises(UserError, match=r"4,096 images, which need .* even with --memory grad-cache in chunks of 8"):
         choose(FOOTPRINT, 4096, 10_000)
     without = replace(FOOTPRINT, recompute=None)
-    assert [rung.name for rung in ladder(without, 64, 1)] == ["plain", "cache"]
+    assert [strategy.name for strategy in list_strategies(without, 64, 1)] == ["plain", "grad-cache"]
 
 
 def test_amounts_of_memory():
@@ -94,9 +94,9 @@ def test_amounts_of_memory():
 
 def test_free_memory_is_shared_by_the_processes_of_a_machine(monkeypatch):
     monkeypatch.setattr("simclr.data.pack.place._machine_free", lambda: 10**9)
-    assert free_bytes(World()) <= 10**9 and available(World()) <= 9 * 10**8
+    assert free_bytes(DistributedContext()) <= 10**9 and available(DistributedContext()) <= 9 * 10**8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert free_bytes(World()) <= 10**9 // 4
+    assert free_bytes(DistributedContext()) <= 10**9 // 4
 
 
 # ---- runs
@@ -110,7 +110,7 @@ def images():
 def train(images, config, path, **settings):
     origin = None if path.exists() else pretraining.origin_of(images, "digits", {}, describe_machine())
     run = RunFolder(path)
-    return run, pretraining.pretrain(images, config, run, World(), origin=origin, **settings)
+    return run, pretraining.pretrain(images, config, run, DistributedContext(), origin=origin, **settings)
 
 
 SHORT = replace(CONFIG, epochs=3, workers=1)
@@ -118,13 +118,16 @@ SHORT = replace(CONFIG, epochs=3, workers=1)
 
 def test_a_cached_run_is_resumed_bit_for_bit_on_the_rung_it_began_on(images, tmp_path, monkeypatch, capsys):
     """Killed in a first and in a second pass; the second call has all the memory it wants and must not use it."""
-    footprint = measure(pretraining.build_method(SHORT, 1, World()), SHORT, images, torch.float32)
-    budget = footprint.need("cache", 32, 16)
+    footprint = measure(pretraining.build_method(SHORT, 1, DistributedContext()), SHORT, images, torch.float32)
+    budget = footprint.need("grad-cache", 32, 16)
     run, outcome = train(images, SHORT, tmp_path / "whole", memory_budget=budget)
     assert outcome.finished
     said = capsys.readouterr().err
     saved = run.config
-    assert (saved.memory, saved.chunk) == ("cache", 16) and "Memory: cache, 2 chunks of 16 images" in said
+    assert (saved.memory, saved.chunk) == (
+        "grad-cache",
+        16,
+    ) and "Memory: gradient caching, 2 chunks of 16 images" in said
 
     real = pretraining.make_views
     for passes in (37, 22, None):
@@ -146,12 +149,14 @@ def test_a_cached_run_is_resumed_bit_for_bit_on_the_rung_it_began_on(images, tmp
 
 def test_recomputing_leaves_a_run_as_it_is(images, tmp_path, capsys):
     plain, _ = train(images, replace(SHORT, memory="plain"), tmp_path / "plain")
-    again, _ = train(images, replace(SHORT, memory="recompute"), tmp_path / "recompute", memory_budget=1)
+    again, _ = train(images, replace(SHORT, memory="checkpointing"), tmp_path / "checkpointing", memory_budget=1)
     assert "The memory budget decides nothing: --memory is recompute" in capsys.readouterr().err
     assert_same(final_state(plain), final_state(again))
 
 
-@pytest.mark.parametrize(("memory", "chunk", "advice"), [("plain", 0, "recompute"), ("cache", 8, "cache --chunk 4")])
+@pytest.mark.parametrize(
+    ("memory", "chunk", "advice"), [("plain", 0, "checkpointing"), ("grad-cache", 8, "grad-cache --chunk 4")]
+)
 def test_running_out_of_memory_is_said_in_words(images, tmp_path, monkeypatch, memory, chunk, advice):
     def views(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -162,21 +167,21 @@ def test_running_out_of_memory_is_said_in_words(images, tmp_path, monkeypatch, m
 
 
 def test_a_chunk_must_divide_the_batch_and_belong_to_caching():
-    with pytest.raises(UserError, match="--chunk was 8; it must be 0, unless --memory is cache"):
+    with pytest.raises(UserError, match="--chunk was 8; it must be 0, unless --memory is grad-cache"):
         replace(CONFIG, chunk=8)
     with pytest.raises(UserError, match="--chunk was 5; it must divide the 32 images"):
-        pretraining.check_settings(replace(CONFIG, memory="cache", chunk=5), World())
+        pretraining.check_settings(replace(CONFIG, memory="grad-cache", chunk=5), DistributedContext())
 
 
 # ---- the plan
 
 
 def test_the_plan_of_a_run(tmp_path, monkeypatch, capsys):
-    from simclr import cli
+    from simclr.cli.main import main
 
     def simclr(*arguments):
         monkeypatch.setattr("sys.argv", ["simclr", *map(str, arguments)])
-        cli.main()
+        main()
         return capsys.readouterr().out
 
     monkeypatch.chdir(tmp_path)
@@ -184,21 +189,21 @@ def test_the_plan_of_a_run(tmp_path, monkeypatch, capsys):
     table = simclr("plan", *flags, "--json", "plan.json")
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert "1,438 images, gray" in table and "plain" in table.split("<- pretrain takes this")[0].splitlines()[-1]
-    assert [rung["name"] for rung in plan["rungs"]] == ["plain", "recompute", "cache"]
+    assert [strategy["name"] for strategy in plan["strategies"]] == ["plain", "checkpointing", "grad-cache"]
     assert plan["choice"] == "plain" and plan["steps"] == 1438 * 150 // 64 + 1
-    for rung in plan["rungs"]:
-        assert rung["fits"] and rung["timed_at"] in (32, 64)
-        assert rung["run_seconds"] == pytest.approx(rung["step_seconds"] * plan["steps"])
-    needs = [rung["need_bytes"] for rung in plan["rungs"]]
+    for strategy in plan["strategies"]:
+        assert strategy["fits"] and strategy["timed_at"] in (32, 64)
+        assert strategy["run_seconds"] == pytest.approx(strategy["step_seconds"] * plan["steps"])
+    needs = [strategy["need_bytes"] for strategy in plan["strategies"]]
     assert needs == sorted(needs, reverse=True)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
-    # a run on the budget of the last rung takes it, and its checkpoint is as large as foretold
+    # a run on the budget of the last strategy takes it, and its checkpoint is as large as foretold
     between = f"{(needs[1] + needs[2]) // 2}"
     table = simclr("plan", *flags, "--memory-budget", between)
-    assert "does not fit" in table and "cache" in table.split("<- pretrain takes this")[0].splitlines()[-1]
+    assert "does not fit" in table and "grad-cache" in table.split("<- pretrain takes this")[0].splitlines()[-1]
     simclr("pretrain", *flags, "--memory-budget", between, "--epochs", "1", "--out", "run", "--knn-every", "0")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["memory"] == "cache" and config["chunk"] == 32
+    assert config["memory"] == "grad-cache" and config["chunk"] == 32
     checkpoint = next((tmp_path / "run" / "checkpoints").glob("*.pt"))
     assert checkpoint.stat().st_size == pytest.approx(plan["checkpoint_bytes"], rel=0.1)

@@ -104,7 +104,7 @@ def test_nan_in_a_later_batch_leaves_no_file(simclr, images, tmp_path, monkeypat
 def test_a_trained_network_of_nan_has_diverged(monkeypatch):
     """As a grid search takes it: the next cell."""
     digits = open_data("digits").subset(np.arange(40))
-    config = FinetuneConfig(epochs=0, least_steps=1, batch_size=8, lr=0.01, workers=0)
+    config = FinetuneConfig(epochs=0, min_steps=1, batch_size=8, lr=0.01, workers=0)
     forward = Classifier.forward
     monkeypatch.setattr(
         Classifier, "forward", lambda self, x: forward(self, x) * (1 if self.training else float("nan"))

@@ -12,7 +12,7 @@ from torch import Tensor
 from simclr import UserError
 from simclr.config.pretrain import PretrainConfig
 from simclr.data.source import open_data
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.losses import nt_xent, nt_xent_dense, nt_xent_views, nt_xent_views_dense
 from simclr.losses.nt_xent import nt_xent_views_streamed
 from simclr.losses.operands import Operands
@@ -140,7 +140,7 @@ def test_what_has_no_loss_is_refused():
 def test_the_setting_chooses_the_loss(tmp_path, name, decoupled):
     images = open_data("digits").subset(np.arange(12))
     config = PretrainConfig(size=8, encoder="small", batch_size=8, loss=name, loss_scale=1.0)
-    task, _ = build_task(images, config, RunFolder(tmp_path / "run"), World())
+    task, _ = build_task(images, config, RunFolder(tmp_path / "run"), DistributedContext())
     views = task.batch(0)
     loss, _ = task.method(*views)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_two_processes_equal_one(tmp_path):
     in_processes(2, tmp_path, check_processes)
 
 
-def check_processes(world: World) -> None:
+def check_processes(world: DistributedContext) -> None:
     """torch's tiles in fp64, and the Triton kernels (in the interpreter) in fp32."""
     for num_views, decoupled in ((2, True), (3, False), (3, True)):
         check_process(world, num_views, decoupled, torch.float64, 1e-10)
@@ -165,7 +165,9 @@ def check_processes(world: World) -> None:
             check_process(world, 3, decoupled, torch.float32, 1e-5)
 
 
-def check_process(world: World, num_views: int, decoupled: bool, dtype: torch.dtype, tolerance: float) -> None:
+def check_process(
+    world: DistributedContext, num_views: int, decoupled: bool, dtype: torch.dtype, tolerance: float
+) -> None:
     views = random_views(num_views, 12, 6)
     expected, expected_grad = value_and_grad(nt_xent_views_dense, views, 0.2, decoupled=decoupled)
     own = world.local_slice(12)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr import cli
+from simclr.cli.main import main
 from simclr.data import Images, open_data
 from simclr.data.pack import pack as packing
 from simclr.data.pack import place
@@ -409,7 +409,7 @@ def test_run_from_a_pack_is_the_run_without_one(
 ) -> None:
     def simclr(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["simclr", *map(str, arguments)])
-        cli.main()
+        main()
         return capsys.readouterr().err
 
     fast = ["--recipe", "digits", "--channels", "3", "--batch-size", "8", "--width", "0.5", "--log-every", "1"]

@@ -177,7 +177,7 @@ def test_five_hundred_images_need_the_memory_of_fifty(tmp_path, monkeypatch):
         """Most images and views alive at a time, and the peak of bytes."""
         most.update(dict.fromkeys(most, 0))
         tracemalloc.start()
-        total, view = 0, View(channels=1, size=8, semantics="google")
+        total, view = 0, View(channels=1, size=8, preset="google")
         for batch in stream_views(
             str(tmp_path / name), view, batch_size=16, how=Reading(workers=workers), leave_out=pytest.fail
         ):

@@ -7,7 +7,7 @@ import pytest
 
 from simclr.config.pretrain import PretrainConfig, load_config
 from simclr.config.records import DistillRecord, FinetuneRecord, RunRecord, read_record
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.finetune import _claim as claim_finetuning
 from simclr.training.run import RunFolder, create_run, hold
@@ -128,7 +128,7 @@ def test_a_record_must_be_a_file_of_bounded_size(run):
 def test_settings_that_were_edited_are_refused_and_those_that_decide_nothing_are_free(simclr, run):
     path = run.path / "config.json"
     settings = json.loads(path.read_bytes())
-    path.write_text(json.dumps(settings | {"workers": 0, "keep": 7}))
+    path.write_text(json.dumps(settings | {"workers": 0, "max_checkpoints": 7}))
     run.refuse_changed_settings()
     path.write_text(json.dumps(settings | {"lr": 0.5}))
     code, _, err = simclr("resume", run.path)
@@ -157,7 +157,7 @@ def test_damaged_lines_of_metrics_are_left_out_and_a_pipe_is_refused(run):
 
 def test_claims_know_their_own_records(tmp_path):
     folder = RunFolder(tmp_path / "out")
-    with hold(folder.path, World()):
+    with hold(folder.path, DistributedContext()):
         claim_finetuning(folder, IDENTITY)
         claim_finetuning(folder, IDENTITY)
         (folder.path / "finetune.json").write_text(json.dumps(IDENTITY))  # without a version

@@ -90,7 +90,7 @@ def test_changed_classifiers_raise_their_version(digits):
 def test_a_changed_training_raises_its_version():
     """Mean size of the scores after a few steps, from weights that NumPy draws: torch's depend on its release."""
     images = open_data("digits").subset(np.arange(60))
-    config = FinetuneConfig(epochs=0, least_steps=4, batch_size=16, lr=0.05, lr_scaling="none", workers=0)
+    config = FinetuneConfig(epochs=0, min_steps=4, batch_size=16, lr=0.05, lr_scaling="none", workers=0)
     encoder, numbers = (
         build_encoder(EncoderConfig("small", channels=1, size=8, width=0.25), seed=0),
         np.random.default_rng(3),
@@ -106,7 +106,7 @@ def test_a_changed_training_raises_its_version():
 
 def test_a_changed_grid_raises_its_version():
     config = grid.settings(grid.Cell(0.01, 1e-4), grid.PAPER_GRID, 75_750)
-    plain = {name: rounded(value) for name, value in config.deciding().items()}
+    plain = {name: rounded(value) for name, value in config.result_fields().items()}
     digest = sha256(repr(sorted(plain.items())).encode()).hexdigest()[:8]
     assert (grid.GRID_VERSION, digest) == EXPECTED["GRID_VERSION"], plain
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from simclr.config.pretrain import PretrainConfig
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.files import FileLock
 from simclr.training.run import LOCK, RunFolder, create_run, hold, open_run
@@ -32,13 +32,13 @@ def content_of(folder):
 
 def test_a_folder_is_held_by_one_and_left_as_it_was(tmp_path):
     place = tmp_path / "a" / "b"
-    with hold(place, World()):
+    with hold(place, DistributedContext()):
         assert not FileLock(place / LOCK).acquire()
-        with hold(place, World()):
+        with hold(place, DistributedContext()):
             pass
         assert not FileLock(place / LOCK).acquire(), "the outer block still holds it"
     assert not (tmp_path / "a").exists(), "nothing was written"
-    with pytest.raises(KeyError), hold(place, World()):
+    with pytest.raises(KeyError), hold(place, DistributedContext()):
         (place / "file").write_bytes(b"")
         raise KeyError
     assert os.listdir(place) == ["file"]
@@ -47,7 +47,10 @@ def test_a_folder_is_held_by_one_and_left_as_it_was(tmp_path):
 def test_a_folder_that_cannot_be_held_is_said(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     for place in (tmp_path / "file", tmp_path / "file" / "run", Path("/proc/run")):
-        with pytest.raises(UserError, match=f"{place} cannot be written: "), hold(RunFolder(place).path, World()):
+        with (
+            pytest.raises(UserError, match=f"{place} cannot be written: "),
+            hold(RunFolder(place).path, DistributedContext()),
+        ):
             raise AssertionError("not reached")
 
 
@@ -107,7 +110,7 @@ KILLED_WHILE_MAKING = """
 import json, os, signal, sys
 from pathlib import Path
 from simclr.config.pretrain import PretrainConfig
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.training.run import create_run, hold
 
 calls = ["mkdir", "fsync", "replace", "open", "unlink", "rmdir"]
@@ -126,7 +129,7 @@ for moment in range(10_000):
             return call
         for name in calls:
             setattr(os, name, killing(name))
-        with hold(place / str(moment), World()):
+        with hold(place / str(moment), DistributedContext()):
             create_run(place / str(moment), PretrainConfig(), origin)
         os._exit(0)
     if os.waitpid(child, 0)[1] == 0:
@@ -141,7 +144,7 @@ def test_killed_at_any_moment_of_its_making_a_run_starts_again_or_goes_on(tmp_pa
     goes_on = 0
     assert len(folders) > 10
     for folder in folders:
-        with hold(folder, World()):
+        with hold(folder, DistributedContext()):
             if (folder / "config.json").exists():
                 goes_on += 1
                 run = open_run(folder)
@@ -172,7 +175,10 @@ def test_a_disk_that_refuses_the_settings_leaves_no_run(tmp_path, monkeypatch):
         real(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(UserError, match="cannot be written: no space left on device"), hold(tmp_path / "run", World()):
+    with (
+        pytest.raises(UserError, match="cannot be written: no space left on device"),
+        hold(tmp_path / "run", DistributedContext()),
+    ):
         create_run(tmp_path / "run", PretrainConfig(), ORIGIN)
     assert not (tmp_path / "run").exists()
 

@@ -13,8 +13,8 @@ import simclr
 from simclr.config.encoder import RESNETS
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder
 from simclr.models import batchnorm as batchnorm_module
+from simclr.models.activation_checkpointing import checkpoint_blocks
 from simclr.models.batchnorm import track_once
-from simclr.models.recompute import recompute_blocks
 from simclr.models.resnet import ResNet
 from simclr.models.selective_kernel import AveragePool, SelectiveKernel
 from simclr.weights.folder import save_encoder
@@ -132,7 +132,7 @@ def test_recomputing_the_blocks_changes_no_bit() -> None:
                 nn.init.constant_(module.weight, 0.7)
         if recompute:
             track_once(network)
-            recompute_blocks(network.backbone)
+            checkpoint_blocks(network.backbone)
         network(batch(8, 3, 32, 32).to(memory_format=torch.channels_last)).square().sum().backward()
         results.append([p.grad for p in network.parameters()] + list(network.buffers()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 from simclr.config.pretrain import PretrainConfig
 from simclr.data.source import open_data
-from simclr.distributed import World, stop
+from simclr.distributed import DistributedContext, stop
 from simclr.errors import UserError
 from simclr.tasks import pretrain as pretraining
 from simclr.training.checkpoint import checkpoints, load_newest
@@ -26,7 +26,7 @@ from simclr.weights.folder import load
 
 CONFIG = PretrainConfig(
     size=8, encoder="small", width=0.5, strength=0.5, batch_size=32, epochs=5, warmup_epochs=1, optimizer="lars",
-    lr=0.3, log_every=3, save_every=5, keep=2, knn_every=0.7, workers=0,
+    lr=0.3, log_every=3, save_every=5, max_checkpoints=2, knn_every=0.7, workers=0,
 )  # fmt: skip
 
 
@@ -39,7 +39,9 @@ def train(images, config, path, world=None):
     origin = pretraining.origin_of(images, "digits", {}, describe_machine())
     run = RunFolder(path)
     known = (path / "config.json").exists()
-    return run, pretraining.pretrain(images, config, run, world or World(), origin=None if known else origin)
+    return run, pretraining.pretrain(
+        images, config, run, world or DistributedContext(), origin=None if known else origin
+    )
 
 
 def final_state(run):
@@ -91,7 +93,7 @@ def test_records_and_summary(undisturbed):
     assert "knn" in records[-1]
     summary = json.loads(undisturbed.summary.read_text())
     assert summary["steps"] == 24 and summary["images"] == 150
-    assert len(checkpoints(undisturbed.checkpoints)) == CONFIG.keep
+    assert len(checkpoints(undisturbed.checkpoints)) == CONFIG.max_checkpoints
 
 
 def test_the_published_encoder_brings_its_projection_head(undisturbed):
@@ -240,13 +242,15 @@ def test_each_image_is_seen_once_an_epoch_whatever_the_number_of_processes(image
 
     monkeypatch.setattr(pretraining, "make_views", views)
     policy = pretraining.policy_of(CONFIG, 1)
-    one = pretraining._batches(images, policy, CONFIG, World())
+    one = pretraining._batches(images, policy, CONFIG, DistributedContext())
     whole = [one(step) for step in range(15)]
     visits = np.concatenate(seen)[: 3 * 150]
     for epoch in range(3):
         assert sorted(visits[epoch * 150 : (epoch + 1) * 150].tolist()) == [[epoch, i] for i in range(150)]
     for size in (2, 4):
-        parts = [pretraining._batches(images, policy, CONFIG, World(rank=r, size=size)) for r in range(size)]
+        parts = [
+            pretraining._batches(images, policy, CONFIG, DistributedContext(rank=r, size=size)) for r in range(size)
+        ]
         for step in (0, 4, 14):
             for view in (0, 1):
                 assert torch.equal(torch.cat([part(step)[view] for part in parts]), whole[step][view])
@@ -254,10 +258,10 @@ def test_each_image_is_seen_once_an_epoch_whatever_the_number_of_processes(image
 
 def gradients_of_a_step(rank, size, store, dtype, result):
     torch.set_num_threads(1)
-    world = World()
+    world = DistributedContext()
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-        world = World(rank=rank, size=size, local_rank=rank)
+        world = DistributedContext(rank=rank, size=size, local_rank=rank)
     images = open_data("digits").subset(np.arange(150))
     config = replace(CONFIG, head_layers=3, knn_every=0, temperature=0.5, batch_size=64)
     task, _ = pretraining.build_task(images, config, RunFolder(Path(store).parent / "none"), world)

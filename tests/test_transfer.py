@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from simclr.config.encoder import EncoderConfig
 from simclr.data.images import array_images
 from simclr.data.presets import TransferSet
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import Diverged, UserError
 from simclr.evaluation import grid as grid_module
 from simclr.evaluation.cache import FeatureCache
@@ -27,7 +27,7 @@ from simclr.evaluation.grid import (
     settings,
 )
 from simclr.evaluation.knn import knn
-from simclr.evaluation.results import Ledger
+from simclr.evaluation.results import ResultStore
 from simclr.evaluation.subjects import open_subject
 from simclr.evaluation.transfer import Transferred, differences, judge, linear_transfer, rows, shown, summary, transfer
 from simclr.methods.supervised import many_classes, share_right
@@ -46,7 +46,7 @@ class Standin:
     preprocessing: str = "google"
     size: int = 8
     channels: int = 1
-    world: World = field(default_factory=World)
+    world: DistributedContext = field(default_factory=DistributedContext)
     calls: int = 0
 
     head_weights: None = None
@@ -164,11 +164,11 @@ def test_linear_transfer_takes_the_best_strength_on_validation_by_the_metric(met
 
 def test_linear_transfer_is_looked_up(tmp_path):
     data, subject = picture_set(), Standin()
-    first = linear_transfer(subject, data, seed=0, ledger=Ledger(tmp_path / "cells.jsonl"))
+    first = linear_transfer(subject, data, seed=0, ledger=ResultStore(tmp_path / "cells.jsonl"))
     assert subject.calls == 3
-    again = linear_transfer(subject, data, seed=0, ledger=Ledger(tmp_path / "cells.jsonl"))
+    again = linear_transfer(subject, data, seed=0, ledger=ResultStore(tmp_path / "cells.jsonl"))
     assert again == first and subject.calls == 3
-    linear_transfer(subject, poisoned(data), seed=0, ledger=Ledger(tmp_path / "cells.jsonl"))
+    linear_transfer(subject, poisoned(data), seed=0, ledger=ResultStore(tmp_path / "cells.jsonl"))
     assert subject.calls == 6
 
 
@@ -185,7 +185,7 @@ def test_linear_transfer_sees_the_border():
     data = TransferSet(name="frames", train=parts[0], validation=parts[1], test=parts[2], metric="top-1", how="")
     config = EncoderConfig("small", channels=1, size=40)
     pixels_only = open_subject(
-        "pixels", like=config, preprocessing="google", seed=0, cache=FeatureCache(None), world=World()
+        "pixels", like=config, preprocessing="google", seed=0, cache=FeatureCache(None), world=DistributedContext()
     )
     assert linear_transfer(pixels_only, data, seed=0, strengths=(0.01,)).score == 1
     cropped = [pixels_only.features(part) for part in parts[::2]]
@@ -281,7 +281,7 @@ RIGHT = dict(zip(SMALL.cells, (0.2, 0.6, 0.9, 0.9), strict=True))
 
 
 def search(train, data=None, file=None):
-    ledger = Ledger(file)
+    ledger = ResultStore(file)
     return choose_and_test(
         data or picture_set(), SMALL, train, ledger=ledger, key={"by": "test"}, progress=lambda _: None
     )
@@ -373,7 +373,7 @@ def test_settings_of_a_cell(num_images, decay):
     assert config.batch_norm_decay == pytest.approx(decay)
     assert config.weight_decay == pytest.approx(1e-2)  # divided by the rate
     assert (config.lr, config.lr_scaling, config.optimizer, config.momentum) == (0.01, "none", "sgd", 0.9)
-    assert (config.least_steps, config.warmup_epochs) == (20_000, 0)
+    assert (config.min_steps, config.warmup_epochs) == (20_000, 0)
 
 
 # ---- with real training

@@ -19,7 +19,7 @@ from simclr.training import loop as train
 from simclr.weights.folder import save_classifier, save_encoder
 from simclr.weights.training_progress import TrainingProgress, UnfinishedTraining
 
-STEPS = ["--epochs", 0, "--least-steps", 6, "--batch-size", 4, "--save-every", 2, "--workers", 0]
+STEPS = ["--epochs", 0, "--min-steps", 6, "--batch-size", 4, "--save-every", 2, "--workers", 0]
 SENTENCE = "is unfinished: these weights are from step 2 of 5; let it reach its end"
 
 

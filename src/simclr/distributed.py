@@ -1,6 +1,6 @@
 """Processes started by torchrun: who they are, and the few exchanges that training needs.
 
-One process is the ordinary case, not a special one: every method of `World` then returns at once, and no
+One process is the ordinary case, not a special one: every method of `DistributedContext` then returns at once, and no
 process group exists. Several processes speak gloo for CPU tensors and NCCL for CUDA tensors, so that a flag
 or a Python object never waits for the GPU.
 
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simclr.errors import ReportedElsewhere, UserError, shown
 
-__all__ = ["World", "all_gather_flat", "is_first_to_fail", "joined", "start", "stop"]
+__all__ = ["DistributedContext", "all_gather_flat", "is_first_to_fail", "joined", "start", "stop"]
 
 Object = TypeVar("Object")
 
@@ -35,8 +35,8 @@ all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_in
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among its peers. `World()` is a process on its own.
+class DistributedContext:
+    """This process among its peers. `DistributedContext()` is a process on its own.
 
     Every method but `local_slice` is a collective when `size > 1`: all processes must call it, in the same
     order.
@@ -169,7 +169,7 @@ class World:
 
 
 @contextmanager
-def joined(device: str = "auto", **meeting: Any) -> Iterator[World]:
+def joined(device: str = "auto", **meeting: Any) -> Iterator[DistributedContext]:
     """Be one of the processes that torchrun started for as long as the block runs; arguments as for `start`.
 
     An error in one process ends them all at once: it is noted where the others can read it, then the connections close,
@@ -197,7 +197,9 @@ def joined(device: str = "auto", **meeting: Any) -> Iterator[World]:
         stop()
 
 
-def start(device: str = "auto", *, timeout: timedelta = timedelta(minutes=30), init_method: str = "env://") -> World:
+def start(
+    device: str = "auto", *, timeout: timedelta = timedelta(minutes=30), init_method: str = "env://"
+) -> DistributedContext:
     """Join the processes that torchrun started; without torchrun, a world of one.
 
     Args:
@@ -219,7 +221,7 @@ def start(device: str = "auto", *, timeout: timedelta = timedelta(minutes=30), i
     if place.type == "cuda":
         place = _gpu(local_rank if size > 1 else place.index or 0, local_rank)
     if size == 1:
-        return World(device=place)
+        return DistributedContext(device=place)
     store = _meet(init_method, rank, size, timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
@@ -231,7 +233,7 @@ def start(device: str = "auto", *, timeout: timedelta = timedelta(minutes=30), i
     )
     if place.type == "cpu":
         atexit.register(stop)  # an abort by gloo must not hide the message of an earlier error
-    world = World(rank=rank, size=size, local_rank=local_rank, device=place)
+    world = DistributedContext(rank=rank, size=size, local_rank=local_rank, device=place)
     world.require_equal("software", _versions(), "Install the same versions on every machine.")
     return world
 

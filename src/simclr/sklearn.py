@@ -35,7 +35,7 @@ from simclr.config.pretrain import PretrainConfig, require_seed
 from simclr.config.recipes import find_recipe, settings_for
 from simclr.data.forms import ROUNDING, ImagesLike, open_images
 from simclr.data.images import Images
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.tasks import pretrain as pretraining
 from simclr.training.device import find_device
@@ -70,7 +70,7 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         verbose: Show progress on standard error.
 
     Attributes:
-        embedder_: The encoder with its preprocessing (`simclr.weights.folder.Embedder`).
+        embedder_: The encoder with its preprocessing (`simclr.weights.folder.Model`).
         config_: All settings of the training; None with `pretrained`.
         history_: What training recorded, oldest first: step, loss and the signs of health. Empty with `pretrained`.
         n_features_in_: Numbers in an image, where X was an array.
@@ -196,7 +196,7 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         if seed is None or not isinstance(seed, int | np.integer):
             seed = check_random_state(seed).randint(2**31)
         require_seed(int(seed), name="random_state")
-        world = World(device=find_device(self.device))
+        world = DistributedContext(device=find_device(self.device))
         given = {**given, "seed": seed, "device": world.device.type}
         recipe = find_recipe(self.recipe) if self.recipe is not None else None
 

@@ -32,12 +32,12 @@ ACCURACY_TOLERANCE = 0.02
 
 _RECORDS = "--log-every 1 --workers 0 --device cpu --seed 3"
 _DIGITS = f"pretrain digits --recipe digits --warmup-epochs 1 --knn-every 1 --batch-size 144 --epochs 2 {_RECORDS}"
-_LABELS = f"digits --lr 0.01 --epochs 2 --least-steps 0 --batch-size 144 {_RECORDS}"
+_LABELS = f"digits --lr 0.01 --epochs 2 --min-steps 0 --batch-size 144 {_RECORDS}"
 
 RUNS = {
     "pretrain-plain": f"{_DIGITS} --memory plain",
-    "pretrain-recompute": f"{_DIGITS} --memory recompute",
-    "pretrain-cache": f"{_DIGITS} --memory cache --chunk 48",
+    "pretrain-recompute": f"{_DIGITS} --memory checkpointing",
+    "pretrain-cache": f"{_DIGITS} --memory grad-cache --chunk 48",
     "pretrain-colour": (
         "pretrain COLOUR --recipe cpu --size 16 --encoder small --stem strided --optimizer lars --warmup-epochs 1 "
         "--views torchvision --loss dcl --head-layers 3 --blur 0.5 --batch-size 24 --epochs 4 --memory plain "
@@ -128,11 +128,11 @@ def _placed(command: str, work: Path) -> Iterator[str]:
 
 
 def _simclr(*arguments: str) -> None:
-    from simclr import cli
+    from simclr.cli.main import main
 
     before, sys.argv = sys.argv, ["simclr", *arguments]
     try:
-        cli.main()
+        main()
     finally:
         sys.argv = before
 

@@ -14,6 +14,7 @@ import tyro
 
 from simclr import UserError, __version__
 from simclr.cli.commands import COMMANDS
+from simclr.config.deprecated import rename_flags
 from simclr.errors import ReportedElsewhere
 from simclr.files import reason_of
 
@@ -95,6 +96,11 @@ def _parse(flags: type, prog: str, arguments: list[str]) -> Any:
         raise
 
 
+def _warn(sentence: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence, file=sys.stderr)
+
+
 def _run(name: str, arguments: list[str]) -> None:
     command = COMMANDS.get(name)
     if command is None:
@@ -102,6 +108,7 @@ def _run(name: str, arguments: list[str]) -> None:
         hint = f" Perhaps you meant `simclr {near[0]}`." if near else ""
         raise UserError(f"There is no command {name!r}; there are {', '.join(COMMANDS)}.{hint}")
     prog = f"simclr {name}"
+    arguments = rename_flags(arguments, _warn)
     parsed = _parse(command.flags, prog, arguments)
 
     module, function = command.job.split(":")

@@ -37,7 +37,7 @@ DISTILL_RECIPES: dict[str, DistillConfig] = {
         optimizer="lars", lr=0.1, lr_scaling="sqrt", weight_decay=1e-4, warmup_epochs=20, epochs=400
     ),
     "small-distill": DistillConfig(
-        optimizer="sgd", lr=0.1, lr_scaling="none", warmup_epochs=0, epochs=12, least_steps=1000, batch_size=128,
+        optimizer="sgd", lr=0.1, lr_scaling="none", warmup_epochs=0, epochs=12, min_steps=1000, batch_size=128,
         crop_min=0.3,
     ),
 }  # fmt: skip

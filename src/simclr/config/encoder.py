@@ -106,11 +106,11 @@ class EncoderConfig:
             raise UserError(f"The stem was {_value(self.stem)}; it must be one of {', '.join(STEMS)}.")
         if type(self.stem_padding) is not int or self.stem_padding not in range(4) or type(self.stem_relu) is not bool:
             raise UserError("The encoder's stem_padding must be from 0 to 3, and its stem_relu true or false.")
-        if self.is_foreign and self.sk:
+        if self.is_external and self.sk:
             raise UserError(
                 f"{self.name} was given --sk; selective kernels are made for our ResNets, such as resnet50."
             )
-        if self.is_foreign and (self.width != 1.0 or self.stem != "auto") and not self.is_adapted:
+        if self.is_external and (self.width != 1.0 or self.stem != "auto") and not self.is_adapted:
             raise UserError(
                 f"{self.name} was given the width {self.width} and the stem {self.stem!r}; timm and torchvision models "
                 "have their own, so leave the width at 1 and the stem at auto, or take a ResNet."
@@ -125,7 +125,7 @@ class EncoderConfig:
         self._check_normalisation()
 
     @property
-    def is_foreign(self) -> bool:
+    def is_external(self) -> bool:
         """Whether the encoder is a model of timm or torchvision."""
         return self.name.startswith((TIMM, TORCHVISION))
 
@@ -164,7 +164,7 @@ class EncoderConfig:
         width = self.width
         if not _is_number(width) or width <= 0:
             raise UserError(f"The width multiplier was {_value(width)}; it must be a number greater than 0.")
-        if self.is_foreign and self.name not in ADAPTABLE:
+        if self.is_external and self.name not in ADAPTABLE:
             return
         shape = RESNETS[self.name.removeprefix(TORCHVISION)]
         limit = MAX_CHANNELS / ((2048 if shape.bottleneck else 512) * shape.width)
@@ -172,7 +172,7 @@ class EncoderConfig:
             raise UserError(
                 f"A width multiplier of {width:g} is more than {self.name} can have; take at most {limit:g}."
             )
-        if self.is_foreign:
+        if self.is_external:
             return
         least = (2 if self.sk else 1) / (64 * RESNETS[self.name].width)  # ResNet-D's stem begins with half the channels
         if width < least:

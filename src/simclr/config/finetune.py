@@ -38,7 +38,7 @@ _V1 = FinetuneConfig()
 _V2 = FinetuneConfig(optimizer="lars", lr=0.005, lr_scaling="sqrt", batch_size=1024)
 _V2_WIDE = replace(_V2, lr=0.002)  # width above 1, selective kernels
 _SMALL = FinetuneConfig(
-    lr=0.1, lr_scaling="none", weight_decay=1e-4, batch_size=64, epochs=30, least_steps=1000, crop_min=0.3
+    lr=0.1, lr_scaling="none", weight_decay=1e-4, batch_size=64, epochs=30, min_steps=1000, crop_min=0.3
 )
 _ADAMW = FinetuneConfig(optimizer="adamw", lr=3.75e-5, lr_scaling="sqrt", weight_decay=0.05)  # 3e-4 at 64 images
 
@@ -55,10 +55,10 @@ FINETUNE_RECIPES: dict[str, FinetuneConfig] = {
     "linear": FinetuneConfig(tune_from="none", lr=0.1, epochs=90),
     "supervised": FinetuneConfig(lr=0.1, weight_decay=1e-4, epochs=90),
     "small": _SMALL,
-    "small-linear": replace(_SMALL, tune_from="none", weight_decay=0.0, epochs=10, least_steps=500),
+    "small-linear": replace(_SMALL, tune_from="none", weight_decay=0.0, epochs=10, min_steps=500),
     "small-supervised": _SMALL,
     "supervised-adamw": replace(_ADAMW, batch_size=1024, warmup_epochs=5, epochs=90),
-    "small-supervised-adamw": replace(_ADAMW, batch_size=64, epochs=30, least_steps=1000, crop_min=0.3),
+    "small-supervised-adamw": replace(_ADAMW, batch_size=64, epochs=30, min_steps=1000, crop_min=0.3),
 }
 """`FINETUNE_RECIPES["v2-1%"]`, and `dataclasses.replace` for what is to differ."""
 

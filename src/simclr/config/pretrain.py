@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from simclr.config.deprecated import FIELDS, rename_settings
 from simclr.errors import UserError
 from simclr.files import write_atomically
 
@@ -19,7 +20,7 @@ MAX_SEED = 2**64 - 1
 """Philox, which draws order and views, has keys of 64 bits."""
 
 # Settings that a resumed run may change: they move no number of its result.
-FREE_ON_RESUME = frozenset({"workers", "save_every", "keep", "knn_every"})
+FREE_ON_RESUME = frozenset({"workers", "save_every", "max_checkpoints", "knn_every"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class PretrainConfig:
     """Channels of the encoder's input; auto: 1 where every image is gray, else 3."""
 
     # ---- views (paper section 3 and appendix A)
-    views: Literal["google", "torchvision"] = "google"
+    augmentation: Literal["google", "torchvision"] = "google"
     """Whose operations draw the views: the authors' (TensorFlow's) or torchvision's."""
 
     strength: float = 1.0
@@ -135,12 +136,12 @@ class PretrainConfig:
     deterministic: bool = False
     """On a GPU, only use kernels that give the same bits each time (slower). A CPU always does."""
 
-    memory: Literal["auto", "plain", "recompute", "cache"] = "auto"
+    memory: Literal["auto", "plain", "checkpointing", "grad-cache"] = "auto"
     """How a step fits the memory: plain, activations recomputed (same result), or gradients cached for a chunk of the
     batch at a time (batch norm then sees chunks); auto: the first that fits."""
 
     chunk: int = 0
-    """With --memory cache: images of a process in a chunk, which must divide its batch; 0: the most that fit."""
+    """With --memory grad-cache: images of a process in a chunk, which must divide its batch; 0: the most that fit."""
 
     workers: int = 2
     """Threads that decode images and prepare views ahead of the encoder; 0: none. Changes no pixel."""
@@ -152,8 +153,8 @@ class PretrainConfig:
     save_every: int = 500
     """Steps between two checkpoints; one is always written at the end."""
 
-    keep: int = 2
-    """Checkpoints that are kept."""
+    max_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
 
     knn_every: float = 10.0
     """Epochs between two kNN checks, where the images have labels; 0: never."""
@@ -168,7 +169,7 @@ class PretrainConfig:
             ("batch_size", 2),
             ("log_every", 1),
             ("save_every", 1),
-            ("keep", 1),
+            ("max_checkpoints", 1),
             ("workers", 0),
             ("chunk", 0),
         ):
@@ -181,7 +182,9 @@ class PretrainConfig:
             value = getattr(self, name)
             _require(name, value, value is None or 0 <= value <= 1, "a probability between 0 and 1")
         require_seed(self.seed)
-        _require("chunk", self.chunk, self.chunk == 0 or self.memory == "cache", "0, unless --memory is cache")
+        _require(
+            "chunk", self.chunk, self.chunk == 0 or self.memory == "grad-cache", "0, unless --memory is grad-cache"
+        )
         _require("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
         _require("crop_min", self.crop_min, 0 < self.crop_min <= 1, "an area share in (0, 1]")
 
@@ -219,6 +222,7 @@ def load_config(path: Path) -> PretrainConfig:
 
     values = read_json(path, remedy="restore it, or start a new run")
     values.pop("schema_version", None)
+    values = rename_settings(values)
     try:
         return TypeAdapter(PretrainConfig).validate_json(json.dumps(values), strict=True)
     except (ValidationError, RecursionError) as error:
@@ -228,7 +232,8 @@ def load_config(path: Path) -> PretrainConfig:
 
 def settings_digest(values: Mapping[str, Any]) -> str:
     """SHA-256 (hexadecimal) of those settings, as they are saved, that determine a run's result."""
-    kept = {name: value for name, value in values.items() if name not in {"schema_version", *FREE_ON_RESUME}}
+    free = {"schema_version", *FREE_ON_RESUME, *(old for old, new in FIELDS.items() if new in FREE_ON_RESUME)}
+    kept = {name: value for name, value in values.items() if name not in free}
     return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

@@ -25,7 +25,7 @@ class Recipe:
     cost: str
     expect: str
     config: PretrainConfig
-    least_steps: int = 0
+    min_steps: int = 0
     """With fewer images the epochs grow until training has this many steps."""
 
 
@@ -98,7 +98,7 @@ RECIPES: dict[str, Recipe] = {
             summary="Any small images on a CPU: a 16-wide ResNet-10 with a strided stem, at 32 pixels and below.",
             command="simclr pretrain DATA --recipe cpu",
             cost="60,000 images of 28 pixels: less than a minute per epoch on two cores",
-            least_steps=1500,
+            min_steps=1500,
             expect="fashion-mnist: 80 % linear accuracy from 600 labels (pixels 77 %), 87 % from all (pixels 85 %)",
             config=replace(_SMALL, stem="strided"),
         ),
@@ -261,8 +261,8 @@ def fit_recipe(recipe: Recipe, images: ImageFacts) -> tuple[PretrainConfig, dict
         batch = 1 << (len(images).bit_length() - 1)
         said["batch_size"] = f"Batch size {batch} instead of {config.batch_size}: there are {len(images)} images."
         config = replace(config, batch_size=batch)
-    if 2 <= len(images) * config.epochs < recipe.least_steps * config.batch_size:
-        epochs = -(-recipe.least_steps * config.batch_size // len(images))
+    if 2 <= len(images) * config.epochs < recipe.min_steps * config.batch_size:
+        epochs = -(-recipe.min_steps * config.batch_size // len(images))
         longer = epochs / config.epochs
         said["epochs"] = f"{epochs} epochs instead of {config.epochs}: few images need more passes."
         config = replace(

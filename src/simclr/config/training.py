@@ -41,7 +41,7 @@ class TrainingConfig:
     epochs: float = 30.0
     """Passes over the labelled images."""
 
-    least_steps: int = 0
+    min_steps: int = 0
     """With fewer images training goes on until it has this many steps; none where a flag says other epochs."""
 
     batch_size: int = 4096
@@ -70,18 +70,18 @@ class TrainingConfig:
     save_every: int = 500
     """Steps between two checkpoints."""
 
-    keep: int = 2
-    """Checkpoints that are kept."""
+    max_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
 
-    def under(self, over: Callable[[Self], Self]) -> Self:
-        """These settings with a user's on top; whoever asks for other epochs means them, so `least_steps` gives way."""
+    def with_overrides(self, over: Callable[[Self], Self]) -> Self:
+        """These settings with a user's on top; whoever asks for other epochs means them, so `min_steps` gives way."""
         asked = over(self)
-        named = asked.least_steps != self.least_steps
-        return asked if named or asked.epochs == self.epochs else replace(asked, least_steps=0)
+        named = asked.min_steps != self.min_steps
+        return asked if named or asked.epochs == self.epochs else replace(asked, min_steps=0)
 
     def steps(self, num_images: int) -> int:
         """Updates of a training on so many images."""
-        return max(total_steps(num_images, self.epochs, self.batch_size), self.least_steps)
+        return max(total_steps(num_images, self.epochs, self.batch_size), self.min_steps)
 
     @property
     def peak(self) -> float:
@@ -93,19 +93,19 @@ class TrainingConfig:
         warmup = warmup_steps(num_images, self.warmup_epochs, self.batch_size)
         return partial(learning_rate, peak=self.peak, warmup_steps=warmup, total_steps=self.steps(num_images))
 
-    def deciding(self) -> dict[str, Any]:
+    def result_fields(self) -> dict[str, Any]:
         """The settings that move the result, as JSON can hold them."""
         return {name: value for name, value in asdict(self).items() if name not in FREE_ON_RESUME}
 
     def __post_init__(self) -> None:
         """Say in one sentence what is wrong with a value."""
         for name, least in (
-            ("epochs", 0), ("least_steps", 0), ("batch_size", 2), ("weight_decay", 0), ("warmup_epochs", 0),
-            ("workers", 0), ("log_every", 1), ("save_every", 1), ("keep", 1),
+            ("epochs", 0), ("min_steps", 0), ("batch_size", 2), ("weight_decay", 0), ("warmup_epochs", 0),
+            ("workers", 0), ("log_every", 1), ("save_every", 1), ("max_checkpoints", 1),
         ):  # fmt: skip
             self._require(name, getattr(self, name) >= least, f"at least {least}")
         self._require("lr", self.lr > 0, "greater than 0")
-        self._require("epochs", self.epochs > 0 or self.least_steps > 0, "greater than 0")
+        self._require("epochs", self.epochs > 0 or self.min_steps > 0, "greater than 0")
         self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
         self._require("flip", 0 <= self.flip <= 1, "a probability between 0 and 1")
         self._require("crop_min", 0 < self.crop_min <= 1, "an area share in (0, 1]")

@@ -37,7 +37,7 @@ class Pixels(Sequence[np.ndarray]):
     """n images of any form as (H, W, 1 or 3) uint8 arrays, made when they are asked for: files are read late.
 
     Args:
-        images: One image or many, in a form that `simclr.weights.folder.Embedder.embed` names, but for `Images`.
+        images: One image or many, in a form that `simclr.weights.folder.Model.embed` names, but for `Images`.
         channels: What all are to have: gray becomes three equal channels, colour for gray is refused. None: as each is.
 
     Raises:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from simclr.data.pack.place import user_cache
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.results import Entry, name_of
 from simclr.files import open_regular, reason_of, replacing, sweep
@@ -43,7 +43,9 @@ class FeatureCache:
     folder: Path | None
     _memory: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
-    def get(self, key: Entry, shape: tuple[int, int], make: Callable[[], np.ndarray], world: World) -> np.ndarray:
+    def get(
+        self, key: Entry, shape: tuple[int, int], make: Callable[[], np.ndarray], world: DistributedContext
+    ) -> np.ndarray:
         """The features kept under `key`, else what `make` gives, which are kept from now on.
 
         Args:

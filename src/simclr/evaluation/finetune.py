@@ -27,7 +27,7 @@ from simclr.config.records import FinetuneRecord, read_record, versioned
 from simclr.data.images import Images
 from simclr.data.labels import require_classes
 from simclr.data.order import EndlessOrder
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import Diverged, NotFinite, UserError
 from simclr.files import write_atomically, writing
 from simclr.methods.supervised import Classify, share_right
@@ -41,7 +41,7 @@ from simclr.training.loop import Outcome, Task, restore
 from simclr.training.loop import train as run_loop
 from simclr.training.optim import build_optimizer
 from simclr.training.run import RunFolder, hold
-from simclr.views.policy import Semantics, crop_and_flip
+from simclr.views.policy import AugmentationPreset, crop_and_flip
 from simclr.views.views import has_kernels, make_view
 from simclr.weights.folder import digest_of, save_classifier
 from simclr.weights.training_progress import TrainingProgress
@@ -93,8 +93,8 @@ def finetune(
     config: FinetuneConfig,
     *,
     seed: int,
-    semantics: Semantics = "google",
-    world: World | None = None,
+    preset: AugmentationPreset = "google",
+    world: DistributedContext | None = None,
     run: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Finetuned:
@@ -106,7 +106,7 @@ def finetune(
         train: All labelled, of two classes at least; all processes have the same images.
         test: Labelled with classes that `train` has.
         seed: Of the order of the images and of the views. The classifier begins at zero.
-        semantics: Whose crops and evaluation preprocessing: those that the encoder was trained with.
+        preset: Whose crops and evaluation preprocessing: those that the encoder was trained with.
         world: The processes that share each batch; None: this process, where the encoder is.
         run: Folder for records, checkpoints and the network (`simclr.load(run).classify`); where it holds an unfinished
             training of the same settings, that goes on bit for bit. None: nothing is kept.
@@ -120,22 +120,22 @@ def finetune(
     for images in (train, test):
         require_channels(encoder.config.channels, images)
     if world is None:
-        world = World(device=device_of(encoder))
+        world = DistributedContext(device=device_of(encoder))
     choose_kernels(world, deterministic=config.deterministic)
     network = Classifier(deepcopy(encoder), deepcopy(head), len(labels), head_layer=config.head_layer)
     network = network.to(world.device).to(memory_format=torch.channels_last)
     classes = [str(label) if train.classes is None else train.classes[label] for label in labels]
-    task = _build_task(network, train, targets, config, seed, semantics, world)
-    with _run_folder(run, _identity(network, train, targets, config, seed, semantics), world) as folder:
+    task = _build_task(network, train, targets, config, seed, preset, world)
+    with _run_folder(run, _identity(network, train, targets, config, seed, preset), world) as folder:
         if run is not None:
-            task = _publishing(task, network, folder, classes, semantics)
+            task = _publishing(task, network, folder, classes, preset)
         start = restore(task, folder, world)
         try:
             outcome = run_loop(
                 task, folder, world,
                 start_step=start, workers=config.workers, log_every=config.log_every,
                 save_every=config.save_every if run is not None else task.total_steps,
-                keep=config.keep, progress=_Told(progress, task.total_steps),
+                max_checkpoints=config.max_checkpoints, progress=_Told(progress, task.total_steps),
             )  # fmt: skip
         except torch.OutOfMemoryError:
             raise UserError(
@@ -146,7 +146,7 @@ def finetune(
             raise Stopped(outcome)
     try:
         scores = outputs(
-            network, test, len(labels), size=network.encoder.config.size, semantics=semantics, world=world
+            network, test, len(labels), size=network.encoder.config.size, preset=preset, world=world
         )  # (m, K)
     except NotFinite as error:
         raise Diverged(f"The trained network gives scores that are not finite; {task.remedy}") from error
@@ -170,8 +170,8 @@ def supervised(
     config: FinetuneConfig,
     *,
     seed: int,
-    semantics: Semantics = "google",
-    world: World | None = None,
+    preset: AugmentationPreset = "google",
+    world: DistributedContext | None = None,
     run: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Finetuned:
@@ -182,11 +182,11 @@ def supervised(
 
     The other arguments and the errors are those of `finetune`.
     """
-    world = World() if world is None else world
+    world = DistributedContext() if world is None else world
     fresh = build_encoder(shape, seed=seed)
     return finetune(
         fresh, None, train, test, config,
-        seed=seed, semantics=semantics, world=world, run=run, progress=progress,
+        seed=seed, preset=preset, world=world, run=run, progress=progress,
     )  # fmt: skip
 
 
@@ -216,8 +216,8 @@ def _build_task(
     targets: np.ndarray,
     config: FinetuneConfig,
     seed: int,
-    semantics: Semantics,
-    world: World,
+    preset: AugmentationPreset,
+    world: DistributedContext,
 ) -> Task:
     method = Classify(network, tune_from=config.tune_from, world=world)
     if world.size > 1:
@@ -228,7 +228,7 @@ def _build_task(
                 layer.momentum = 1 - config.batch_norm_decay
     return Task(
         method=method,
-        batch=_batches(network, train, targets, config, seed, semantics, world),
+        batch=_batches(network, train, targets, config, seed, preset, world),
         optimizer=build_optimizer(
             config.optimizer, method, lr=config.peak, weight_decay=config.weight_decay, momentum=config.momentum,
             supervised=True,
@@ -249,12 +249,12 @@ def _batches(
     targets: np.ndarray,
     config: FinetuneConfig,
     seed: int,
-    semantics: Semantics,
-    world: World,
+    preset: AugmentationPreset,
+    world: DistributedContext,
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
     """step -> this process's views (B, C, S, S) and targets (B,), on its device."""
     policy = crop_and_flip(
-        semantics,
+        preset,
         network.encoder.config.size,
         channels=train.channels,
         crop_min=config.crop_min,
@@ -282,13 +282,13 @@ def _identity(
     targets: np.ndarray,
     config: FinetuneConfig,
     seed: int,
-    semantics: Semantics,
+    preset: AugmentationPreset,
 ) -> dict[str, Any]:
     """What a training depends on, as JSON can hold it: one that is resumed must have the same."""
     return {
-        "config": config.deciding(),
+        "config": config.result_fields(),
         "seed": seed,
-        "semantics": semantics,
+        "semantics": preset,
         "images": train.fingerprint,
         "targets": sha256(targets.astype("<i8").tobytes()).hexdigest(),
         "weights": digest_of(network),
@@ -296,7 +296,7 @@ def _identity(
 
 
 @contextmanager
-def _run_folder(path: Path | None, identity: dict[str, Any], world: World) -> Iterator[RunFolder]:
+def _run_folder(path: Path | None, identity: dict[str, Any], world: DistributedContext) -> Iterator[RunFolder]:
     """The folder that the loop writes to: a new one, one that holds the same training, or one for the time being."""
     world.require_equal("training", identity, "Give every process the same flags and files.")
     if path is None:
@@ -330,13 +330,15 @@ def _described(file: Path) -> dict[str, Any]:
     return record.model_dump(exclude={"schema_version"})
 
 
-def _publishing(task: Task, network: Classifier, folder: RunFolder, classes: list[str], semantics: Semantics) -> Task:
+def _publishing(
+    task: Task, network: Classifier, folder: RunFolder, classes: list[str], preset: AugmentationPreset
+) -> Task:
     origin = {"method": "finetune", "run": str(folder.path)}
 
     def publish(step: int) -> None:
         save_classifier(
             network, folder.encoder,
-            classes=classes, preprocessing=semantics, origin=origin, progress=TrainingProgress(step, task.total_steps),
+            classes=classes, preprocessing=preset, origin=origin, progress=TrainingProgress(step, task.total_steps),
         )  # fmt: skip
 
     return replace(task, publish=publish)

@@ -16,12 +16,12 @@ import numpy as np
 from simclr.config.finetune import FinetuneConfig
 from simclr.data.images import Images
 from simclr.data.presets import TransferSet
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import Diverged, UserError
 from simclr.evaluation.finetune import finetune, supervised
 from simclr.evaluation.keys import grid_key, labelled_digest, training_key, transfer_data
-from simclr.evaluation.results import Ledger, name_of
-from simclr.evaluation.subjects import Subject
+from simclr.evaluation.results import ResultStore, name_of
+from simclr.evaluation.subjects import EvaluatedModel
 from simclr.evaluation.transfer import Transferred, judge, shown
 
 GRID_VERSION = 1
@@ -76,7 +76,7 @@ Trainer = Callable[[Cell, Images, Images], tuple[np.ndarray, np.ndarray]]
 
 
 def finetune_transfer(
-    subject: Subject,
+    subject: EvaluatedModel,
     data: TransferSet,
     *,
     grid: Grid = PAPER_GRID,
@@ -105,7 +105,7 @@ def finetune_transfer(
         subject, seed, from_scratch=grid.from_scratch, batch_size=grid.batch_size, steps=grid.steps,
         version=GRID_VERSION,
     )  # fmt: skip
-    ledger = Ledger(None if folder is None else folder / "cells.jsonl", subject.world)
+    ledger = ResultStore(None if folder is None else folder / "cells.jsonl", subject.world)
     train = partial(_train, subject, grid, seed, None if folder is None else folder / "unfinished", steps)
     found = choose_and_test(data, grid, train, ledger=ledger, key=key, progress=progress)
     return Transferred(subject=subject.name, data=data.name, metric=data.metric, seed=seed, **found)
@@ -116,7 +116,7 @@ def choose_and_test(
     grid: Grid,
     train: Trainer,
     *,
-    ledger: Ledger,
+    ledger: ResultStore,
     key: dict[str, Any],
     progress: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -171,14 +171,14 @@ def settings(cell: Cell, grid: Grid, num_images: int) -> FinetuneConfig:
         lr_scaling="none",
         weight_decay=cell.decay / cell.rate,
         epochs=0,
-        least_steps=grid.steps,
+        min_steps=grid.steps,
         batch_size=grid.batch_size,
         batch_norm_decay=max(1 - 10 / steps_per_epoch, 0.9),
     )
 
 
 def _train(
-    subject: Subject,
+    subject: EvaluatedModel,
     grid: Grid,
     seed: int,
     unfinished: Path | None,
@@ -194,7 +194,7 @@ def _train(
     config = settings(cell, grid, len(learn))
     key = training_key(subject, learn, seed, config, from_scratch=grid.from_scratch)
     run = None if unfinished is None else unfinished / name_of(key)
-    options = {"seed": seed, "semantics": subject.preprocessing, "world": subject.world, "run": run, "progress": steps}
+    options = {"seed": seed, "preset": subject.preprocessing, "world": subject.world, "run": run, "progress": steps}
     try:
         if grid.from_scratch:
             trained = supervised(encoder.config, learn, judged, config, **options)
@@ -207,7 +207,7 @@ def _train(
     return trained.scores, trained.labels
 
 
-def _remove(run: Path | None, world: World) -> None:
+def _remove(run: Path | None, world: DistributedContext) -> None:
     """Checkpoints of a training that has ended."""
     if run is not None and world.is_main:
         shutil.rmtree(run, ignore_errors=True)

@@ -27,7 +27,7 @@ from simclr.training.device import precision_of
 if TYPE_CHECKING:
     from simclr.data.presets import TransferSet
     from simclr.evaluation.split import Split
-    from simclr.evaluation.subjects import Subject
+    from simclr.evaluation.subjects import EvaluatedModel
 
 
 def pixels_digest(images: Images) -> str:
@@ -49,7 +49,7 @@ def labelled_digest(images: Images) -> str:
     return digest.hexdigest()
 
 
-def features_key(subject: "Subject", images: Images, crop: float | None) -> Entry:
+def features_key(subject: "EvaluatedModel", images: Images, crop: float | None) -> Entry:
     """Features of images by one model."""
     return {
         "protocol": "features",
@@ -61,7 +61,7 @@ def features_key(subject: "Subject", images: Images, crop: float | None) -> Entr
 
 
 def accuracy_key(
-    protocol: str, subject: "Subject", split: "Split", seed: int, config: FinetuneConfig | None = None
+    protocol: str, subject: "EvaluatedModel", split: "Split", seed: int, config: FinetuneConfig | None = None
 ) -> Entry:
     """A result of `measure`.
 
@@ -86,7 +86,7 @@ def accuracy_key(
     }
 
 
-def curve_key(subject: "Subject", split: "Split", count: int | str, seed: int) -> Entry:
+def curve_key(subject: "EvaluatedModel", split: "Split", count: int | str, seed: int) -> Entry:
     """A point of the label-efficiency curve: the linear classifier on the features of a model."""
     return {
         "protocol": "curve",
@@ -99,7 +99,7 @@ def curve_key(subject: "Subject", split: "Split", count: int | str, seed: int) -
 
 
 def curve_from_scratch_key(
-    subject: "Subject", split: "Split", count: int | str, seed: int, configs: list[FinetuneConfig]
+    subject: "EvaluatedModel", split: "Split", count: int | str, seed: int, configs: list[FinetuneConfig]
 ) -> Entry:
     """A point of the label-efficiency curve: a network of the model's shape, trained on the few labels alone.
 
@@ -116,7 +116,7 @@ def curve_from_scratch_key(
     }
 
 
-def probe_key(subject: "Subject", split: "Split", seed: int) -> Entry:
+def probe_key(subject: "EvaluatedModel", split: "Split", seed: int) -> Entry:
     """What the layers of a model and its projection head know; labels take no part."""
     return {
         "protocol": "probe",
@@ -129,7 +129,7 @@ def probe_key(subject: "Subject", split: "Split", seed: int) -> Entry:
 
 
 def linear_transfer_key(
-    subject: "Subject", data: "TransferSet", seed: int, *, strengths: list[float], crop: float, version: int
+    subject: "EvaluatedModel", data: "TransferSet", seed: int, *, strengths: list[float], crop: float, version: int
 ) -> Entry:
     """Transfer by logistic regression on frozen features; `version` is that of the protocol, TRANSFER_VERSION."""
     return {
@@ -144,7 +144,9 @@ def linear_transfer_key(
     }  # fmt: skip
 
 
-def grid_key(subject: "Subject", seed: int, *, from_scratch: bool, batch_size: int, steps: int, version: int) -> Entry:
+def grid_key(
+    subject: "EvaluatedModel", seed: int, *, from_scratch: bool, batch_size: int, steps: int, version: int
+) -> Entry:
     """What the trainings of a grid search share; cell and images are added (`choose_and_test`)."""
     return {
         "protocol": "from scratch" if from_scratch else "fine-tuning",
@@ -155,7 +157,9 @@ def grid_key(subject: "Subject", seed: int, *, from_scratch: bool, batch_size: i
     }
 
 
-def training_key(subject: "Subject", learn: Images, seed: int, config: FinetuneConfig, *, from_scratch: bool) -> Entry:
+def training_key(
+    subject: "EvaluatedModel", learn: Images, seed: int, config: FinetuneConfig, *, from_scratch: bool
+) -> Entry:
     """One training of a grid search: what its checkpoints belong to."""
     return {
         "version": {"training": TRAINING_VERSION},
@@ -175,7 +179,7 @@ def transfer_data(data: "TransferSet") -> Entry:
     }
 
 
-def _begins(subject: "Subject", config: FinetuneConfig | None, *, from_scratch: bool) -> Entry:
+def _begins(subject: "EvaluatedModel", config: FinetuneConfig | None, *, from_scratch: bool) -> Entry:
     """The network that a training begins with; only its shape if from scratch, its head if used."""
     if from_scratch:
         return subject.model | {"weights": None}
@@ -183,8 +187,8 @@ def _begins(subject: "Subject", config: FinetuneConfig | None, *, from_scratch: 
     return subject.model | {"head": subject.head_weights} if uses_head else subject.model
 
 
-def _training(config: FinetuneConfig, subject: "Subject") -> Entry:
-    return config.deciding() | {"precision": str(precision_of(config.precision, subject.world))}
+def _training(config: FinetuneConfig, subject: "EvaluatedModel") -> Entry:
+    return config.result_fields() | {"precision": str(precision_of(config.precision, subject.world))}
 
 
 def _optimum() -> Entry:

@@ -23,7 +23,7 @@ from simclr.losses.metrics import alignment, effective_rank, uniformity
 from simclr.models.encoder import Encoder
 from simclr.models.inference import device_of, inference, require_channels, require_finite
 from simclr.random import shuffled
-from simclr.views.policy import Policy, Semantics
+from simclr.views.policy import AugmentationPreset, Policy
 from simclr.views.views import make_views
 
 VIEW_ROWS = 2_000  # images of which two views are compared
@@ -82,7 +82,7 @@ class LabelFree:
     silhouette: float
     """Mean over the sample."""
     silhouette_rows: int
-    misfits: list[Misfit]
+    outliers: list[Misfit]
     """The worst silhouettes, the worst first."""
     within: Duplicates | None
     """Copies within the images; None where they were not looked for."""
@@ -149,7 +149,7 @@ def label_free(
         num_clusters=len(np.unique(assigned)),
         silhouette=float(silhouettes.mean()),
         silhouette_rows=len(judged),
-        misfits=_misfits(unit, images, assigned, judged, silhouettes),
+        outliers=_misfits(unit, images, assigned, judged, silhouettes),
         within=_copies("copies within", images, None, progress) if duplicates else None,
         across=_copies("copies across", images, test, progress) if duplicates and test is not None else None,
         seed=seed,
@@ -180,7 +180,7 @@ def view_features(
     images: Images,
     *,
     policy: Policy | None = None,
-    semantics: Semantics = "google",
+    preset: AugmentationPreset = "google",
     seed: int = 0,
     rows: int = VIEW_ROWS,
     batch_size: int = 256,
@@ -189,13 +189,13 @@ def view_features(
 
     Args:
         policy: The run's, for the alignment that it was trained for; None: crop and flip alone, which is fair to all.
-        semantics: Whose crop, without a policy.
+        preset: Whose crop, without a policy.
     """
     config = encoder.config
     require_channels(config.channels, images)
     if policy is None:
-        preset = Policy.google if semantics == "google" else Policy.torchvision
-        policy = preset(config.size, channels=config.channels, jitter=0, gray=0, blur=0)
+        make_policy = Policy.google if preset == "google" else Policy.torchvision
+        policy = make_policy(config.size, channels=config.channels, jitter=0, gray=0, blur=0)
     device = device_of(encoder)
     chosen = _sample(len(images), rows, seed)
     first, second = [], []

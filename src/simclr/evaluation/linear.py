@@ -13,10 +13,10 @@ from typing import Literal
 
 from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig
 from simclr.data.images import Images
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.evaluation.finetune import Finetuned, finetune
 from simclr.models.encoder import Encoder
-from simclr.views.policy import Semantics
+from simclr.views.policy import AugmentationPreset
 
 MOST_FOR_OPTIMUM = 100_000  # rows of width 2,048 then take 0.8 GB
 
@@ -28,8 +28,8 @@ def linear(
     config: FinetuneConfig = FINETUNE_RECIPES["linear"],
     *,
     seed: int,
-    semantics: Semantics = "google",
-    world: World | None = None,
+    preset: AugmentationPreset = "google",
+    world: DistributedContext | None = None,
     run: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Finetuned:
@@ -40,7 +40,7 @@ def linear(
     assert config.tune_from == "none" and config.head_layer == 0, config
     return finetune(
         encoder, None, train, test, config,
-        seed=seed, semantics=semantics, world=world, run=run, progress=progress,
+        seed=seed, preset=preset, world=world, run=run, progress=progress,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.finetune import finetune, supervised
 from simclr.evaluation.keys import accuracy_key
@@ -29,9 +29,9 @@ from simclr.evaluation.knn import KNN_TEMPERATURE, knn_votes
 from simclr.evaluation.linear import how_to_probe, linear
 from simclr.evaluation.logistic import logistic_probe, optimum_probe
 from simclr.evaluation.metrics import SUPERVISED, mean_per_class, top_k
-from simclr.evaluation.results import Ledger, name_of
+from simclr.evaluation.results import ResultStore, name_of
 from simclr.evaluation.split import Split
-from simclr.evaluation.subjects import RANDOM, Subject
+from simclr.evaluation.subjects import RANDOM, EvaluatedModel
 from simclr.training.progress import counting
 
 Protocol = Literal["knn", "linear", "logistic", "finetune", "supervised"]
@@ -78,12 +78,12 @@ def measure(
     protocols: Sequence[Protocol],
     seeds: Sequence[int],
     *,
-    subjects_of: Callable[[int], list[Subject]],
+    subjects_of: Callable[[int], list[EvaluatedModel]],
     split_of: Callable[[int], Split],
     settings: Settings,
-    ledger: Ledger,
+    ledger: ResultStore,
     folder: Path | None,
-    world: World,
+    world: DistributedContext,
     say: Callable[[str], None],
     failed: Callable[[str, UserError], None],
 ) -> Iterator[Measurement]:
@@ -118,14 +118,14 @@ def measure(
 
 def _measure(
     protocol: Protocol,
-    subject: Subject,
+    subject: EvaluatedModel,
     *,
     split: Split,
     seed: int,
     settings: Settings,
-    ledger: Ledger,
+    ledger: ResultStore,
     folder: Path | None,
-    world: World,
+    world: DistributedContext,
     say: Callable[[str], None],
 ) -> Measurement:
     """From the ledger, or measured now."""
@@ -143,7 +143,7 @@ def _measure(
     return Measurement(subject=name, protocol=protocol, seed=seed, **ledger.get(key, run, about=about))
 
 
-def makes_sense(protocol: str, subject: Subject, first: Subject) -> bool:
+def makes_sense(protocol: str, subject: EvaluatedModel, first: EvaluatedModel) -> bool:
     """Pixels have no network; a random one is trained once, as the supervised baseline."""
     if protocol == SUPERVISED:
         return subject is first and subject.encoder is not None
@@ -152,13 +152,13 @@ def makes_sense(protocol: str, subject: Subject, first: Subject) -> bool:
 
 def _run(
     protocol: Protocol,
-    subject: Subject,
+    subject: EvaluatedModel,
     split: Split,
     seed: int,
     settings: Settings,
     config: FinetuneConfig | None,
     place: Path | None,
-    world: World,
+    world: DistributedContext,
 ) -> tuple[dict[str, float], str]:
     assert split.train.labels is not None and split.test.labels is not None
     labels, asked = split.train.labels, split.test.labels
@@ -180,24 +180,26 @@ def _run(
     return {**_figures(fitted.scores, classes, asked), "l2": fitted.strength}, how
 
 
-def fitting(what: str, world: World, *, unit: str) -> AbstractContextManager[Callable[[int, int], None] | None]:
+def fitting(
+    what: str, world: DistributedContext, *, unit: str
+) -> AbstractContextManager[Callable[[int, int], None] | None]:
     """Progress of work that mostly takes seconds: lines only where it takes longer."""
     return counting(what, main=world.is_main, lines=True, unit=unit, after=QUIET_SECONDS)
 
 
 def _train(
     protocol: Protocol,
-    subject: Subject,
+    subject: EvaluatedModel,
     split: Split,
     seed: int,
     config: FinetuneConfig | None,
     place: Path | None,
-    world: World,
+    world: DistributedContext,
 ) -> tuple[dict[str, float], str]:
     """A network trained on the labels, from the subject's weights or from new ones."""
     assert subject.encoder is not None and config is not None
     train, test = (subject.fitted(images) for images in (split.train, split.test))
-    shared: dict[str, Any] = {"seed": seed, "semantics": subject.preprocessing, "world": world, "run": place}
+    shared: dict[str, Any] = {"seed": seed, "preset": subject.preprocessing, "world": world, "run": place}
     with counting("training", main=world.is_main, lines=True) as progress:
         shared["progress"] = progress
         if protocol == SUPERVISED:
@@ -221,12 +223,12 @@ def _figures(scores: np.ndarray, classes: np.ndarray, labels: np.ndarray | None)
     return figures | ({"top5": top_k(scores, targets, 5)} if len(classes) > 5 else {})
 
 
-def _by_sgd(protocol: Protocol, subject: Subject, split: Split, settings: Settings) -> bool:
+def _by_sgd(protocol: Protocol, subject: EvaluatedModel, split: Split, settings: Settings) -> bool:
     how = how_to_probe(len(split.train)) if settings.linear == "auto" else settings.linear
     return protocol == "linear" and how == "sgd" and subject.encoder is not None
 
 
-def _training(protocol: Protocol, subject: Subject, split: Split, settings: Settings) -> FinetuneConfig | None:
+def _training(protocol: Protocol, subject: EvaluatedModel, split: Split, settings: Settings) -> FinetuneConfig | None:
     """The settings by which a protocol trains a network; None where it trains none."""
     num_images = len(split.train)
     if _by_sgd(protocol, subject, split, settings):
@@ -239,7 +241,7 @@ def _training(protocol: Protocol, subject: Subject, split: Split, settings: Sett
     return how_to_finetune(subject, split, settings)
 
 
-def how_to_finetune(subject: Subject, split: Split, settings: Settings) -> FinetuneConfig:
+def how_to_finetune(subject: EvaluatedModel, split: Split, settings: Settings) -> FinetuneConfig:
     """What a user asks for, over the recipe that is named, else over the one for these weights and so many labels."""
     num_images = len(split.train)
     if settings.recipe is not None:
@@ -250,7 +252,7 @@ def how_to_finetune(subject: Subject, split: Split, settings: Settings) -> Finet
     else:
         recipe = "small" if num_images <= SMALL else _papers_recipe(subject, split)
         config = _flipped(find_finetune_recipe(recipe), settings.flip)
-    return config.under(settings.over)
+    return config.with_overrides(settings.over)
 
 
 def supervised_recipe(network: nn.Module, num_images: int, flip: float | None) -> FinetuneConfig:
@@ -275,7 +277,7 @@ def _flipped(config: FinetuneConfig, flip: float | None) -> FinetuneConfig:
     return config if flip is None else replace(config, flip=flip)
 
 
-def _papers_recipe(subject: Subject, split: Split) -> str:
+def _papers_recipe(subject: EvaluatedModel, split: Split) -> str:
     """By the number of layers of the head (3 in SimCLR v2) and the share of the labels that is used."""
     version = "v2" if subject.head is not None and len(subject.head.layers) > 2 else "v1"
     share = len(split.train) / split.num_labelled

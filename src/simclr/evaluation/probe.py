@@ -29,7 +29,7 @@ from simclr.models.inference import device_of, inference, require_channels, requ
 from simclr.models.init import seeded
 from simclr.models.resnet import ResNet
 from simclr.random import shuffled, uniforms
-from simclr.views.policy import Semantics
+from simclr.views.policy import AugmentationPreset
 from simclr.views.views import eval_images
 
 PROBE_VERSION = 1
@@ -85,7 +85,7 @@ def probe(
     tasks: Sequence[str] = tuple(TASKS),
     layers: Sequence[str] | None = None,
     seed: int = 0,
-    semantics: Semantics = "google",
+    preset: AugmentationPreset = "google",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Probes:
     """Train an MLP for each task on each layer's features of `train`, and test it on `test`.
@@ -98,7 +98,7 @@ def probe(
         tasks: Some of TASKS.
         layers: Some of `layers_of(encoder, head)`; None: all.
         seed: Of the transformations, of the rows where there are more than TRAIN_ROWS, and of the probes.
-        semantics: Whose evaluation preprocessing comes before the transformation.
+        preset: Whose evaluation preprocessing comes before the transformation.
 
     Raises:
         UserError: An unknown task or layer, too few images, or images of other channels than the encoder's.
@@ -124,8 +124,8 @@ def probe(
     table: dict[str, dict[str, float]] = {layer: {} for layer in layers}
     for task in tasks:
         progress(f"{task}: features")
-        learn, answers = _features(encoder, head, train, task, layers, seed, semantics)
-        asked_of, right = _features(encoder, head, test, task, layers, seed, semantics)
+        learn, answers = _features(encoder, head, train, task, layers, seed, preset)
+        asked_of, right = _features(encoder, head, test, task, layers, seed, preset)
         device = device_of(encoder)
         for layer in layers:
             progress(f"{task}: probing {layer}")
@@ -150,7 +150,7 @@ def transformed(
     seed: int,
     *,
     size: int,
-    semantics: Semantics = "google",
+    preset: AugmentationPreset = "google",
     device: torch.device | str = "cpu",
     chunk: int = 256,
 ) -> Iterator[tuple[Tensor, np.ndarray]]:
@@ -164,7 +164,7 @@ def transformed(
     for begin in range(0, len(images), chunk):
         rows = np.arange(begin, min(begin + chunk, len(images)))
         answers = np.searchsorted(ends, uniforms(seed, 0, rows, stream, 0)[:, 0], side="right")  # (B,)
-        pixels = eval_images(images.peek(rows), size, semantics, device=device)  # (B, C, S, S)
+        pixels = eval_images(images.peek(rows), size, preset, device=device)  # (B, C, S, S)
         yield _transform(pixels, task, answers, rows, seed), answers
 
 
@@ -215,7 +215,7 @@ def _features(
     task: str,
     layers: Sequence[str],
     seed: int,
-    semantics: Semantics,
+    preset: AugmentationPreset,
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """(n, F) features of each layer, averaged over positions where it has them, and (n,) answers."""
     seen: dict[str, Tensor] = {}
@@ -233,9 +233,7 @@ def _features(
         for name, (module, channels) in _stages(encoder).items():
             if name in layers:
                 stack.callback(module.register_forward_hook(partial(keep, name, channels)).remove)
-        for pixels, targets in transformed(
-            images, task, seed, size=encoder.config.size, semantics=semantics, device=device
-        ):
+        for pixels, targets in transformed(images, task, seed, size=encoder.config.size, preset=preset, device=device):
             h = encoder(pixels)
             above = [h] if head is None else head.hiddens(h)
             seen |= dict(zip(layers_of(encoder, head)[-len(above) :], above, strict=True))

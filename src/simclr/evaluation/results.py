@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from simclr import __version__
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.files import open_regular, reason_of, wait_for_lock
 from simclr.training.progress import say
@@ -27,7 +27,7 @@ Entry = dict[str, Any]
 """What JSON can hold."""
 
 
-class Ledger:
+class ResultStore:
     """Finished pieces of work, in memory and, where there is a file, on the disk.
 
     A file that cannot be read or written loses nothing of what is computed: a warning is printed once, and the results
@@ -38,11 +38,11 @@ class Ledger:
         world: The processes that share the work; all make the same calls, and the main one writes.
     """
 
-    def __init__(self, file: Path | None, world: World | None = None) -> None:
+    def __init__(self, file: Path | None, world: DistributedContext | None = None) -> None:
         self.file = file
         self.reused = 0
         """Calls of `get` that were answered from the file."""
-        self._world = World() if world is None else world
+        self._world = DistributedContext() if world is None else world
         self._known: dict[str, Entry] = {}
         self._writes = file is not None and self._world.is_main
         if file is not None:

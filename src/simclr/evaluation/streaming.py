@@ -23,7 +23,7 @@ from simclr.data.readers.named import NAMES
 from simclr.data.readers.scan import Found, scan_folder
 from simclr.data.source import open_data
 from simclr.errors import UserError
-from simclr.views.policy import Semantics
+from simclr.views.policy import AugmentationPreset
 from simclr.views.views import eval_images
 
 LeaveOut = Callable[[Skipped], None]
@@ -43,7 +43,7 @@ class View:
 
     channels: int
     size: int
-    semantics: Semantics
+    preset: AugmentationPreset
 
 
 def stream_views(source: str, view: View, *, batch_size: int, how: Reading, leave_out: LeaveOut) -> Iterator[Batch]:
@@ -98,7 +98,7 @@ def _view_of(path: Path, view: View, side: int | None) -> Tensor | str:
     if isinstance(pixels, str):
         return pixels
     require_no_colour(pixels.shape[2], view.channels, str(path), who="The model")
-    return eval_images([with_channels(pixels, view.channels)], view.size, view.semantics)[0]
+    return eval_images([with_channels(pixels, view.channels)], view.size, view.preset)[0]
 
 
 def _in_memory(source: str, view: View, batch_size: int, how: Reading, leave_out: LeaveOut) -> Iterator[Batch]:
@@ -114,6 +114,6 @@ def _in_memory(source: str, view: View, batch_size: int, how: Reading, leave_out
     for begin in range(0, len(images), batch_size):
         rows = range(begin, min(begin + batch_size, len(images)))
         fitted = [with_channels(pixels, view.channels) for pixels in images.peek(rows)]
-        yield Batch([images.keys[row] for row in rows], eval_images(fitted, view.size, view.semantics))
+        yield Batch([images.keys[row] for row in rows], eval_images(fitted, view.size, view.preset))
         if how.progress is not None:
             how.progress(rows.stop, len(images))

@@ -1,6 +1,7 @@
 """What is evaluated: a run, an encoder's folder, a pretrained model of timm or torchvision, random weights, pixels.
 
-Each is a `Subject`: a name, perhaps an encoder with its projection head, and the features of any images, made once.
+Each is an `EvaluatedModel`: a name, perhaps an encoder with its projection head, and the features of any images,
+computed once.
 """
 
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import torch
 
 from simclr.config.encoder import TIMM, TORCHVISION, EncoderConfig
 from simclr.data.images import Images, fit_channels
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.keys import features_key
 from simclr.evaluation.results import name_of
@@ -20,8 +21,8 @@ from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.models.inference import extract, pixels_of
 from simclr.training.progress import counting
-from simclr.views.policy import Semantics
-from simclr.weights.folder import Embedder, digest_of, load_quietly
+from simclr.views.policy import AugmentationPreset
+from simclr.weights.folder import Model, digest_of, load_quietly
 from simclr.weights.training_progress import TrainingProgress
 
 RANDOM, PIXELS = "random", "pixels"
@@ -30,7 +31,7 @@ FOREIGN_SIZE = 224  # pixels that nearly every pretrained model expects
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
+class EvaluatedModel:
     """Something that gives features."""
 
     name: str
@@ -38,14 +39,14 @@ class Subject:
     encoder: Encoder | None
     """None: the pixels themselves."""
     head: ProjectionHead | None = None
-    preprocessing: Semantics = "google"
+    preprocessing: AugmentationPreset = "google"
     size: int
     """Of the images that it sees, in pixels."""
     channels: int
     progress: TrainingProgress | None = None
     """How far its training had come; None where that is unknown."""
     cache: FeatureCache = field(default_factory=lambda: FeatureCache(None))
-    world: World = field(default_factory=World)
+    world: DistributedContext = field(default_factory=DistributedContext)
 
     def features(self, images: Images, *, crop: float | None = None) -> np.ndarray:
         """(n, F) float32 in the order of the images, from the cache where they were made before.
@@ -58,13 +59,13 @@ class Subject:
         """
         images = self.fitted(images)
         if self.encoder is None:
-            return pixels_of(images, size=self.size, semantics=self.preprocessing, crop=crop)
+            return pixels_of(images, size=self.size, preset=self.preprocessing, crop=crop)
         encoder = self.encoder
 
         def make() -> np.ndarray:
             with counting(f"Features of {self.name}", main=self.world.is_main) as progress:
                 return extract(
-                    encoder, images, semantics=self.preprocessing, crop=crop, world=self.world, progress=progress
+                    encoder, images, preset=self.preprocessing, crop=crop, world=self.world, progress=progress
                 )  # (n, F)
 
         shape = len(images), encoder.num_features
@@ -101,9 +102,9 @@ class Subject:
 
 
 def open_subject(
-    name: str, *, like: EncoderConfig, preprocessing: Semantics, seed: int, cache: FeatureCache, world: World,
-    size: int = FOREIGN_SIZE, pretrained: bool = True,
-) -> Subject:  # fmt: skip
+    name: str, *, like: EncoderConfig, preprocessing: AugmentationPreset, seed: int, cache: FeatureCache,
+    world: DistributedContext, size: int = FOREIGN_SIZE, pretrained: bool = True,
+) -> EvaluatedModel:  # fmt: skip
     """The subject that a user names.
 
     Args:
@@ -119,7 +120,7 @@ def open_subject(
     """
     shared = {"cache": cache, "world": world}
     if name == PIXELS:
-        return Subject(
+        return EvaluatedModel(
             name=name,
             encoder=None,
             preprocessing=preprocessing,
@@ -135,7 +136,7 @@ def open_subject(
     return subject_of(load_quietly(name), name, **shared)
 
 
-def subject_of(model: Embedder, name: str, *, cache: FeatureCache, world: World) -> Subject:
+def subject_of(model: Model, name: str, *, cache: FeatureCache, world: DistributedContext) -> EvaluatedModel:
     """What was loaded from a run, a folder or a file, by the name that the user gave it."""
     subject = _subject(name, model.encoder, model.head, model.preprocessing, cache=cache, world=world)
     return replace(subject, progress=model.progress)
@@ -156,10 +157,10 @@ def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
 
 
 def _subject(
-    name: str, encoder: Encoder, head: ProjectionHead | None, preprocessing: Semantics, *, cache: FeatureCache,
-    world: World,
-) -> Subject:  # fmt: skip
-    return Subject(
+    name: str, encoder: Encoder, head: ProjectionHead | None, preprocessing: AugmentationPreset, *, cache: FeatureCache,
+    world: DistributedContext,
+) -> EvaluatedModel:  # fmt: skip
+    return EvaluatedModel(
         name=name,
         encoder=encoder.to(world.device).eval(),
         head=head if head is None else head.to(world.device).eval(),

@@ -21,8 +21,8 @@ from simclr.errors import UserError
 from simclr.evaluation.keys import linear_transfer_key
 from simclr.evaluation.logistic import L2_PATH, logistic_probe
 from simclr.evaluation.metrics import accuracy, mean_average_precision_11, mean_per_class, permutation_test
-from simclr.evaluation.results import Ledger
-from simclr.evaluation.subjects import Subject
+from simclr.evaluation.results import ResultStore
+from simclr.evaluation.subjects import EvaluatedModel
 
 TRANSFER_VERSION = 1
 """Raise it when the same features and labels give another score, choice or credits (`judge`) in linear transfer."""
@@ -50,11 +50,15 @@ class Transferred:
     """Whether every fit of a logistic regression reached its tolerance."""
 
 
-Measure = Callable[[Subject, TransferSet], Transferred]
+Measure = Callable[[EvaluatedModel, TransferSet], Transferred]
 
 
 def transfer(
-    subjects: Sequence[Subject], sets: Sequence[TransferSet], measure: Measure, *, progress: Callable[[str], None]
+    subjects: Sequence[EvaluatedModel],
+    sets: Sequence[TransferSet],
+    measure: Measure,
+    *,
+    progress: Callable[[str], None],
 ) -> list[Transferred]:
     """Measure every subject on every set.
 
@@ -77,12 +81,12 @@ def transfer(
 
 
 def linear_transfer(
-    subject: Subject,
+    subject: EvaluatedModel,
     data: TransferSet,
     *,
     seed: int,
     strengths: Sequence[float] = L2_PATH,
-    ledger: Ledger | None = None,
+    ledger: ResultStore | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Transferred:
     """Logistic regression on frozen features, without augmentation; one for each class where an image may show several.
@@ -120,7 +124,7 @@ def linear_transfer(
 
     key = linear_transfer_key(subject, data, seed, strengths=list(strengths), crop=CROP, version=TRANSFER_VERSION)
     about = {"subject": subject.name, "images": data.name, "split": data.how}
-    found = (ledger or Ledger(None)).get(key, measure, about=about)
+    found = (ledger or ResultStore(None)).get(key, measure, about=about)
     return Transferred(subject=subject.name, data=data.name, metric=data.metric, seed=seed, **found)
 
 

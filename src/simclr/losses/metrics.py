@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from simclr.distributed import World
-from simclr.losses.nt_xent import check_views, l2_normalize, precise
+from simclr.distributed import DistributedContext
+from simclr.losses.nt_xent import check_views, l2_normalize, upcast
 
 __all__ = ["alignment", "contrastive_accuracy_and_entropy", "effective_rank", "uniformity"]
 
@@ -21,7 +21,7 @@ CHUNK = 1024
 
 @torch.no_grad()
 def contrastive_accuracy_and_entropy(
-    za: Tensor, zb: Tensor, temperature: float = 0.1, normalize: bool = True, *, world: World | None = None
+    za: Tensor, zb: Tensor, temperature: float = 0.1, normalize: bool = True, *, world: DistributedContext | None = None
 ) -> tuple[Tensor, Tensor]:
     """How well a first view finds its partner among the second views of the batch, and how sure it is.
 
@@ -38,9 +38,9 @@ def contrastive_accuracy_and_entropy(
         world: The processes that share the batch, N = n x processes; every process gets the global figures.
     """
     check_views(za, zb, temperature)
-    world = world or World()
+    world = world or DistributedContext()
     with torch.autocast(za.device.type, enabled=False):
-        za, zb = precise(za), precise(zb)
+        za, zb = upcast(za), upcast(zb)
         if normalize:
             za, zb = l2_normalize(za), l2_normalize(zb)
         partners = world.all_gather_rows(zb)  # (N, D)
@@ -67,7 +67,7 @@ def alignment(za: Tensor, zb: Tensor, alpha: float = 2.0) -> Tensor:
         zb: (n, D) projections of the second views, in the same order.
         alpha: The power.
     """
-    distances = (l2_normalize(precise(za)) - l2_normalize(precise(zb))).norm(dim=1)  # (n,)
+    distances = (l2_normalize(upcast(za)) - l2_normalize(upcast(zb))).norm(dim=1)  # (n,)
     return distances.pow(alpha).mean()
 
 
@@ -82,7 +82,7 @@ def uniformity(z: Tensor, t: float = 2.0) -> Tensor:
         t: Sharpness of the kernel.
     """
     with torch.autocast(z.device.type, enabled=False):
-        u = l2_normalize(precise(z))
+        u = l2_normalize(upcast(z))
         total = u.new_zeros(())
         for rows in _chunks(len(u)):
             kernel = (u[rows] @ u.T).sub_(1.0).mul_(2 * t).exp_()  # (rows, n); |u - v|^2 = 2 - 2 u.v
@@ -102,7 +102,7 @@ def effective_rank(h: Tensor) -> Tensor:
     Args:
         h: (n, F) features; n well above F for an estimate that does not depend on n. Costs n F min(n, F).
     """
-    h = precise(h)
+    h = upcast(h)
     if not h.isfinite().all():  # the decomposition would raise, and a measure must not end the run
         return h.new_tensor(math.nan)
     singular = torch.linalg.svdvals(h)  # (min(n, F),)

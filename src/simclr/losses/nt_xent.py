@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.losses.operands import Operands, operands_for
 from simclr.losses.streamed import others_logsumexp
@@ -32,7 +32,7 @@ __all__ = [
     "nt_xent_views",
     "nt_xent_views_dense",
     "nt_xent_views_streamed",
-    "precise",
+    "upcast",
 ]
 
 STREAM_FROM_ROWS = 640
@@ -45,7 +45,7 @@ def nt_xent(
     temperature: float = 0.1,
     normalize: bool = True,
     *,
-    world: World | None = None,
+    world: DistributedContext | None = None,
     decoupled: bool = False,
 ) -> Tensor:
     """Mean over all views of the cross entropy of picking a view's partner among all other views.
@@ -83,7 +83,7 @@ def nt_xent_views(
     temperature: float = 0.1,
     normalize: bool = True,
     *,
-    world: World | None = None,
+    world: DistributedContext | None = None,
     decoupled: bool = False,
 ) -> Tensor:
     """`nt_xent` for any number of views: the mean over ordered pairs (i, p) of two views of one image of
@@ -109,7 +109,7 @@ def nt_xent_views(
 def nt_xent_dense(za: Tensor, zb: Tensor, temperature: float = 0.1, normalize: bool = True) -> Tensor:
     """The definition of `nt_xent`, with the whole similarity matrix in memory."""
     with torch.autocast(za.device.type, enabled=False):
-        z = precise(torch.cat([za, zb]))  # (N, D)
+        z = upcast(torch.cat([za, zb]))  # (N, D)
         if normalize:
             z = l2_normalize(z)
         logits = z @ z.T / temperature  # (N, N)
@@ -123,7 +123,7 @@ def nt_xent_views_dense(
 ) -> Tensor:
     """The definition of `nt_xent_views`, with the whole similarity matrix in memory."""
     with torch.autocast(views.device.type, enabled=False):
-        z = precise(views).flatten(0, 1)  # (N, D)
+        z = upcast(views).flatten(0, 1)  # (N, D)
         if normalize:
             z = l2_normalize(z)
         logits = z @ z.T / temperature  # (N, N)
@@ -135,7 +135,7 @@ def nt_xent_views_dense(
 
 
 def nt_xent_streamed(
-    za: Tensor, zb: Tensor, temperature: float = 0.1, normalize: bool = True, *, world: World | None = None
+    za: Tensor, zb: Tensor, temperature: float = 0.1, normalize: bool = True, *, world: DistributedContext | None = None
 ) -> Tensor:
     """`nt_xent` without the similarity matrix, on any number of processes."""
     return nt_xent_views_streamed(torch.stack([za, zb]), temperature, normalize, world=world)
@@ -146,13 +146,13 @@ def nt_xent_views_streamed(
     temperature: float = 0.1,
     normalize: bool = True,
     *,
-    world: World | None = None,
+    world: DistributedContext | None = None,
     decoupled: bool = False,
 ) -> Tensor:
     """`nt_xent_views` without the similarity matrix, on any number of processes."""
     with torch.autocast(views.device.type, enabled=False):
         kernels = operands_for(views)
-        views = precise(views)  # (V, n, D)
+        views = upcast(views)  # (V, n, D)
         if normalize:
             views = l2_normalize(views)
         if kernels is Operands.BF16:  # for every product alike, that of a positive pair too
@@ -184,7 +184,7 @@ class _GatherRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, world: World) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, world: DistributedContext) -> Tensor:
         ctx.world = world
         return world.all_gather_rows(rows)
 
@@ -195,12 +195,12 @@ class _GatherRows(torch.autograd.Function):
         return grad[own] * ctx.world.size, None
 
 
-def precise(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """fp32, or fp64 for fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _few(rows: int, world: World | None) -> bool:
+def _few(rows: int, world: DistributedContext | None) -> bool:
     """Whether the dense form is the faster one."""
     return (world is None or world.size == 1) and rows < STREAM_FROM_ROWS
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.losses.operands import Operands
 
 __all__ = ["others_logsumexp"]
@@ -46,7 +46,7 @@ def others_logsumexp(
     *,
     bounded: bool,
     group: int = 1,
-    world: World | None = None,
+    world: DistributedContext | None = None,
     tile: int | None = None,
     kernels: Operands | None = None,
 ) -> Tensor:
@@ -70,7 +70,7 @@ def others_logsumexp(
     if tile is None:
         tile = CPU_TILE if z.device.type == "cpu" else GPU_TILE
     tile = max(tile // group, 1) * group  # groups lie within tiles
-    return _OthersLogSumExp.apply(z, temperature, bounded, group, world or World(), tile, kernels)
+    return _OthersLogSumExp.apply(z, temperature, bounded, group, world or DistributedContext(), tile, kernels)
 
 
 class _OthersLogSumExp(torch.autograd.Function):
@@ -81,7 +81,7 @@ class _OthersLogSumExp(torch.autograd.Function):
         temperature: float,
         bounded: bool,
         group: int,
-        world: World,
+        world: DistributedContext,
         tile: int,
         kernels: Operands | None,
     ) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.losses import distillation
 from simclr.models.classifier import Classifier
 
@@ -35,7 +35,13 @@ class Distill(nn.Module):
     """
 
     def __init__(
-        self, student: Classifier, teacher: nn.Module, *, temperature: float, alpha: float = 1.0, world: World
+        self,
+        student: Classifier,
+        teacher: nn.Module,
+        *,
+        temperature: float,
+        alpha: float = 1.0,
+        world: DistributedContext,
     ) -> None:
         super().__init__()
         self.student = student

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.losses import nt_xent
 from simclr.losses.metrics import alignment, contrastive_accuracy_and_entropy, effective_rank, uniformity
 from simclr.models.encoder import Encoder
@@ -36,7 +36,7 @@ class SimCLR(nn.Module):
         *,
         temperature: float,
         loss_scale: float,
-        world: World,
+        world: DistributedContext,
         decoupled: bool = False,
     ) -> None:
         super().__init__()

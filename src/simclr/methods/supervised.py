@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.models.classifier import Classifier
 from simclr.models.resnet import ResNet
@@ -45,7 +45,7 @@ class Classify(nn.Module):
         UserError: A block group of an encoder that has none.
     """
 
-    def __init__(self, network: Classifier, *, tune_from: TuneFrom = "all", world: World) -> None:
+    def __init__(self, network: Classifier, *, tune_from: TuneFrom = "all", world: DistributedContext) -> None:
         super().__init__()
         self.network = network
         self.world = world

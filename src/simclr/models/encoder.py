@@ -81,7 +81,7 @@ def build_encoder(config: EncoderConfig, *, seed: int = 0, pretrained: bool = Fa
     Raises:
         UserError: The library cannot build the model, or there are no pretrained weights.
     """
-    if config.is_foreign:
+    if config.is_external:
         with seeded(seed, "encoder"):
             backbone, num_features, normalisation = _build_foreign(config, pretrained)
         if normalisation is not None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from simclr.data.images import Images
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import NotFinite, UserError
 from simclr.models.encoder import Encoder
-from simclr.views.policy import Semantics
+from simclr.views.policy import AugmentationPreset
 from simclr.views.views import eval_images
 
-ALONE = World()
+ALONE = DistributedContext()
 FEATURES_VERSION = 1
 """Version of features: raise it when the same weights and pixels give other features by more than rounding, because of
 the evaluation preprocessing (crop, resizing), the networks' forward passes or what is taken as the features."""
@@ -25,17 +25,17 @@ def extract(
     encoder: Encoder,
     images: Images,
     *,
-    semantics: Semantics = "google",
+    preset: AugmentationPreset = "google",
     crop: float | None = None,
     batch_size: int = 256,
-    world: World = ALONE,
+    world: DistributedContext = ALONE,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """Features h of every image, in the order of the data, with the encoder in inference mode.
 
     Args:
         encoder: On the device where the work is to be done; its mode is restored afterwards.
-        semantics: Whose evaluation preprocessing: the one that the encoder was trained with.
+        preset: Whose evaluation preprocessing: the one that the encoder was trained with.
         crop: Share of the shorter side that is kept; None: the authors' rule (`eval_images`).
         world: The processes that share the work; all must call.
         progress: Called with (done, total) images.
@@ -50,7 +50,7 @@ def extract(
     require_channels(config.channels, images)
     return outputs(
         encoder, images, encoder.num_features,
-        size=config.size, semantics=semantics, crop=crop, batch_size=batch_size, world=world, progress=progress,
+        size=config.size, preset=preset, crop=crop, batch_size=batch_size, world=world, progress=progress,
     )  # fmt: skip
 
 
@@ -60,10 +60,10 @@ def outputs(
     width: int,
     *,
     size: int,
-    semantics: Semantics = "google",
+    preset: AugmentationPreset = "google",
     crop: float | None = None,
     batch_size: int = 256,
-    world: World = ALONE,
+    world: DistributedContext = ALONE,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
     """What `network` gives for the evaluation view of each image, in inference mode and in the order of the images.
@@ -93,7 +93,7 @@ def outputs(
             mine = torch.zeros(batch_size, width, device=device)
             if begin < end:
                 some = images.peek(np.arange(begin, end)) if isinstance(images, Images) else images[begin:end]
-                pixels = eval_images(some, size, semantics, crop=crop, device=device)  # (B, C, size, size)
+                pixels = eval_images(some, size, preset, crop=crop, device=device)  # (B, C, size, size)
                 mine[: end - begin] = network(pixels)
             end = min(first + world.size * batch_size, len(images))
             result[first:end] = world.all_gather_rows(mine)[: end - first].cpu().numpy()
@@ -104,13 +104,18 @@ def outputs(
 
 
 def pixels_of(
-    images: Images, *, size: int, semantics: Semantics = "google", crop: float | None = None, batch_size: int = 256
+    images: Images,
+    *,
+    size: int,
+    preset: AugmentationPreset = "google",
+    crop: float | None = None,
+    batch_size: int = 256,
 ) -> np.ndarray:
     """The evaluation pixels themselves as features: the baseline of every table. (n, C*S*S) float32."""
     batches = []
     for begin in range(0, len(images), batch_size):
         rows = np.arange(begin, min(begin + batch_size, len(images)))
-        batches.append(eval_images(images.peek(rows), size, semantics, crop=crop).flatten(1).numpy())  # (B, C*S*S)
+        batches.append(eval_images(images.peek(rows), size, preset, crop=crop).flatten(1).numpy())  # (B, C*S*S)
     return np.concatenate(batches)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from simclr.reports.run_results import Table
 from simclr.reports.table import markdown_table, seeds_note
 from simclr.weights.exporters.preprocessing import in_words
-from simclr.weights.folder import Embedder
+from simclr.weights.folder import Model
 
 SETTINGS = (
     "encoder", "width", "stem", "sk", "head", "head_layers", "head_dim", "size", "views", "strength", "crop_min",
@@ -30,7 +30,7 @@ BASELINE_MEANINGS = {
 
 def model_card(
     name: str,
-    model: Embedder,
+    model: Model,
     *,
     preprocessing: dict[str, Any],
     origin: dict[str, Any],
@@ -66,7 +66,7 @@ def model_card(
     return ("\n\n".join(parts) + "\n").encode()
 
 
-def _front_matter(model: Embedder, licence: str | None) -> str:
+def _front_matter(model: Model, licence: str | None) -> str:
     """YAML; JSON's strings are YAML's too."""
     task = "image-classification" if model.classes else "image-feature-extraction"
     lines = ["---", f"license: {json.dumps(licence or 'other')}"]
@@ -76,7 +76,7 @@ def _front_matter(model: Embedder, licence: str | None) -> str:
     return "\n".join([*lines, "- contrastive-learning", f"- {task}", "---"])
 
 
-def _summary(model: Embedder, origin: dict[str, Any], run: dict[str, Any] | None) -> str:
+def _summary(model: Model, origin: dict[str, Any], run: dict[str, Any] | None) -> str:
     config = model.encoder.config
     images = f"{config.channels}-channel images of {config.size} x {config.size} pixels"
     width = "" if config.width == 1 else f", width {config.width:g}"
@@ -94,7 +94,7 @@ def _summary(model: Embedder, origin: dict[str, Any], run: dict[str, Any] | None
     return what + "Where its weights come from is not recorded."
 
 
-def _use(model: Embedder) -> str:
+def _use(model: Model) -> str:
     lines = ["import simclr", "", 'model = simclr.load("FOLDER")  # the downloaded files']
     lines.append(f'features = model.embed(["a.png", "b.png"])  # (2, {model.encoder.num_features}) float32')
     if model.classes:
@@ -122,7 +122,7 @@ def _training(origin: dict[str, Any], run: dict[str, Any] | None, config: dict[s
     return "\n".join(lines) + "\n\n" + "\n".join(table)
 
 
-def _progress(model: Embedder) -> str:
+def _progress(model: Model) -> str:
     if model.progress is None:
         return ""
     if model.progress.finished:
@@ -145,7 +145,7 @@ def _accuracy(tables: list[Table]) -> str:
     return "\n\n".join(shown)
 
 
-def _limits(model: Embedder, run: dict[str, Any] | None, tables: list[Table]) -> str:
+def _limits(model: Model, run: dict[str, Any] | None, tables: list[Table]) -> str:
     uses = "features for classification with few labels, for search and for grouping of images"
     lines = [f"- Made for {uses} like those that it was trained on; on others it was not measured."]
     if model.classes:

@@ -44,7 +44,7 @@ def draw_views(images: Images, policy: Policy, *, rows: int, columns: int, seed:
         axes[0, column].set_title("image" if column == 0 else f"view {'ab'[(column - 1) % 2]}", fontsize=8)
         for row in range(len(chosen)):
             _show(axes[row, column], shown[column][row])
-    figure.suptitle(f"{images.name}: {policy.semantics} views at {policy.size} pixels", fontsize=9)
+    figure.suptitle(f"{images.name}: {policy.preset} views at {policy.size} pixels", fontsize=9)
     return _png(figure)
 
 
@@ -91,9 +91,9 @@ def draw_copies(copies: Duplicates, images: Images, test: Images | None = None) 
     return _draw_images(copies.sentence, shown, lambda cell: parts[cell[0]].batch([cell[1]])[0])
 
 
-def draw_misfits(images: Images, misfits: list[Misfit]) -> bytes:
+def draw_misfits(images: Images, outliers: list[Misfit]) -> bytes:
     """The images that fit their clusters worst, with their silhouettes."""
-    cells = [(misfit.row, f"{misfit.silhouette:.2f}") for misfit in misfits]
+    cells = [(misfit.row, f"{misfit.silhouette:.2f}") for misfit in outliers]
     shown = [cells[begin : begin + 8] for begin in range(0, len(cells), 8)]
     return _draw_images(
         f"{images.name}: images that fit their cluster worst, by silhouette", shown, lambda row: images.batch([row])[0]

@@ -14,7 +14,7 @@ from simclr.evaluation.measure import TITLES
 from simclr.evaluation.metrics import BASELINES, SUPERVISED
 from simclr.evaluation.results import Entry, name_of, read_results
 from simclr.reports.table import Row
-from simclr.weights.folder import Embedder, digest_of
+from simclr.weights.folder import Model, digest_of
 
 OWN = "encoder"  # row of what was judged
 
@@ -38,7 +38,7 @@ class Table:
         return [Row(name, columns[name], baseline=name in BASELINES) for name in names]
 
 
-def results_of(folder: Path, model: Embedder) -> list[Table]:
+def results_of(folder: Path, model: Model) -> list[Table]:
     """The tables of a run, or of a network that was fine-tuned or distilled; none where nothing is known.
 
     Args:

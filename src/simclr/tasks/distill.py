@@ -26,7 +26,7 @@ from simclr.config.distill import DistillConfig
 from simclr.config.records import DistillRecord, read_record, versioned
 from simclr.data.images import Images
 from simclr.data.order import EndlessOrder
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.finetune import Stopped
 from simclr.evaluation.metrics import accuracy
@@ -43,7 +43,7 @@ from simclr.training.progress import Progress, say
 from simclr.training.run import RunFolder, describe_machine, hold
 from simclr.views.policy import crop_and_flip
 from simclr.views.views import has_kernels, make_view
-from simclr.weights.folder import Embedder, digest_of, save_classifier
+from simclr.weights.folder import Model, digest_of, save_classifier
 from simclr.weights.training_progress import TrainingProgress
 
 
@@ -61,7 +61,7 @@ class Distilled:
 
 
 def distill(
-    teacher: Embedder,
+    teacher: Model,
     student: Classifier,
     images: Images,
     config: DistillConfig,
@@ -69,7 +69,7 @@ def distill(
     *,
     seed: int,
     test: Images | None = None,
-    world: World | None = None,
+    world: DistributedContext | None = None,
     origin: dict[str, Any] | None = None,
 ) -> Distilled:
     """Train a copy of the student until the end or a signal, then test it and its teacher.
@@ -89,7 +89,7 @@ def distill(
         UserError: Images, networks and settings do not go together, or memory, disk or the loss gave out.
         Stopped: A signal asked to stop; called again with the same folder, the training goes on.
     """
-    world = World() if world is None else world
+    world = DistributedContext() if world is None else world
     taught_by = teacher.classifier
     assert taught_by is not None, "open_teacher sees to it"
     assert student.linear.out_features == len(teacher.classes), (student.linear, len(teacher.classes))
@@ -103,7 +103,7 @@ def distill(
     folder = RunFolder(run, how_to_resume="run the same command again")
     student = deepcopy(student)
     identity = {
-        "config": config.deciding(),
+        "config": config.result_fields(),
         "seed": seed,
         "images": images.fingerprint,
         "targets": None if targets is None else sha256(targets.astype("<i8").tobytes()).hexdigest(),
@@ -129,7 +129,7 @@ def distill(
             for name, (network, encoder) in networks.items():
                 logits = outputs(
                     network, test, len(teacher.classes),
-                    size=encoder.config.size, semantics=teacher.preprocessing, world=world,
+                    size=encoder.config.size, preset=teacher.preprocessing, world=world,
                 )  # fmt: skip
                 tested[name] = accuracy(logits.argmax(axis=1), test_targets)
         if world.is_main:
@@ -138,7 +138,7 @@ def distill(
 
 
 def build_task(
-    teacher: Embedder,
+    teacher: Model,
     student: Classifier,
     images: Images,
     targets: np.ndarray | None,
@@ -146,7 +146,7 @@ def build_task(
     run: RunFolder,
     *,
     seed: int,
-    world: World,
+    world: DistributedContext,
 ) -> Task:
     """The task of these settings; networks are on the device of this process.
 
@@ -179,7 +179,7 @@ def build_task(
     )  # fmt: skip
 
 
-def _targets(teacher: Embedder, images: Images, config: DistillConfig) -> np.ndarray | None:
+def _targets(teacher: Model, images: Images, config: DistillConfig) -> np.ndarray | None:
     """The column of each image's label where labels count."""
     if config.alpha == 1:
         return None
@@ -192,13 +192,13 @@ def _targets(teacher: Embedder, images: Images, config: DistillConfig) -> np.nda
 
 
 def _batches(
-    teacher: Embedder,
+    teacher: Model,
     student: Classifier,
     images: Images,
     targets: np.ndarray | None,
     config: DistillConfig,
     seed: int,
-    world: World,
+    world: DistributedContext,
 ) -> Callable[[int], Inputs]:
     """step -> this process's views for student and teacher, its targets, and the labelled images of the whole batch."""
     size, teachers_size = student.encoder.config.size, teacher.encoder.config.size
@@ -251,7 +251,7 @@ def _claim(folder: RunFolder, identity: dict[str, Any], origin: dict[str, Any]) 
     return threads
 
 
-def _run(task: Task, folder: RunFolder, config: DistillConfig, world: World) -> Outcome:
+def _run(task: Task, folder: RunFolder, config: DistillConfig, world: DistributedContext) -> Outcome:
     start = restore(task, folder, world)
     if start:
         say(f"Going on from step {start} of {task.total_steps}.", main=world.is_main)
@@ -261,7 +261,7 @@ def _run(task: Task, folder: RunFolder, config: DistillConfig, world: World) -> 
             return train(
                 task, folder, world,
                 start_step=start, workers=config.workers, log_every=config.log_every, save_every=config.save_every,
-                keep=config.keep, progress=progress,
+                max_checkpoints=config.max_checkpoints, progress=progress,
             )  # fmt: skip
         except torch.OutOfMemoryError:
             raise UserError(

@@ -13,7 +13,7 @@ from simclr.config.encoder import EncoderConfig
 from simclr.config.pretrain import require_seed
 from simclr.data.images import Images, fit_channels
 from simclr.data.labels import chosen_by
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.finetune import Stopped
 from simclr.models.classifier import Classifier
@@ -26,7 +26,7 @@ from simclr.tasks.opening import lasting, load_model, open_parts
 from simclr.tasks.teacher import open_teacher
 from simclr.training.progress import say
 from simclr.training.run import hold
-from simclr.weights.folder import Embedder
+from simclr.weights.folder import Model
 
 if TYPE_CHECKING:
     from simclr.tasks.options.labels import Distill
@@ -54,7 +54,7 @@ def distill(args: "Distill", over: Callable[[DistillConfig], DistillConfig]) -> 
 
 
 def _distill(
-    args: "Distill", over: Callable[[DistillConfig], DistillConfig], world: World
+    args: "Distill", over: Callable[[DistillConfig], DistillConfig], world: DistributedContext
 ) -> tuple[Distilled, Images | None]:
     """The student, and the images that it was tested on."""
     teacher = open_teacher(args.teacher, size=args.teacher_size, main=world.is_main)
@@ -78,7 +78,7 @@ def _distill(
     return result, test
 
 
-def open_student(args: "Distill", teacher: Embedder, *, main: bool = True) -> tuple[Classifier, str]:
+def open_student(args: "Distill", teacher: Model, *, main: bool = True) -> tuple[Classifier, str]:
     """The network that is to learn, and what it is in words.
 
     Args:
@@ -141,7 +141,7 @@ def _check(args: "Distill", asked: DistillConfig) -> None:
         find_distill_recipe(args.recipe)
 
 
-def _open_images(args: "Distill", teacher: Embedder, world: World) -> tuple[Images, Images | None]:
+def _open_images(args: "Distill", teacher: Model, world: DistributedContext) -> tuple[Images, Images | None]:
     """Images to learn on, with the labels that may be used, and labelled ones to test on, if there are any."""
     train, test = open_parts(args.data, world, labels=args.labels_file, pack=args.pack, side=args.pack_side)
     channels = teacher.encoder.config.channels
@@ -172,14 +172,14 @@ def _chosen(images: Images, labels: str, seed: int) -> np.ndarray:
 
 def _settle(
     args: "Distill", over: Callable[[DistillConfig], DistillConfig], images: Images, student: Classifier,
-    teacher: Embedder, world: World,
+    teacher: Model, world: DistributedContext,
 ) -> DistillConfig:  # fmt: skip
     """The complete settings: recipe, the temperature that suits the student, the flags on top."""
     name = args.recipe or ("small-distill" if len(images) <= SMALL else "v2-distill")
     if args.recipe is None:
         say(f"Recipe {name} ({len(images):,} images); --recipe chooses another.", main=world.is_main)
     itself = student.encoder.config == teacher.encoder.config
-    return replace(find_distill_recipe(name), temperature=SELF if itself else SMALLER).under(over)
+    return replace(find_distill_recipe(name), temperature=SELF if itself else SMALLER).with_overrides(over)
 
 
 def _print(result: Distilled, test: Images | None) -> None:

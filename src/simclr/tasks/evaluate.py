@@ -16,22 +16,22 @@ from simclr.data.fingerprint import SCHEME, first_scheme
 from simclr.data.images import Images
 from simclr.data.presets import TransferSet, open_transfer_set
 from simclr.data.readers.files import Reading
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache, cache_of
 from simclr.evaluation.finetune import Stopped
 from simclr.evaluation.measure import TITLES, Measurement, Protocol, Settings, makes_sense, measure
 from simclr.evaluation.metrics import BASELINES, SUPERVISED, mean_and_spread
-from simclr.evaluation.results import Ledger
+from simclr.evaluation.results import ResultStore
 from simclr.evaluation.split import Split, split_data
-from simclr.evaluation.subjects import PIXELS, RANDOM, Subject, open_subject, subject_of
+from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel, open_subject, subject_of
 from simclr.reports.table import Row, error_note, seeds_note, text_table
 from simclr.tasks.asked import ACCURACIES, check_asked, protocols_of
 from simclr.tasks.evaluate_reports import REPORTS, Report
 from simclr.tasks.opening import open_parts, require_writable, side_of, write
 from simclr.training.progress import counting, say
 from simclr.training.run import RunFolder, open_run
-from simclr.views.policy import Semantics
+from simclr.views.policy import AugmentationPreset
 from simclr.weights.folder import load_quietly
 from simclr.weights.training_progress import TrainingProgress
 
@@ -85,13 +85,13 @@ class Session:
     """The data's own test part, if any."""
     like: EncoderConfig
     """The encoder that is judged, or its shape."""
-    preprocessing: Semantics
+    preprocessing: AugmentationPreset
     cache: FeatureCache
-    ledger: Ledger
-    world: World
+    ledger: ResultStore
+    world: DistributedContext
     folder: Path | None = None
     """Where results are kept for a second call."""
-    _opened: dict[tuple[str, int | None], Subject] = field(default_factory=dict)
+    _opened: dict[tuple[str, int | None], EvaluatedModel] = field(default_factory=dict)
     """By name and, where the weights depend on it, seed."""
     _first: TransferSet | None = None
     """The first set to transfer to, split by the first seed."""
@@ -99,7 +99,7 @@ class Session:
     """Why results are missing."""
 
     @classmethod
-    def open(cls, args: "Evaluate", protocols: list[str], world: World) -> "Session":
+    def open(cls, args: "Evaluate", protocols: list[str], world: DistributedContext) -> "Session":
         """Open everything that can be wrong."""
         run = Path(args.run)
         model = load_quietly(run) if _is_folder(args.run) else None
@@ -120,7 +120,7 @@ class Session:
         if test is None:
             _warn_if_seen(run, train, world)
         folder = _folder(args)
-        ledger = Ledger(folder / "results.jsonl" if folder else None, world)
+        ledger = ResultStore(folder / "results.jsonl" if folder else None, world)
         if folder is not None and not world.broadcast(_can_be_made(folder, world)):
             say(f"{folder} cannot be written: nothing is kept there; --out names another folder.", main=world.is_main)
             folder = None
@@ -185,14 +185,14 @@ class Session:
                 self.tell(f"{one.name}: {note}")
         return found
 
-    def subjects(self, seed: int | None = None) -> list[Subject]:
+    def subjects(self, seed: int | None = None) -> list[EvaluatedModel]:
         """What is judged, and then what stands beside it; `random` has the weights of the seed."""
         seed = self.args.seed if seed is None else seed
         names = list(dict.fromkeys([self.args.run, *self.args.compare]))
         opened = [self._subject(name, seed) for name in names]
         return [replace(opened[0], name=ENCODER), *opened[1:]] if _is_folder(self.args.run) else opened
 
-    def _subject(self, name: str, seed: int) -> Subject:
+    def _subject(self, name: str, seed: int) -> EvaluatedModel:
         """Opened once; only random weights depend on the seed."""
         pretrained = self.protocols != [SUPERVISED]
         foreign = name.startswith((TIMM, TORCHVISION))
@@ -271,7 +271,7 @@ def _rows(measured: list[Measurement]) -> list[Row]:
 
 
 def _over_seeds(measured: list[Measurement]) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float | None]]]:
-    """Subject -> protocol -> mean top-1 accuracy, in [0, 1]; and its sample standard deviation, None of one seed."""
+    """Model -> protocol -> mean top-1 accuracy, in [0, 1]; and its sample standard deviation, None of one seed."""
     means: dict[str, dict[str, float]] = {}
     spreads: dict[str, dict[str, float | None]] = {}
     for name, row in _top1_by(measured, lambda one: one.protocol).items():
@@ -282,7 +282,7 @@ def _over_seeds(measured: list[Measurement]) -> tuple[dict[str, dict[str, float]
 
 
 def _top1_by(measured: list[Measurement], column: Callable[[Measurement], str]) -> dict[str, dict[str, list[float]]]:
-    """Subject -> column -> top-1 accuracies, in [0, 1]."""
+    """EvaluatedModel -> column -> top-1 accuracies, in [0, 1]."""
     found: dict[str, dict[str, list[float]]] = {}
     for one in measured:
         found.setdefault(one.subject, {}).setdefault(column(one), []).append(one.figures["top1"])
@@ -327,7 +327,7 @@ def _summary(session: Session, measured: list[Measurement], reports: dict[str, R
     }
 
 
-def _transfer_set(args: "Evaluate", source: str, seed: int, world: World) -> TransferSet:
+def _transfer_set(args: "Evaluate", source: str, seed: int, world: DistributedContext) -> TransferSet:
     side = side_of(Path(args.run), source, args.pack_side)
     with counting("Reading images", main=world.is_main) as progress:
         how = Reading(
@@ -348,7 +348,7 @@ def _folder(args: "Evaluate") -> Path | None:
     return Path(args.run) / "evaluation" if (Path(args.run) / "run.json").is_file() else None
 
 
-def _can_be_made(folder: Path, world: World) -> bool:
+def _can_be_made(folder: Path, world: DistributedContext) -> bool:
     """Whether files can be made there; the main process looks."""
     try:
         if world.is_main:
@@ -358,7 +358,7 @@ def _can_be_made(folder: Path, world: World) -> bool:
     return True
 
 
-def _shape(args: "Evaluate", images: Images, world: World) -> tuple[EncoderConfig, Semantics]:
+def _shape(args: "Evaluate", images: Images, world: DistributedContext) -> tuple[EncoderConfig, AugmentationPreset]:
     """The shape of the network that a name stands for: the recipe's for `random` and `pixels`."""
     if args.run in (RANDOM, PIXELS):
         recipe, _ = choose_recipe(images, on_gpu=world.device.type == "cuda")
@@ -367,11 +367,11 @@ def _shape(args: "Evaluate", images: Images, world: World) -> tuple[EncoderConfi
             name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=images.channels,
             size=config.size,
         )  # fmt: skip
-        return shape, config.views
+        return shape, config.augmentation
     return EncoderConfig(name=args.run, channels=3, size=args.size), "torchvision"
 
 
-def _warn_if_seen(run: Path, images: Images, world: World) -> None:
+def _warn_if_seen(run: Path, images: Images, world: DistributedContext) -> None:
     """Say so where images that are about to be split took part, unlabelled, in pretraining."""
     if not (run / "run.json").is_file():
         return

@@ -21,7 +21,7 @@ from simclr.evaluation.measure import SMALL, fitting, supervised_recipe
 from simclr.evaluation.metrics import BASELINES, SUPERVISED
 from simclr.evaluation.probe import probe
 from simclr.evaluation.split import Split
-from simclr.evaluation.subjects import Subject
+from simclr.evaluation.subjects import EvaluatedModel
 from simclr.evaluation.transfer import Measure, Transferred, differences, linear_transfer, rows, summary, transfer
 from simclr.reports.curve import curve_table, draw_curve
 from simclr.reports.pictures import draw_copies, draw_misfits, draw_neighbours
@@ -65,7 +65,7 @@ def report_curve(session: "Session") -> Report:
         recipe = supervised_recipe(network, len(train), session.flip)
         train, test = subjects[0].fitted(train), subjects[0].fitted(test)
         return supervised(
-            session.like, train, test, recipe, seed=seed, semantics=session.preprocessing, world=session.world
+            session.like, train, test, recipe, seed=seed, preset=session.preprocessing, world=session.world
         ).accuracy
 
     found = labels_curve(
@@ -102,14 +102,14 @@ def report_probe(session: "Session") -> Report:
     return Report("\n".join([text_table(lines, corner="layer"), *notes]), {"seeds": first, "compared": found}, {})
 
 
-def _probed(session: "Session", subject: Subject, split: Split, seed: int) -> dict[str, Any]:
+def _probed(session: "Session", subject: EvaluatedModel, split: Split, seed: int) -> dict[str, Any]:
     """Every task on every layer of one network, from the ledger or measured now."""
     encoder, train, test = subject.encoder, subject.fitted(split.train), subject.fitted(split.test)
     assert encoder is not None
 
     def make() -> dict[str, Any]:
         return probe(
-            encoder, subject.head, train, test, seed=seed, semantics=subject.preprocessing,
+            encoder, subject.head, train, test, seed=seed, preset=subject.preprocessing,
             progress=lambda text: session.tell(f"  probe of {subject.name}: {text}"),
         ).to_dict()  # fmt: skip
 
@@ -133,7 +133,7 @@ def report_label_free(session: "Session") -> Report:
         shown = subject.fitted(images)
         views = None
         if subject.encoder is not None:
-            views = view_features(subject.encoder, shown, semantics=subject.preprocessing, seed=seed)
+            views = view_features(subject.encoder, shown, preset=subject.preprocessing, seed=seed)
         found[subject.name] = label_free(
             subject.features(images), shown, views=views, seed=seed, duplicates=subject is subjects[0],
             test=None if test is None else subject.fitted(test),
@@ -161,7 +161,7 @@ def report_label_free(session: "Session") -> Report:
     shown = subjects[0].fitted(images)
     pictures = {
         "neighbours.png": draw_neighbours(shown, first.neighbours),
-        "worst-clustered.png": draw_misfits(shown, first.misfits),
+        "worst-clustered.png": draw_misfits(shown, first.outliers),
     }
     if first.within is not None and first.within.pairs:
         pictures["copies-within.png"] = draw_copies(first.within, shown)
@@ -208,7 +208,7 @@ def report_transfer(session: "Session") -> Report:
     return Report("\n".join(text), summary(results), {})
 
 
-def _linearly(subject: Subject, data: TransferSet, *, session: "Session", seed: int) -> Transferred:
+def _linearly(subject: EvaluatedModel, data: TransferSet, *, session: "Session", seed: int) -> Transferred:
     with fitting("fitting", session.world, unit="thousandth") as progress:
         return linear_transfer(subject, data, seed=seed, ledger=session.ledger, progress=progress)
 

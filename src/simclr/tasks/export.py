@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from simclr import __version__
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.files import writing
 from simclr.models.classifier import Classifier
@@ -15,7 +15,7 @@ from simclr.training.run import hold
 from simclr.weights.exporters.libraries import to_library
 from simclr.weights.exporters.onnx_file import BATCHES, to_onnx
 from simclr.weights.exporters.preprocessing import in_words, preprocessing_of
-from simclr.weights.folder import Embedder
+from simclr.weights.folder import Model
 from simclr.weights.single_file import SUFFIXES, VERSION, description_of, write_described, write_state
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ def export(args: "Export") -> None:
             _state(model, args.format, _file(args.out, args.format))
 
 
-def _folder(args: "Export", model: Embedder) -> None:
+def _folder(args: "Export", model: Model) -> None:
     out = args.out
     if out.suffix == ".safetensors" or (out.exists() and not out.is_dir()):
         raise UserError(f"--format {args.format} writes a folder, and --out was {out}; give the name of a folder.")
     require_writable(out / "config.json")
-    ours = {PREPROCESSING: '"semantics"'} | ({CARD: "library_name: simclr"} if args.format == "hub-folder" else {})
-    with hold(out, World()):
+    ours = {PREPROCESSING: '"preset"'} | ({CARD: "library_name: simclr"} if args.format == "hub-folder" else {})
+    with hold(out, DistributedContext()):
         start_encoder_folder(out, ours=ours)
         if args.format == "hub-folder":
             write_card(args.run, model, out, licence=args.licence)
@@ -59,7 +59,7 @@ def _folder(args: "Export", model: Embedder) -> None:
         say(f"The model card is {out / CARD}: read it, then `simclr push {out} USER/NAME`.{unstated}")
 
 
-def _state(model: Embedder, library: Literal["torchvision", "timm"], out: Path) -> None:
+def _state(model: Model, library: Literal["torchvision", "timm"], out: Path) -> None:
     """A state dict of torchvision's or timm's."""
     classifier, note = model.classifier, None
     assert classifier is None or isinstance(classifier, Classifier)
@@ -85,7 +85,7 @@ def _state(model: Embedder, library: Literal["torchvision", "timm"], out: Path) 
     _say_where(out, described)
 
 
-def _onnx(model: Embedder, out: Path) -> None:
+def _onnx(model: Model, out: Path) -> None:
     classifier = model.classifier
     assert classifier is None or isinstance(classifier, Classifier)
     described = _described(model, normalised="inside", classes=model.classes)
@@ -103,7 +103,7 @@ def _onnx(model: Embedder, out: Path) -> None:
     _say_where(out, described)
 
 
-def _described(model: Embedder, *, normalised: Literal["inside", "before"], classes: list[str]) -> dict[str, Any]:
+def _described(model: Model, *, normalised: Literal["inside", "before"], classes: list[str]) -> dict[str, Any]:
     config = model.encoder.config
     return {
         "format": VERSION,

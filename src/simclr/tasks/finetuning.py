@@ -17,14 +17,14 @@ from simclr import distributed
 from simclr.config.finetune import FinetuneConfig, find_finetune_recipe
 from simclr.config.pretrain import require_seed
 from simclr.config.records import versioned
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.finetune import Finetuned, Stopped, finetune, supervised
 from simclr.evaluation.knn import knn
 from simclr.evaluation.measure import Settings, how_to_finetune
 from simclr.evaluation.metrics import mean_per_class, top_k
 from simclr.evaluation.split import Split
-from simclr.evaluation.subjects import PIXELS, RANDOM, Subject
+from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel
 from simclr.reports.table import error_note
 from simclr.tasks.evaluate import Session
 from simclr.tasks.opening import require_writable, side_of, write
@@ -62,7 +62,7 @@ def finetune_run(args: Finetune, over: Callable[[FinetuneConfig], FinetuneConfig
                 raise SystemExit(128 + (stopped.signal or 15)) from None
 
 
-def _finetune(args: Finetune, over: Callable[[FinetuneConfig], FinetuneConfig], world: World) -> None:
+def _finetune(args: Finetune, over: Callable[[FinetuneConfig], FinetuneConfig], world: DistributedContext) -> None:
     session = Session.open(_as_evaluation(args), ["finetune"], world)
     session.tell_unfinished()
     split = session.split(args.seed)
@@ -99,13 +99,15 @@ def _as_evaluation(args: Finetune) -> Evaluate:
     )  # fmt: skip
 
 
-def _train(args: Finetune, session: Session, subject: Subject, split: Split, config: FinetuneConfig) -> Finetuned:
+def _train(
+    args: Finetune, session: Session, subject: EvaluatedModel, split: Split, config: FinetuneConfig
+) -> Finetuned:
     """From the subject's weights or, for `random`, from those that training from scratch begins with."""
     assert subject.encoder is not None
     train, test = (subject.fitted(images) for images in (split.train, split.test))
     with counting("training", main=session.world.is_main, lines=True) as progress:
         shared: dict[str, Any] = {
-            "seed": args.seed, "semantics": subject.preprocessing, "world": session.world, "run": args.out,
+            "seed": args.seed, "preset": subject.preprocessing, "world": session.world, "run": args.out,
             "progress": progress,
         }  # fmt: skip
         if subject.name == RANDOM:
@@ -113,7 +115,9 @@ def _train(args: Finetune, session: Session, subject: Subject, split: Split, con
         return finetune(subject.encoder, subject.head, train, test, config, **shared)
 
 
-def _tell(args: Finetune, network: Finetuned, split: Split, pixels: Subject, progress: TrainingProgress | None) -> None:
+def _tell(
+    args: Finetune, network: Finetuned, split: Split, pixels: EvaluatedModel, progress: TrainingProgress | None
+) -> None:
     """The accuracies on standard output and in summary.json, beside those that cost nothing."""
     accuracies = _accuracies(network)
     by_class = _by_class(network)
@@ -160,7 +164,7 @@ def _by_class(network: Finetuned) -> dict[str, float]:
     }
 
 
-def _baselines(split: Split, pixels: Subject) -> dict[str, float]:
+def _baselines(split: Split, pixels: EvaluatedModel) -> dict[str, float]:
     """What the commonest class and the nearest raw pixels reach, from the same labels."""
     train, test = split.train.labels, split.test.labels
     assert train is not None and test is not None

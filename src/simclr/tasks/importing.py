@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.files import MAX_RECORD_BYTES, read_regular, reason_of, writing
 from simclr.models.classifier import Classifier, usual_names
@@ -30,7 +30,7 @@ def import_checkpoint(args: "Import") -> None:
     if args.format not in ("auto", "tensorflow") and not args.checkpoint.is_file():
         raise UserError(f"There is no file {args.checkpoint}; check the path.")
     tensorflow = args.format == "tensorflow" or (args.format == "auto" and not _is_torch(args.checkpoint))
-    with hold(args.out, World()), writing(args.out, hint="give another folder"):
+    with hold(args.out, DistributedContext()), writing(args.out, hint="give another folder"):
         start_encoder_folder(args.out, ours={})
         (_import_tf if tensorflow else _import_torch)(args)
     say(f'The encoder is in {args.out}: `simclr evaluate {args.out} DATA`, or simclr.load("{args.out}").')

@@ -15,7 +15,7 @@ from simclr.config.pretrain import PretrainConfig, changed_on_resume
 from simclr.config.recipes import RECIPES, Recipe, choose_recipe, find_recipe, settings_for
 from simclr.data.images import Images, fit_channels
 from simclr.data.readers.named import NAMES
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.models.inference import extract
 from simclr.tasks import pretrain as pretraining
@@ -116,10 +116,10 @@ def embed(args: "Embed") -> None:
     model = load_model(args.run, device=args.device)
     side = side_of(args.run, args.data, args.pack_side)
     labels = str(args.labels_file) if args.labels_file else None
-    images = open_aloud(args.data, World(), split="all", labels=labels, pack=args.pack, side=side)
+    images = open_aloud(args.data, DistributedContext(), split="all", labels=labels, pack=args.pack, side=side)
     images = fit_channels(images, model.encoder.config.channels)
     with counting("Embedding") as progress:
-        features = extract(model.encoder, images, semantics=model.preprocessing, progress=progress)
+        features = extract(model.encoder, images, preset=model.preprocessing, progress=progress)
     arrays: dict[str, np.ndarray] = {"features": features, "keys": np.array(list(images.keys))}
     if images.labels is not None:
         arrays["labels"] = images.labels  # -1: no label
@@ -140,7 +140,7 @@ def views(args: "Views", flags_over: FlagsOver) -> None:
             raise UserError(f"--{name} was {getattr(args, name)}; it must be at least 1.")
     require_writable(args.out)
     recipe = find_recipe(args.recipe) if args.recipe else None
-    world = World()
+    world = DistributedContext()
     channels = flags_over(recipe.config if recipe else PretrainConfig()).channels
     images = open_aloud(args.data, world, channels=channels, pack=args.pack)
     config = _settled(recipe, images, flags_over, world)
@@ -159,7 +159,7 @@ def recipes(args: "Recipes") -> None:
         print()
 
 
-def _settled(recipe: Recipe | None, images: Images, flags_over: FlagsOver, world: World) -> PretrainConfig:
+def _settled(recipe: Recipe | None, images: Images, flags_over: FlagsOver, world: DistributedContext) -> PretrainConfig:
     aloud = partial(say, main=world.is_main)
     return settings_for(recipe, images, flags_over, on_gpu=world.device.type == "cuda", say=aloud)
 
@@ -176,7 +176,7 @@ def _known_place(origin: dict[str, Any], run: Path) -> str:
     return source
 
 
-def _leave(outcome: Outcome, world: World) -> None:
+def _leave(outcome: Outcome, world: DistributedContext) -> None:
     """After a signal, tell the shell, so that `&&` stops too; torchrun makes its own report of its processes."""
     if outcome.signal is not None and world.size == 1:
         raise SystemExit(128 + outcome.signal)

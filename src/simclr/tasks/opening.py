@@ -12,17 +12,17 @@ import torch
 from simclr.data.images import Channels, Images, Split
 from simclr.data.readers.named import NAMES
 from simclr.data.source import open_data
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.files import open_regular, reason_of, require_possible, write_atomically, writing
 from simclr.training.progress import counting, say
 from simclr.training.run import open_run
-from simclr.weights.folder import FORMAT, WEIGHTS_MARK, Embedder, load_quietly
+from simclr.weights.folder import FORMAT, WEIGHTS_MARK, Model, load_quietly
 
 
 def open_aloud(
     source: str,
-    world: World,
+    world: DistributedContext,
     *,
     split: Split = "train",
     channels: Channels = "auto",
@@ -50,7 +50,7 @@ def open_aloud(
     return images
 
 
-def load_model(path: str | PathLike[str], *, device: str | torch.device = "cpu", main: bool = True) -> Embedder:
+def load_model(path: str | PathLike[str], *, device: str | torch.device = "cpu", main: bool = True) -> Model:
     """Load an encoder as `simclr.load` does, and say it where its training is unfinished.
 
     Args:
@@ -63,7 +63,7 @@ def load_model(path: str | PathLike[str], *, device: str | torch.device = "cpu",
 
 
 def open_parts(
-    source: str, world: World, *, labels: Path | None, pack: str, side: int | None
+    source: str, world: DistributedContext, *, labels: Path | None, pack: str, side: int | None
 ) -> tuple[Images, Images | None]:
     """The images to learn from, and the data's own test part where it has one."""
     csv = str(labels) if labels else None

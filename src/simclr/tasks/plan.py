@@ -1,7 +1,7 @@
 """Before a run: what fits, what it costs, how long it takes on this machine (`simclr plan DATA`).
 
 Memory is counted on two tiny batches (memory.py). Time is measured on steps that train exactly as the run would, on
-its own images, for each rung of the memory ladder: at the run's batch where that fits and takes seconds, else at a
+its own images, for each memory strategy: at the run's batch where that fits and takes seconds, else at a
 smaller one, and extended: encoder and views grow with the images, the loss with their square, the update not at all.
 
 Shapes: n images a step.
@@ -17,18 +17,18 @@ import torch
 from simclr.config.pretrain import PretrainConfig
 from simclr.config.schedule import total_steps
 from simclr.data.images import Images
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.losses import nt_xent
 from simclr.tasks.pretrain import build_method, build_task, check_images
 from simclr.training.device import choose_kernels, precision_of
 from simclr.training.loop import Prefetcher, Task, take_step
-from simclr.training.memory import Footprint, Rung, available, ladder, measure, readable
+from simclr.training.memory import Footprint, MemoryStrategy, available, list_strategies, measure, readable
 from simclr.training.progress import duration
 from simclr.training.run import RunFolder
 
-SECONDS_PER_RUNG = 6.0
-"""What measuring a rung may take, about: three rungs and the counting stay under half a minute."""
+SECONDS_PER_STRATEGY = 6.0
+"""What measuring a strategy may take, about: three strategies and the counting stay under half a minute."""
 
 STEPS = 3
 """Steps that are timed, after a warm-up that empties the queue of views prepared ahead."""
@@ -38,12 +38,12 @@ LOSS_UP_TO = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class RungPlan:
-    """A rung with its memory and its time."""
+class StrategyPlan:
+    """A strategy with its memory and its time."""
 
     name: str
     chunk: int
-    """Images in a chunk; 0 but for cache."""
+    """Images in a chunk; 0 except for grad-cache."""
     need_bytes: int
     fits: bool
     timed_at: int
@@ -72,9 +72,9 @@ class Plan:
     steps: int
     device: str
     budget_bytes: int
-    rungs: list[RungPlan]
+    strategies: list[StrategyPlan]
     choice: str | None
-    """The rung that `simclr pretrain` would take; None: none fits."""
+    """The strategy that `simclr pretrain` would take; None: none fits."""
     checkpoint_bytes: int
     checkpoints_kept: int
     encoder_bytes: int
@@ -93,17 +93,23 @@ class Plan:
             f"{self.batch_size:,} images a step, {self.steps:,} steps, {self.epochs:,} epochs",
             f"{self.device}, {readable(self.budget_bytes)} of memory to spend",
             "",
-            f"{'rung':<24}{'memory':>10}{'step':>12}{'views/s':>10}{'an epoch':>10}{'the run':>11}",
+            f"{'strategy':<24}{'memory':>10}{'step':>12}{'views/s':>10}{'an epoch':>10}{'the run':>11}",
         ]
-        for rung in self.rungs:
-            name = f"cache, chunks of {rung.chunk:,}" if rung.chunk else rung.name
-            verdict = "  <- pretrain takes this" if rung.name == self.choice else "" if rung.fits else "  does not fit"
-            lines.append(f"{name:<24}{readable(rung.need_bytes):>10}{_times(rung, self.batch_size)}{verdict}")
-        lines += ["", *_how_timed(self.rungs, self.batch_size)]
+        for strategy in self.strategies:
+            name = f"grad-cache, chunks of {strategy.chunk:,}" if strategy.chunk else strategy.name
+            verdict = (
+                "  <- pretrain takes this"
+                if strategy.name == self.choice
+                else ""
+                if strategy.fits
+                else "  does not fit"
+            )
+            lines.append(f"{name:<24}{readable(strategy.need_bytes):>10}{_times(strategy, self.batch_size)}{verdict}")
+        lines += ["", *_how_timed(self.strategies, self.batch_size)]
         if self.choice is None:
             lines.append("Nothing fits: give a smaller --batch-size, --size, --width or --encoder.")
-        elif self.choice == "cache":
-            lines.append("With cache the loss is that of all images, and batch norm sees a chunk at a time.")
+        elif self.choice == "grad-cache":
+            lines.append("With gradient caching the loss is that of all images, and batch norm sees a chunk at a time.")
         lines.append(
             f"On disk: {readable(disk)} ({self.checkpoints_kept} checkpoints of {readable(self.checkpoint_bytes)}, "
             f"the encoder of {readable(self.encoder_bytes)}). Evaluating and saving take time of their own."
@@ -111,7 +117,9 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(images: Images, config: PretrainConfig, world: World, *, recipe: str, budget: int | None = None) -> Plan:
+def plan(
+    images: Images, config: PretrainConfig, world: DistributedContext, *, recipe: str, budget: int | None = None
+) -> Plan:
     """Measure what `pretrain` with these settings would need. Writes nothing, and takes no more than fits.
 
     Args:
@@ -131,17 +139,21 @@ def plan(images: Images, config: PretrainConfig, world: World, *, recipe: str, b
     budget = available(world) if budget is None else budget
     footprint = measure(method, config, images, precision_of(config.precision, world))
     steps = total_steps(len(images), config.epochs, config.batch_size)
-    rungs = []
-    for rung in ladder(footprint, config.batch_size, budget):
-        if rung.name == "cache" and config.chunk:
-            rung = Rung(name="cache", chunk=config.chunk, need=footprint.need("cache", config.batch_size, config.chunk))
-        timed_at, seconds = _time(rung, footprint, budget, images, config, world)
-        rungs.append(
-            RungPlan(
-                name=rung.name,
-                chunk=rung.chunk,
-                need_bytes=rung.need,
-                fits=rung.need <= budget,
+    strategies = []
+    for strategy in list_strategies(footprint, config.batch_size, budget):
+        if strategy.name == "grad-cache" and config.chunk:
+            strategy = MemoryStrategy(
+                name="grad-cache",
+                chunk=config.chunk,
+                need=footprint.need("grad-cache", config.batch_size, config.chunk),
+            )
+        timed_at, seconds = _time(strategy, footprint, budget, images, config, world)
+        strategies.append(
+            StrategyPlan(
+                name=strategy.name,
+                chunk=strategy.chunk,
+                need_bytes=strategy.need,
+                fits=strategy.need <= budget,
                 timed_at=timed_at,
                 step_seconds=seconds,
                 views_per_second=2 * config.batch_size / seconds if seconds else None,
@@ -149,7 +161,7 @@ def plan(images: Images, config: PretrainConfig, world: World, *, recipe: str, b
                 run_seconds=seconds * steps if seconds else None,
             )
         )
-    first = next((rung.name for rung in rungs if rung.fits), None)
+    first = next((strategy.name for strategy in strategies if strategy.fits), None)
     weights = sum(p.nbytes for p in method.parameters())
     optimizer_state = weights * (2 if config.optimizer == "adamw" else 1)
     return Plan(
@@ -166,10 +178,10 @@ def plan(images: Images, config: PretrainConfig, world: World, *, recipe: str, b
         steps=steps,
         device=_device_name(world),
         budget_bytes=budget,
-        rungs=rungs,
+        strategies=strategies,
         choice=first if config.memory == "auto" else config.memory,
         checkpoint_bytes=sum(t.nbytes for t in method.state_dict().values()) + optimizer_state,
-        checkpoints_kept=config.keep,
+        checkpoints_kept=config.max_checkpoints,
         encoder_bytes=sum(t.nbytes for t in method.encoder.state_dict().values()),
     )
 
@@ -183,28 +195,33 @@ class _Timing:
 
 
 def _time(
-    rung: Rung, footprint: Footprint, budget: int, images: Images, config: PretrainConfig, world: World
+    strategy: MemoryStrategy,
+    footprint: Footprint,
+    budget: int,
+    images: Images,
+    config: PretrainConfig,
+    world: DistributedContext,
 ) -> tuple[int, float | None]:
     """Images of the steps that were timed, and seconds of one at the run's batch; (0, None) if none can be timed."""
     n = config.batch_size
 
     def chunk_of(m: int) -> int:
-        if rung.chunk == 0 or m == n:
-            return rung.chunk
-        return next(chunk for chunk in range(min(rung.chunk, m // 2), 0, -1) if m % chunk == 0)
+        if strategy.chunk == 0 or m == n:
+            return strategy.chunk
+        return next(chunk for chunk in range(min(strategy.chunk, m // 2), 0, -1) if m % chunk == 0)
 
     def timing(m: int) -> _Timing:
-        smaller = replace(config, batch_size=m, memory=rung.name, chunk=chunk_of(m))
+        smaller = replace(config, batch_size=m, memory=strategy.name, chunk=chunk_of(m))
         return _time_steps(build_task(images, smaller, RunFolder(Path()), world)[0], config.workers, world)
 
     few = min(n, 4 if config.size > 96 else 32)
     sizes = [n, *(2**k for k in reversed(range(n.bit_length())))]  # n, and the powers of two below
-    sizes = [m for m in sizes if m >= few and footprint.need(rung.name, m, chunk_of(m)) <= budget]
+    sizes = [m for m in sizes if m >= few and footprint.need(strategy.name, m, chunk_of(m)) <= budget]
     if few not in sizes:
         return 0, None
     timed = timing(few)
     per_image = timed.step * (max(2, config.workers) + STEPS) / few
-    at = next((m for m in sizes if m * per_image <= SECONDS_PER_RUNG), few)
+    at = next((m for m in sizes if m * per_image <= SECONDS_PER_STRATEGY), few)
     if at > few:
         timed = timing(at)
     if at == n:
@@ -214,7 +231,7 @@ def _time(
     return at, max(in_proportion, 0) * n / at + timed.update + _loss_seconds(n, width, temperature, world)
 
 
-def _time_steps(task: Task, workers: int, world: World) -> _Timing:
+def _time_steps(task: Task, workers: int, world: DistributedContext) -> _Timing:
     """Steps as in training, views prepared by its threads; fewer where a step takes long."""
     warm_up = max(2, workers)  # until the views prepared ahead are used up
     started = _now(world)
@@ -225,9 +242,9 @@ def _time_steps(task: Task, workers: int, world: World) -> _Timing:
             now = _now(world)
             if begun:
                 timed += 1
-            elif step + 1 == warm_up or now - started > SECONDS_PER_RUNG / 3:
+            elif step + 1 == warm_up or now - started > SECONDS_PER_STRATEGY / 3:
                 begun = now
-            if timed == STEPS or (timed and now - started > SECONDS_PER_RUNG):
+            if timed == STEPS or (timed and now - started > SECONDS_PER_STRATEGY):
                 break
     seconds = (_now(world) - begun) / timed
     begun = _now(world)
@@ -235,7 +252,7 @@ def _time_steps(task: Task, workers: int, world: World) -> _Timing:
     return _Timing(step=seconds, update=_now(world) - begun)
 
 
-def _loss_seconds(n: int, width: int, temperature: float, world: World) -> float:
+def _loss_seconds(n: int, width: int, temperature: float, world: DistributedContext) -> float:
     """Forward and backward of the loss of n images."""
     timed = min(n, LOSS_UP_TO)
     za, zb = (torch.randn(timed, width, device=world.device, requires_grad=True) for _ in range(2))
@@ -245,30 +262,30 @@ def _loss_seconds(n: int, width: int, temperature: float, world: World) -> float
     return (_now(world) - begun) * (n / timed) ** 2
 
 
-def _now(world: World) -> float:
+def _now(world: DistributedContext) -> float:
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
     return time.perf_counter()
 
 
-def _times(rung: RungPlan, batch_size: int) -> str:
+def _times(strategy: StrategyPlan, batch_size: int) -> str:
     """Columns of the table; a tilde marks what is predicted."""
-    if rung.step_seconds is None or rung.views_per_second is None:
+    if strategy.step_seconds is None or strategy.views_per_second is None:
         return f"{'-':>12}{'-':>10}{'-':>10}{'-':>11}"
-    assert rung.epoch_seconds is not None and rung.run_seconds is not None
-    about = "" if rung.timed_at == batch_size else "~"
-    step, rate = f"{about}{rung.step_seconds:.3g} s", rung.views_per_second
+    assert strategy.epoch_seconds is not None and strategy.run_seconds is not None
+    about = "" if strategy.timed_at == batch_size else "~"
+    step, rate = f"{about}{strategy.step_seconds:.3g} s", strategy.views_per_second
     views = f"{rate:,.0f}" if rate >= 100 else f"{rate:.2g}"
-    return f"{step:>12}{views:>10}{duration(rung.epoch_seconds):>10}{duration(rung.run_seconds):>11}"
+    return f"{step:>12}{views:>10}{duration(strategy.epoch_seconds):>10}{duration(strategy.run_seconds):>11}"
 
 
-def _how_timed(rungs: list[RungPlan], batch_size: int) -> list[str]:
+def _how_timed(strategies: list[StrategyPlan], batch_size: int) -> list[str]:
     """What the tilde means, if there is one."""
-    at = sorted({rung.timed_at for rung in rungs if 0 < rung.timed_at < batch_size})
+    at = sorted({strategy.timed_at for strategy in strategies if 0 < strategy.timed_at < batch_size})
     return [f"~ predicted from steps of {' and '.join(f'{m:,}' for m in at)} images."] if at else []
 
 
-def _device_name(world: World) -> str:
+def _device_name(world: DistributedContext) -> str:
     if world.device.type == "cuda":
         return torch.cuda.get_device_name(world.device)
     threads = torch.get_num_threads()

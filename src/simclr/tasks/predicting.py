@@ -20,7 +20,7 @@ from simclr.models.inference import device_of, inference, probabilities_of
 from simclr.tasks.opening import load_model, require_writable, tell_if_replaced
 from simclr.tasks.tables import open_table, require_table
 from simclr.training.progress import counting, say
-from simclr.weights.folder import Embedder
+from simclr.weights.folder import Model
 
 if TYPE_CHECKING:
     from simclr.tasks.options.using import Predict
@@ -45,7 +45,7 @@ def predict(args: "Predict") -> None:
         )
     columns = _columns(args, model.classes)
     config = model.encoder.config
-    view = View(channels=config.channels, size=config.size, semantics=model.preprocessing)
+    view = View(channels=config.channels, size=config.size, preset=model.preprocessing)
     bad, classified = _LeftOut(), 0
     with counting("Predicting") as progress:
         how = Reading(workers=os.cpu_count() or 1, side=args.pack_side, progress=progress, say=say)
@@ -92,7 +92,7 @@ def _columns(args: "Predict", classes: list[str]) -> dict[str, Any]:
     return columns
 
 
-def _rows(args: "Predict", model: Embedder, batch: Batch) -> list[Any]:
+def _rows(args: "Predict", model: Model, batch: Batch) -> list[Any]:
     """The values of each column."""
     network = model.classifier
     assert network is not None

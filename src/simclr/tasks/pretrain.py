@@ -18,17 +18,17 @@ from simclr.data.fingerprint import SCHEME, first_scheme
 from simclr.data.images import Images
 from simclr.data.order import EndlessOrder
 from simclr.data.splits import split_indices
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.knn import knn
 from simclr.evaluation.metrics import accuracy
 from simclr.files import write_atomically
 from simclr.methods.simclr import SimCLR, collapse_signs
+from simclr.models.activation_checkpointing import checkpoint_blocks
 from simclr.models.batchnorm import set_global_batch_norm, track_once
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.models.inference import extract
-from simclr.models.recompute import recompute_blocks
 from simclr.training.device import choose_kernels, keep_on_gpu, precision_of
 from simclr.training.loop import Inputs, Outcome, Task, restore, train
 from simclr.training.memory import out_of_memory, settle
@@ -45,8 +45,8 @@ MONITOR_ROWS = 10_000  # labelled training images that the kNN check during trai
 
 def policy_of(config: PretrainConfig, channels: int) -> Policy:
     """The distribution of views that the settings ask for."""
-    preset = Policy.google if config.views == "google" else Policy.torchvision
-    policy = preset(
+    make_policy = Policy.google if config.augmentation == "google" else Policy.torchvision
+    policy = make_policy(
         config.size,
         strength=config.strength,
         channels=channels,
@@ -59,7 +59,7 @@ def policy_of(config: PretrainConfig, channels: int) -> Policy:
     return replace(policy, brightness_mode=config.brightness)
 
 
-def check_settings(config: PretrainConfig, world: World) -> None:
+def check_settings(config: PretrainConfig, world: DistributedContext) -> None:
     """Fail before any image is read where a setting alone is wrong."""
     EncoderConfig(name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=3, size=config.size)
     policy_of(config, channels=3)
@@ -72,7 +72,7 @@ def check_settings(config: PretrainConfig, world: World) -> None:
         )
 
 
-def check_images(images: Images, config: PretrainConfig, world: World) -> None:
+def check_images(images: Images, config: PretrainConfig, world: DistributedContext) -> None:
     """Fail before anything is written where the images and the settings do not fit each other."""
     if len(images) < 2:
         raise UserError(f"{images.name} has {len(images)} image; contrast needs at least two.")
@@ -88,7 +88,7 @@ def pretrain(
     images: Images,
     config: PretrainConfig,
     run: RunFolder,
-    world: World,
+    world: DistributedContext,
     *,
     origin: dict[str, Any] | None = None,
     memory_budget: int | None = None,
@@ -117,17 +117,17 @@ def _pretrain(
     images: Images,
     config: PretrainConfig,
     run: RunFolder,
-    world: World,
+    world: DistributedContext,
     origin: dict[str, Any] | None,
     memory_budget: int | None,
 ) -> Outcome:
     check_images(images, config, world)
     choose_kernels(world, deterministic=config.deterministic)
-    if origin is None:  # a chunk is part of the result: a run keeps the rung that it began on
+    if origin is None:  # a chunk is part of the result: a run keeps the strategy that it began on
         saved = run.config
         config = replace(config, memory="plain" if saved.memory == "auto" else saved.memory, chunk=saved.chunk)
     else:
-        build = partial(build_method, config, images.channels, World(device=world.device))
+        build = partial(build_method, config, images.channels, DistributedContext(device=world.device))
         precision = precision_of(config.precision, world)
         config, sentence = settle(config, images, build, world, precision=precision, budget=memory_budget)
         say(sentence, main=world.is_main and bool(sentence))
@@ -147,7 +147,7 @@ def _pretrain(
             outcome = train(
                 task, run, world,
                 start_step=start, workers=config.workers, log_every=config.log_every, save_every=config.save_every,
-                keep=config.keep, progress=progress,
+                max_checkpoints=config.max_checkpoints, progress=progress,
             )  # fmt: skip
         except torch.OutOfMemoryError:
             raise out_of_memory(config) from None
@@ -156,14 +156,14 @@ def _pretrain(
     return outcome
 
 
-def build_task(images: Images, config: PretrainConfig, run: RunFolder, world: World) -> tuple[Task, float]:
+def build_task(images: Images, config: PretrainConfig, run: RunFolder, world: DistributedContext) -> tuple[Task, float]:
     """The task of these settings, and how many steps an epoch has."""
     method = build_method(config, images.channels, world)
     if config.global_bn and world.size > 1:
         set_global_batch_norm(method, world.group)
-    if config.memory == "recompute":
-        recompute_blocks(method.encoder.backbone)
-    if config.memory in ("recompute", "cache"):
+    if config.memory == "checkpointing":
+        checkpoint_blocks(method.encoder.backbone)
+    if config.memory in ("checkpointing", "grad-cache"):
         track_once(method)
 
     n, batch_size = len(images), config.batch_size
@@ -188,7 +188,7 @@ def build_task(images: Images, config: PretrainConfig, run: RunFolder, world: Wo
         publish=lambda step: save_encoder(
             method.encoder,
             run.encoder,
-            preprocessing=config.views,
+            preprocessing=config.augmentation,
             origin={"method": "simclr", "run": str(run.path)},
             head=method.head,
             progress=TrainingProgress(step, total),
@@ -197,7 +197,7 @@ def build_task(images: Images, config: PretrainConfig, run: RunFolder, world: Wo
     return task, n / batch_size
 
 
-def build_method(config: PretrainConfig, channels: int, world: World) -> SimCLR:
+def build_method(config: PretrainConfig, channels: int, world: DistributedContext) -> SimCLR:
     """Encoder, head and loss, on the device of this process."""
     encoder_config = EncoderConfig(
         name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=channels, size=config.size,
@@ -213,7 +213,9 @@ def build_method(config: PretrainConfig, channels: int, world: World) -> SimCLR:
     return method.to(world.device).to(memory_format=torch.channels_last)
 
 
-def _batches(images: Images, policy: Policy, config: PretrainConfig, world: World) -> Callable[[int], Inputs]:
+def _batches(
+    images: Images, policy: Policy, config: PretrainConfig, world: DistributedContext
+) -> Callable[[int], Inputs]:
     """step -> this process's two views, or, to cache gradients, what makes those of each chunk."""
     order = EndlessOrder(len(images), config.seed)
     resident = None
@@ -228,7 +230,7 @@ def _batches(images: Images, policy: Policy, config: PretrainConfig, world: Worl
         epochs, indices = order.at(positions)  # (B,), (B,)
         pixels = images.peek(indices) if resident is None else resident[indices]
         views = partial(make_views, policy=policy, seed=config.seed, device=world.device, dtype=dtype)
-        if config.memory != "cache":
+        if config.memory != "grad-cache":
             return views(pixels, epoch=epochs, indices=indices)
         chunks = [slice(first, first + config.chunk) for first in range(0, len(indices), config.chunk)]
         return tuple(partial(views, pixels[rows], epoch=epochs[rows], indices=indices[rows]) for rows in chunks)
@@ -251,7 +253,7 @@ def _knn_monitor(images: Images, method: SimCLR, config: PretrainConfig) -> Call
     bank_labels, query_labels = bank.labels, queries.labels
 
     def monitor() -> dict[str, float]:
-        features = [extract(method.encoder, part, semantics=config.views) for part in (bank, queries)]
+        features = [extract(method.encoder, part, preset=config.augmentation) for part in (bank, queries)]
         return {"knn": accuracy(knn(features[0], bank_labels, features[1]), query_labels)}
 
     return monitor

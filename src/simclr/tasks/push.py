@@ -14,7 +14,7 @@ from simclr.reports.run_results import results_of
 from simclr.tasks.opening import load_model, write
 from simclr.training.progress import say
 from simclr.weights.exporters.preprocessing import as_json, preprocessing_of
-from simclr.weights.folder import FORMAT, Embedder, save_classifier, save_encoder
+from simclr.weights.folder import FORMAT, Model, save_classifier, save_encoder
 
 if TYPE_CHECKING:
     from simclr.tasks.options.using import Push
@@ -24,7 +24,7 @@ FILES = ("config.json", "model.safetensors", PREPROCESSING, CARD)
 _PLACES = ("run", "imported_from")  # facts of the origin that are paths
 
 
-def write_folder(source: Path, model: Embedder, out: Path) -> None:
+def write_folder(source: Path, model: Model, out: Path) -> None:
     """config.json, model.safetensors and preprocessing.json: what `simclr.load(out)` reads, and what others need."""
     encoder = model.encoder
     origin = _public(origin_of(source))
@@ -43,7 +43,7 @@ def write_folder(source: Path, model: Embedder, out: Path) -> None:
         )  # fmt: skip
 
 
-def write_card(source: Path, model: Embedder, out: Path, *, licence: str | None) -> None:
+def write_card(source: Path, model: Model, out: Path, *, licence: str | None) -> None:
     """README.md, from what the run or, of a fine-tuned network, the run behind it has recorded."""
     run = source if (source / "run.json").is_file() else source.parent.parent  # RUN/evaluation/finetune-...
     described, config = read_json(run / "run.json"), read_json(run / "config.json")

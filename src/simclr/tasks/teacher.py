@@ -8,10 +8,10 @@ from simclr.data.readers.scan import some
 from simclr.errors import UserError
 from simclr.models.classifier import pretrained_classifier, usual_names
 from simclr.tasks.opening import load_model
-from simclr.weights.folder import Embedder
+from simclr.weights.folder import Model
 
 
-def open_teacher(name: str, *, size: int, main: bool = True) -> Embedder:
+def open_teacher(name: str, *, size: int, main: bool = True) -> Model:
     """The classifier that a user names, with its preprocessing and the names of its classes.
 
     Args:
@@ -25,7 +25,7 @@ def open_teacher(name: str, *, size: int, main: bool = True) -> Embedder:
     if name.startswith((TIMM, TORCHVISION)):
         network = pretrained_classifier(name, size=size)
         classes, _ = usual_names(network.linear.out_features)
-        return Embedder(network.encoder, "torchvision", classifier=network, classes=classes)
+        return Model(network.encoder, "torchvision", classifier=network, classes=classes)
     teacher = load_model(name, main=main)
     if teacher.classifier is None:
         raise UserError(
@@ -35,7 +35,7 @@ def open_teacher(name: str, *, size: int, main: bool = True) -> Embedder:
     return teacher
 
 
-def teachers_columns(teacher: Embedder, images: Images) -> np.ndarray:
+def teachers_columns(teacher: Model, images: Images) -> np.ndarray:
     """(n,) int64 column of the teacher's logits of each image's label; -1 for an image without one.
 
     Classes are the same where their names are, whatever their order; a class that only the teacher knows does no harm.

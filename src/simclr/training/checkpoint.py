@@ -20,7 +20,9 @@ from simclr.files import open_regular, reason_of, write_atomically
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int, resuming: str = "") -> Path:
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], *, max_checkpoints: int, resuming: str = ""
+) -> Path:
     """Write the state of `step`, then delete all but the newest `keep` checkpoints.
 
     Args:
@@ -42,13 +44,13 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
             f"The checkpoint of step {step} ({len(content) / 2**20:.1f} MiB) could not be written to {folder}: "
             f"{reason_of(error, path)}. {kept}; make room, then {resuming or f'`simclr resume {folder.parent}`'}."
         ) from None
-    remove_oldest(folder, keep=keep)
+    remove_oldest(folder, max_checkpoints=max_checkpoints)
     return path
 
 
-def remove_oldest(folder: Path, *, keep: int) -> None:
+def remove_oldest(folder: Path, *, max_checkpoints: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
-    for old in checkpoints(folder)[keep:]:
+    for old in checkpoints(folder)[max_checkpoints:]:
         old.unlink(missing_ok=True)
 
 

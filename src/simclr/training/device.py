@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from simclr.data.images import Images
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.training.malloc import keep_freed_memory
 from simclr.training.progress import say
@@ -34,7 +34,7 @@ def find_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def choose_kernels(world: World, *, deterministic: bool) -> None:
+def choose_kernels(world: DistributedContext, *, deterministic: bool) -> None:
     """On a GPU: the fastest kernels, or, if asked for, only those that give the same bits each time."""
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -45,14 +45,14 @@ def choose_kernels(world: World, *, deterministic: bool) -> None:
         torch.backends.cudnn.benchmark = not deterministic
 
 
-def same_threads(began: int, world: World) -> None:
+def same_threads(began: int, world: DistributedContext) -> None:
     """Sums on a CPU depend on the number of threads: take the number that a run began with."""
     if world.device.type == "cpu" and torch.get_num_threads() != began:
         say(f"Using {began} CPU threads, as the run did when it began.", main=world.is_main)
         torch.set_num_threads(began)
 
 
-def precision_of(precision: Literal["auto", "fp32", "bf16"], world: World) -> torch.dtype:
+def precision_of(precision: Literal["auto", "fp32", "bf16"], world: DistributedContext) -> torch.dtype:
     """Of the forward pass, as torch.autocast takes it.
 
     Raises:
@@ -68,7 +68,7 @@ def precision_of(precision: Literal["auto", "fp32", "bf16"], world: World) -> to
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
 
 
-def keep_on_gpu(images: Images, world: World) -> tuple[DeviceImages | None, str]:
+def keep_on_gpu(images: Images, world: DistributedContext) -> tuple[DeviceImages | None, str]:
     """All images decoded on the GPU, so that none crosses the bus again, or None where they do not fit; and a sentence.
 
     Only for a device that makes views of images that lie there (`augment.views.has_kernels`).

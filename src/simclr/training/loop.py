@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import Diverged, UserError
 from simclr.training.checkpoint import checkpoints, load_newest, remove_oldest, save_checkpoint, set_aside_newer
 from simclr.training.optim import set_lr
@@ -66,7 +66,7 @@ class Task:
     remedy: str = "Try a lower --lr, a longer --warmup-epochs, or a higher --temperature in a new run."
 
 
-class Watcher(Protocol):
+class ProgressCallback(Protocol):
     """Who is told how training goes; `progress.Progress` shows it to a person."""
 
     def step(self, done: int) -> None: ...
@@ -91,14 +91,14 @@ class Outcome:
 def train(
     task: Task,
     run: RunFolder,
-    world: World,
+    world: DistributedContext,
     *,
     start_step: int,
     workers: int,
     log_every: int,
     save_every: int,
-    keep: int,
-    progress: Watcher,
+    max_checkpoints: int,
+    progress: ProgressCallback,
 ) -> Outcome:
     """Train from `start_step` to the end, or until a signal asks to stop.
 
@@ -111,7 +111,7 @@ def train(
     outcome = Outcome(step=start_step, finished=start_step >= task.total_steps)
     clock = time.perf_counter()
     if start_step and world.is_main:
-        _catch_up(task, run, start_step, outcome, keep)
+        _catch_up(task, run, start_step, outcome, max_checkpoints)
 
     with _stop_signals() as asked, Prefetcher(task.batch, start_step, task.total_steps, workers) as batches:
         for step, inputs in batches:
@@ -147,7 +147,7 @@ def train(
             if save and world.is_main:
                 with run.writing():
                     run.sync()
-                    _save(task, run, done, world, keep)
+                    _save(task, run, done, world, max_checkpoints)
             if interrupted:
                 outcome.signal = next(iter(asked), signal.SIGTERM)
                 break
@@ -158,7 +158,7 @@ def train(
     return outcome
 
 
-def _save(task: Task, run: RunFolder, step: int, world: World, keep: int) -> None:
+def _save(task: Task, run: RunFolder, step: int, world: DistributedContext, max_checkpoints: int) -> None:
     """Write the checkpoint of a step, then publish what was trained."""
     state = {
         "step": step,
@@ -166,14 +166,14 @@ def _save(task: Task, run: RunFolder, step: int, world: World, keep: int) -> Non
         "optimizer": task.optimizer.state_dict(),
         "processes": world.size,
     }
-    save_checkpoint(run.checkpoints, step, state, keep=keep, resuming=run.resuming)
+    save_checkpoint(run.checkpoints, step, state, max_checkpoints=max_checkpoints, resuming=run.resuming)
     if task.publish is not None:
         task.publish(step)
 
 
-def _catch_up(task: Task, run: RunFolder, step: int, outcome: Outcome, keep: int) -> None:
+def _catch_up(task: Task, run: RunFolder, step: int, outcome: Outcome, max_checkpoints: int) -> None:
     """Do what a process that was killed after writing the checkpoint of `step` did not come to."""
-    remove_oldest(run.checkpoints, keep=keep)
+    remove_oldest(run.checkpoints, max_checkpoints=max_checkpoints)
     if task.publish is not None:
         with run.writing():
             task.publish(step)
@@ -183,7 +183,7 @@ def _catch_up(task: Task, run: RunFolder, step: int, outcome: Outcome, keep: int
         outcome.warnings = task.warnings(outcome.last)
 
 
-def restore(task: Task, run: RunFolder, world: World) -> int:
+def restore(task: Task, run: RunFolder, world: DistributedContext) -> int:
     """Load the run's newest good checkpoint into the task, on every process; the step that it was written after."""
     loaded = load_newest(run.checkpoints, say if world.is_main else lambda _: None)
     world.barrier()  # nobody reads any more: the main process may tidy up
@@ -229,7 +229,7 @@ def _load(task: Task, state: dict[str, Any], name: str) -> int:
 
 
 def take_step(
-    model: nn.Module, task: Task, step: int, inputs: Inputs, world: World, *, detail: bool = False
+    model: nn.Module, task: Task, step: int, inputs: Inputs, world: DistributedContext, *, detail: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One update of the weights; the loss and metrics before it.
 
@@ -295,12 +295,12 @@ def _autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMa
     return nullcontext() if precision == torch.float32 else torch.autocast(device.type, precision)
 
 
-def _step_seed(seed: int, step: int, world: World) -> int:
+def _step_seed(seed: int, step: int, world: DistributedContext) -> int:
     """Dropout and stochastic depth draw from the step too; no generator's state needs saving."""
     return ((seed << 40) + step * world.size + world.rank) % 2**63
 
 
-def _stop_if_broken(finite: Tensor, task: Task, run: RunFolder, world: World, step: int) -> None:
+def _stop_if_broken(finite: Tensor, task: Task, run: RunFolder, world: DistributedContext, step: int) -> None:
     """Raise in all processes at the same step where one of them has seen a loss or weights that are not finite."""
     weights = torch.stack(torch._foreach_norm([p.detach() for p in task.method.parameters()]))
     if world.any_rank(not bool(finite & torch.isfinite(weights).all())):

@@ -1,11 +1,11 @@
-"""The memory ladder: how a step that does not fit is made to fit, and which rung a run takes.
+"""The memory strategies: how a step that does not fit is made to fit, and which strategy a run takes.
 
-    plain      every activation is kept for backward
-    recompute  only the inputs of blocks are (models/recompute.py); the same result, a step about a third longer
-    cache      one chunk of the batch at a time (methods/caching.py), about a third longer; the loss is that of the
-               whole batch, but batch norm sees chunks, so the chunk is part of the result and is saved with the run
+    plain          every activation is kept for backward
+    checkpointing  only the inputs of blocks are kept (models/activation_checkpointing.py); same result, 4/3 of the time
+    grad-cache     one chunk of the batch at a time (training/grad_cache.py), 4/3 of the time; the loss is that of
+                   the whole batch, but batch norm sees chunks, so the chunk is part of the result and is saved
 
-The first rung that fits is taken. What a step needs is counted on two tiny batches and extended in a straight line,
+The first strategy that fits is taken. What a step needs is counted on two tiny batches and extended in a straight line,
 which it is: all that grows with the batch grows in proportion, but for the loss's tiles, which have a fixed size.
 
 Shapes: n images on this process, two views of each, (C, S, S) pixels.
@@ -21,13 +21,13 @@ from torch import Tensor
 
 from simclr.config.pretrain import PretrainConfig
 from simclr.data.images import Images
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.methods.simclr import SimCLR
-from simclr.models.recompute import can_recompute, recompute_blocks
+from simclr.models.activation_checkpointing import can_checkpoint, checkpoint_blocks
 from simclr.training.meter import free_bytes, peak_bytes
 
-RungName = Literal["plain", "recompute", "cache"]
+MemoryStrategyName = Literal["plain", "checkpointing", "grad-cache"]
 
 MARGIN = 1.15
 """On counted activations, for what the count cannot see: workspaces of kernels, gaps of the allocator."""
@@ -35,7 +35,7 @@ MARGIN = 1.15
 SPARE = 0.1
 """Share of the free memory that is left alone where the user names no budget."""
 
-LEAST_CHUNK = 8
+MIN_CHUNK = 8
 """Images; batch norm over fewer than 16 views is noise, so a smaller chunk is only taken where it is asked for."""
 
 
@@ -52,7 +52,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """What a step of these settings needs, on each rung."""
+    """What a step of these settings needs, on each strategy."""
 
     weights: int
     """Gradients, optimiser state and the update's temporaries."""
@@ -68,55 +68,57 @@ class Footprint:
     recompute: Line | None
     """None: the encoder cannot."""
 
-    def need(self, rung: RungName, n: int, chunk: int = 0) -> int:
+    def need(self, strategy: MemoryStrategyName, n: int, chunk: int = 0) -> int:
         """Bytes beyond the weights themselves for a step of n images."""
-        if rung == "cache":
+        if strategy == "grad-cache":
             waiting = (1 + self.ahead) * n * self.pixels
             kept = n * self.projections + chunk * self.views + waiting
             return int(self.weights + kept + self.plain.at(chunk))
-        line = self.plain if rung == "plain" else self.recompute
+        line = self.plain if strategy == "plain" else self.recompute
         assert line is not None
         return int(self.weights + (1 + self.ahead) * n * self.views + line.at(n))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rung:
+class MemoryStrategy:
     """A way to take a step, with its need in bytes."""
 
-    name: RungName
+    name: MemoryStrategyName
     chunk: int
-    """Images of this process in a chunk; 0 but for cache."""
+    """Images of this process in a chunk; 0 except for grad-cache."""
     need: int
 
 
-def ladder(footprint: Footprint, n: int, budget: int) -> list[Rung]:
-    """The rungs for n images on this process, cheapest step first; the chunk is the largest that fits the budget, or
-    the smallest that is sensible."""
-    rungs = [Rung(name="plain", chunk=0, need=footprint.need("plain", n))]
+def list_strategies(footprint: Footprint, n: int, budget: int) -> list[MemoryStrategy]:
+    """The strategies for n images on this process, fastest step first.
+
+    The chunk is the largest that fits the budget, or the smallest that is sensible.
+    """
+    strategies = [MemoryStrategy(name="plain", chunk=0, need=footprint.need("plain", n))]
     if footprint.recompute is not None:
-        rungs.append(Rung(name="recompute", chunk=0, need=footprint.need("recompute", n)))
+        strategies.append(MemoryStrategy(name="checkpointing", chunk=0, need=footprint.need("checkpointing", n)))
     chunks = [chunk for chunk in range(n // 2, 0, -1) if n % chunk == 0] or [n]
-    chunks = [chunk for chunk in chunks if chunk >= LEAST_CHUNK] or chunks[:1]
-    chunk = next((chunk for chunk in chunks if footprint.need("cache", n, chunk) <= budget), chunks[-1])
-    return [*rungs, Rung(name="cache", chunk=chunk, need=footprint.need("cache", n, chunk))]
+    chunks = [chunk for chunk in chunks if chunk >= MIN_CHUNK] or chunks[:1]
+    chunk = next((chunk for chunk in chunks if footprint.need("grad-cache", n, chunk) <= budget), chunks[-1])
+    return [*strategies, MemoryStrategy(name="grad-cache", chunk=chunk, need=footprint.need("grad-cache", n, chunk))]
 
 
-def choose(footprint: Footprint, n: int, budget: int) -> Rung:
-    """The first rung that fits.
+def choose(footprint: Footprint, n: int, budget: int) -> MemoryStrategy:
+    """The first strategy that fits.
 
     Raises:
         UserError: None does.
     """
-    rungs = ladder(footprint, n, budget)
-    for rung in rungs:
-        if rung.need <= budget:
-            return rung
-    least = min(rungs, key=lambda rung: rung.need)
+    strategies = list_strategies(footprint, n, budget)
+    for strategy in strategies:
+        if strategy.need <= budget:
+            return strategy
+    least = min(strategies, key=lambda strategy: strategy.need)
     how = f"{least.name} in chunks of {least.chunk}" if least.chunk else least.name
     raise UserError(
         f"--batch-size gives a process {n:,} images, which need {readable(least.need)} even with --memory {how}, and "
         f"there are {readable(budget)}; give a smaller --size, --width or --encoder, or a batch that splits evenly "
-        f"into chunks of {LEAST_CHUNK} images a process."
+        f"into chunks of {MIN_CHUNK} images a process."
     )
 
 
@@ -124,12 +126,12 @@ def settle(
     config: PretrainConfig,
     images: Images,
     build: Callable[[], SimCLR],
-    world: World,
+    world: DistributedContext,
     *,
     precision: torch.dtype,
     budget: int | None,
 ) -> tuple[PretrainConfig, str]:
-    """The settings with rung and chunk resolved, the same on all processes, and a sentence that says so.
+    """The settings with strategy and chunk resolved, the same on all processes, and a sentence that says so.
 
     Args:
         build: Makes a method to measure, on its device and without exchange with other processes.
@@ -139,55 +141,61 @@ def settle(
     Raises:
         UserError: Nothing fits.
     """
-    if config.memory in ("plain", "recompute") or config.chunk:
+    if config.memory in ("plain", "checkpointing") or config.chunk:
         return config, "" if budget is None else f"The memory budget decides nothing: --memory is {config.memory}."
     n = config.batch_size // world.size
     method = build()  # first: what its weights take is no longer free
     budget = available(world) if budget is None else budget
     footprint = measure(method, config, images, precision)
-    rung = ladder(footprint, n, budget)[-1] if config.memory == "cache" else choose(footprint, n, budget)
-    rung = world.broadcast(rung)
-    return replace(config, memory=rung.name, chunk=rung.chunk), describe(rung, n, budget)
+    strategy = (
+        list_strategies(footprint, n, budget)[-1] if config.memory == "grad-cache" else choose(footprint, n, budget)
+    )
+    strategy = world.broadcast(strategy)
+    return replace(config, memory=strategy.name, chunk=strategy.chunk), describe(strategy, n, budget)
 
 
-def available(world: World) -> int:
+def available(world: DistributedContext) -> int:
     """Bytes that each process may count on: nearly all that is free on the fullest device."""
     free = torch.tensor(free_bytes(world))
     return int(int(world.all_gather_rows(free[None]).min()) * (1 - SPARE))
 
 
-def describe(rung: Rung, n: int, budget: int) -> str:
+def describe(strategy: MemoryStrategy, n: int, budget: int) -> str:
     """The choice in one sentence."""
-    fits = f"{readable(rung.need)} of {readable(budget)}"
-    if rung.name == "plain":
+    fits = f"{readable(strategy.need)} of {readable(budget)}"
+    if strategy.name == "plain":
         return f"Memory: a step needs about {fits}."
-    if rung.name == "recompute":
-        return f"Memory: recompute, which needs about {fits}; each block runs twice, the result stays the same."
+    if strategy.name == "checkpointing":
+        return f"Memory: activation checkpointing, about {fits}; each block runs twice, the result stays the same."
     return (
-        f"Memory: cache, {n // rung.chunk} chunks of {rung.chunk} images, about {fits}; the loss is that of all "
-        f"{n:,} images, batch norm sees a chunk at a time."
+        f"Memory: gradient caching, {n // strategy.chunk} chunks of {strategy.chunk} images, about {fits}; the loss is "
+        f"that of all {n:,} images, batch norm sees a chunk at a time."
     )
 
 
 def out_of_memory(config: PretrainConfig) -> UserError:
     """What to say when the device's memory gave out after all."""
-    rung = f"cache --chunk {config.chunk}" if config.chunk else config.memory
-    next_rung = {"plain": "recompute", "recompute": "cache", "cache": f"cache --chunk {max(1, config.chunk // 2)}"}
+    strategy = f"grad-cache --chunk {config.chunk}" if config.chunk else config.memory
+    next_strategy = {
+        "plain": "checkpointing",
+        "checkpointing": "grad-cache",
+        "grad-cache": f"grad-cache --chunk {max(1, config.chunk // 2)}",
+    }
     return UserError(
-        f"The device ran out of memory with --memory {rung} and {config.batch_size:,} images a step; start a new run "
-        f"with --memory {next_rung[config.memory]}, or with a --memory-budget below what was free."
+        f"The device ran out of memory with --memory {strategy} and {config.batch_size:,} images per step; start a new "
+        f"run with --memory {next_strategy[config.memory]}, or with a --memory-budget below what was free."
     )
 
 
 def measure(method: SimCLR, config: PretrainConfig, images: Images, precision: torch.dtype) -> Footprint:
-    """Count two tiny steps of `method`, on its device and on noise, on each rung; its running statistics change."""
+    """Count two tiny steps of `method`, on its device and on noise, on each strategy; its running statistics change."""
     parameters = [p for p in method.parameters() if p.requires_grad]
     state = 2 if config.optimizer == "adamw" else 1
     on_cpu = parameters[0].device.type == "cpu"
     plain = _line(method, images.channels, config.size, precision)
     again = None
-    if can_recompute(method.encoder.backbone):
-        recompute_blocks(method.encoder.backbone)
+    if can_checkpoint(method.encoder.backbone):
+        checkpoint_blocks(method.encoder.backbone)
         again = _line(method, images.channels, config.size, precision)
     return Footprint(
         weights=sum(p.nbytes for p in parameters) * (1 + state + 2),  # 2: LARS's decayed and scaled gradients

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from simclr.data.pack.place import free_memory
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 
 
 def peak_bytes(compute: Callable[[], Iterable[Tensor]]) -> int:
@@ -72,7 +72,7 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     return (leaf.untyped_storage() for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
 
 
-def free_bytes(world: World) -> int:
+def free_bytes(world: DistributedContext) -> int:
     """Bytes that this process may still take on its device: on a CPU its share of what the machine, and the cgroup
     (container, batch job) that it lives in, have left."""
     if world.device.type == "cuda":

@@ -24,7 +24,7 @@ from typing import Any
 
 from simclr.config.pretrain import PretrainConfig, load_config, settings_digest
 from simclr.config.records import RunRecord, SummaryRecord, read_json, read_record, versioned
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.files import FileLock, is_temporary, open_regular, reason_of, sweep, write_atomically, writing
 
@@ -144,7 +144,7 @@ _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
 
 
 @contextmanager
-def hold(folder: Path, world: World) -> Iterator[None]:
+def hold(folder: Path, world: DistributedContext) -> Iterator[None]:
     """Keep every other process from writing a folder, by the lock FOLDER/.lock, until the end of the block.
 
     The main process takes the lock; the folder is made if it is missing, and removed again if it stays empty. The lock

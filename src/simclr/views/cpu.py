@@ -16,7 +16,7 @@ from torch import Tensor
 
 from simclr.views.kernels import VIEW, render_views
 from simclr.views.params import ViewParams
-from simclr.views.policy import Policy, Semantics
+from simclr.views.policy import AugmentationPreset, Policy
 from simclr.views.reference import blur_kernels
 from simclr.views.resize import Images
 
@@ -44,7 +44,7 @@ def render(images: Images, params: Sequence[ViewParams], policy: Policy, *, thre
             rows[name] = getattr(of_view, name)
     kernels = np.concatenate([blur_kernels(of_view.sigma, policy.size) for of_view in params])
     add = policy.brightness_mode == "add"
-    out = _make(views.reshape(-1), kernels, policy.size, policy.channels, policy.semantics, add, threads)
+    out = _make(views.reshape(-1), kernels, policy.size, policy.channels, policy.preset, add, threads)
     return [out[k * len(images) : (k + 1) * len(images)] for k in range(len(params))]
 
 
@@ -52,7 +52,7 @@ def crop_resize(
     images: Images,
     boxes: np.ndarray,
     size: int,
-    semantics: Semantics,
+    preset: AugmentationPreset,
     *,
     resized: np.ndarray | None = None,
     flip: np.ndarray | None = None,
@@ -66,7 +66,7 @@ def crop_resize(
     views["resized"], views["begin"] = resized, np.rint((resized - size) / 2)
     views["flip"] = False if flip is None else flip
     channels = images[0].shape[2] if len(images) else 3
-    return _make(views, np.ones((len(views), 1), np.float32), size, channels, semantics, False, threads)
+    return _make(views, np.ones((len(views), 1), np.float32), size, channels, preset, False, threads)
 
 
 def _in_rows(images: Images) -> Images:
@@ -92,7 +92,7 @@ def _make(
     kernels: np.ndarray,
     size: int,
     channels: int,
-    semantics: Semantics,
+    preset: AugmentationPreset,
     add: bool,
     threads: int | None,
 ) -> Tensor:
@@ -100,7 +100,7 @@ def _make(
     out = np.empty((len(views), size * size * channels), np.float32)
     if threads is None:
         threads = torch.get_num_threads() if threading.current_thread() is threading.main_thread() else 1
-    google = semantics == "google"
+    google = preset == "google"
 
     def share(first: int, last: int) -> None:
         render_views(views[first:last], kernels[first:last], size, channels, google, add, out[first:last])

@@ -26,7 +26,7 @@ from torch import Tensor
 from simclr.errors import UserError
 from simclr.views.device_images import DeviceImages
 from simclr.views.params import CONTRAST, HUE, SATURATION, ViewParams
-from simclr.views.policy import Policy, Semantics
+from simclr.views.policy import AugmentationPreset, Policy
 from simclr.views.reference import blur_kernels
 from simclr.views.resize import keys_weights
 from simclr.views.triton_kernels import NOTHING, VIEW, blur_kernel, make_kernel
@@ -56,18 +56,18 @@ def render(images: DeviceImages, params: Sequence[ViewParams], policy: Policy, d
         _plan_jitter(rows, of_view, policy)
         rows["gray"] = of_view.gray & (policy.channels == 3)
         _plan_blur(rows, of_view, policy.size)
-    out = _make(views.reshape(-1), images, policy.size, policy.semantics, policy.brightness_mode == "add", dtype)
+    out = _make(views.reshape(-1), images, policy.size, policy.preset, policy.brightness_mode == "add", dtype)
     return [out[k * batch : (k + 1) * batch] for k in range(len(params))]
 
 
 def crop_resize(
-    images: DeviceImages, boxes: np.ndarray, size: int, semantics: Semantics, *, resized: np.ndarray
+    images: DeviceImages, boxes: np.ndarray, size: int, preset: AugmentationPreset, *, resized: np.ndarray
 ) -> Tensor:
     """What `resize.crop_resize` returns, clipped to [0, 1] and channels-last."""
     views = np.zeros(len(images), _view_type(size))
     _place(views, images, boxes)
     views["resized"], views["begin"] = resized, np.rint((resized - size) / 2)
-    return _make(views, images, size, semantics, False, torch.float32)
+    return _make(views, images, size, preset, False, torch.float32)
 
 
 def _view_type(size: int) -> np.dtype:
@@ -106,10 +106,10 @@ def _plan_blur(views: np.ndarray, params: ViewParams, size: int) -> None:
 
 
 def _make(
-    views: np.ndarray, images: DeviceImages, size: int, semantics: Semantics, add: bool, dtype: torch.dtype
+    views: np.ndarray, images: DeviceImages, size: int, preset: AugmentationPreset, add: bool, dtype: torch.dtype
 ) -> Tensor:
     """(N, C, S, S), channels-last."""
-    pixels, channels, google = images.pixels, images.channels, semantics == "google"
+    pixels, channels, google = images.pixels, images.channels, preset == "google"
     _check_device(pixels.device)
     views["scale"] = views["length"].astype(np.float32) / views["resized"].astype(np.float32)
     blurred = np.flatnonzero(views["reach"])

@@ -82,7 +82,7 @@ def render_views(views, blur_kernels, size, channels, google, add, out):
     Args:
         views: (N,) VIEW.
         blur_kernels: (N, radius + 1) float32, one half of each view's kernel, its centre first.
-        google: whether the semantics are google's; else they are torchvision's.
+        google: whether the preset are google's; else they are torchvision's.
         add: whether brightness is added rather than multiplied.
         out: (N, S * S * C) float32: rows of pixels, channels last.
     """

@@ -95,7 +95,7 @@ def draw(
         blocks = np.arange(_FIRST_CROP_BLOCK + first, _FIRST_CROP_BLOCK + last)
         return uniforms(seed, epochs[rows, None], indices[rows, None], view, blocks)  # (rows, attempts, 4)
 
-    boxes = _google_boxes if policy.semantics == "google" else _torchvision_boxes
+    boxes = _google_boxes if policy.preset == "google" else _torchvision_boxes
     neutral = 0 if policy.brightness_mode == "add" else 1
     lowest = -policy.brightness if policy.brightness_mode == "add" else max(1 - policy.brightness, 0)
     return ViewParams(

@@ -9,14 +9,14 @@ from typing import Literal
 
 from simclr.errors import UserError
 
-Semantics = Literal["google", "torchvision"]
+AugmentationPreset = Literal["google", "torchvision"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """Ranges and probabilities of every augmentation. An operation of strength or probability 0 is off."""
 
-    semantics: Semantics
+    preset: AugmentationPreset
     """Whose samplers, resizing and colour operations: the authors' or torchvision's."""
 
     size: int
@@ -117,7 +117,7 @@ class Policy:
     @classmethod
     def _preset(
         cls,
-        semantics: Semantics,
+        preset: AugmentationPreset,
         size: int,
         strength: float,
         channels: int,
@@ -127,7 +127,7 @@ class Policy:
         """Strengths and probabilities of the paper (appendix A), less what images of this kind cannot have."""
         coloured = channels == 3
         return cls(
-            semantics=semantics,
+            preset=preset,
             size=size,
             channels=channels,
             brightness=0.8 * strength,
@@ -139,8 +139,8 @@ class Policy:
         )
 
     def __post_init__(self) -> None:
-        if self.semantics not in ("google", "torchvision"):
-            raise UserError(f"augmentation semantics {self.semantics!r}: choose 'google' or 'torchvision'.")
+        if self.preset not in ("google", "torchvision"):
+            raise UserError(f"augmentation preset {self.preset!r}: choose 'google' or 'torchvision'.")
         if self.size < 1:
             raise UserError(f"view size {self.size}: must be at least 1 pixel; try 32 or 224.")
         if self.channels not in (1, 3):
@@ -159,14 +159,14 @@ class Policy:
             if getattr(self, name) < 0:
                 raise UserError(f"{name} {getattr(self, name)}: a strength is 0 (off) or above.")
         for name in ("contrast", "saturation"):
-            if self.semantics == "google" and getattr(self, name) > 1:
-                raise UserError(f"{name} {getattr(self, name)}: google semantics allow 0 to 1; try 0.8.")
+            if self.preset == "google" and getattr(self, name) > 1:
+                raise UserError(f"{name} {getattr(self, name)}: google preset allow 0 to 1; try 0.8.")
         if self.hue > 0.5:
             raise UserError(f"hue {self.hue}: a shift is at most 0.5, half a turn of the circle; try 0.2.")
         if self.brightness_mode not in ("multiply", "add"):
             raise UserError(f"brightness_mode {self.brightness_mode!r}: choose 'multiply' or 'add'.")
-        if self.semantics == "torchvision" and self.brightness_mode == "add":
-            raise UserError("brightness_mode 'add': torchvision only multiplies; choose google semantics to add.")
+        if self.preset == "torchvision" and self.brightness_mode == "add":
+            raise UserError("brightness_mode 'add': torchvision only multiplies; choose google preset to add.")
         if self.channels == 1 and (self.saturation or self.hue or self.gray):
             raise UserError(
                 f"saturation {self.saturation}, hue {self.hue}, gray {self.gray}: "
@@ -174,14 +174,14 @@ class Policy:
             )
 
 
-def crop_and_flip(semantics: Semantics, size: int, *, channels: int, crop_min: float, flip: float) -> Policy:
+def crop_and_flip(preset: AugmentationPreset, size: int, *, channels: int, crop_min: float, flip: float) -> Policy:
     """What training on labels and distillation see: random crops and flips, nothing else (SimCLR B.5, SimCLR v2).
 
     Args:
         crop_min: Smallest share of the image's area that a crop may take.
         flip: Probability of a horizontal flip.
     """
-    preset = Policy.google if semantics == "google" else Policy.torchvision
-    return preset(
+    make_policy = Policy.google if preset == "google" else Policy.torchvision
+    return make_policy(
         size, strength=0.0, channels=channels, crop_area=(crop_min, 1.0), flip=flip, jitter=0.0, gray=0.0, blur=0.0
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from simclr.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
-from simclr.views.policy import Policy, Semantics
+from simclr.views.policy import AugmentationPreset, Policy
 from simclr.views.resize import Images, check_images, chunks, crop_resize
 
 _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # of red, green and blue, in TensorFlow and torchvision alike
@@ -47,8 +47,8 @@ def render(images: Images, params: ViewParams, policy: Policy, device: torch.dev
 
 
 def _render_chunk(images: Images, params: ViewParams, policy: Policy, device: torch.device | str) -> Tensor:
-    semantics = policy.semantics
-    x = crop_resize(images, params.box, policy.size, semantics, flip=params.flip, device=device)
+    preset = policy.preset
+    x = crop_resize(images, params.box, policy.size, preset, flip=params.flip, device=device)
 
     def replace(mask: np.ndarray, operation: Callable[[Tensor, ViewParams], Tensor]) -> None:
         if mask.any():
@@ -62,13 +62,13 @@ def _render_chunk(images: Images, params: ViewParams, policy: Policy, device: to
             x,
             p.order,
             np.column_stack([p.brightness, p.contrast, p.saturation, p.hue]),
-            semantics=semantics,
+            preset=preset,
             brightness_mode=policy.brightness_mode,
         ),
     )
     replace(params.gray, lambda x, p: grayscale(x).expand_as(x))
     x.clamp_(0, 1)  # bicubic overshoot of views without jitter
-    replace(params.blur, lambda x, p: gaussian_blur(x, p.sigma, semantics=semantics))
+    replace(params.blur, lambda x, p: gaussian_blur(x, p.sigma, preset=preset))
     return x.clamp_(0, 1)
 
 
@@ -77,7 +77,7 @@ def color_jitter(
     order: np.ndarray,
     factors: np.ndarray,
     *,
-    semantics: Semantics = "google",
+    preset: AugmentationPreset = "google",
     brightness_mode: str = "multiply",
 ) -> Tensor:
     """Brightness, contrast, saturation and hue in each image's own order, clipped to [0, 1] after each.
@@ -90,8 +90,8 @@ def color_jitter(
     """
     operations = {
         BRIGHTNESS: torch.add if brightness_mode == "add" else torch.mul,
-        CONTRAST: stretch_contrast if semantics == "google" else blend_contrast,
-        SATURATION: scale_saturation if semantics == "google" else blend_saturation,
+        CONTRAST: stretch_contrast if preset == "google" else blend_contrast,
+        SATURATION: scale_saturation if preset == "google" else blend_saturation,
         HUE: shift_hue,
     }
     neutral = np.array([0 if brightness_mode == "add" else 1, 1, 1, 0])
@@ -165,7 +165,7 @@ def grayscale(x: Tensor) -> Tensor:
     return (red * _GRAY_WEIGHTS[0]).add_(green * _GRAY_WEIGHTS[1]).add_(blue * _GRAY_WEIGHTS[2])
 
 
-def gaussian_blur(x: Tensor, sigma: np.ndarray, *, semantics: Semantics = "google") -> Tensor:
+def gaussian_blur(x: Tensor, sigma: np.ndarray, *, preset: AugmentationPreset = "google") -> Tensor:
     """Separable blur over about a tenth of the image: 2 (S // 10 // 2) + 1 taps, so none below 20 pixels.
 
     Borders are zeros (google; they darken) or reflected (torchvision).
@@ -177,7 +177,7 @@ def gaussian_blur(x: Tensor, sigma: np.ndarray, *, semantics: Semantics = "googl
     kernel = torch.from_numpy(blur_kernels(sigma, x.shape[-2])).to(x.device)  # (B, radius + 1)
     radius = kernel.shape[1] - 1
     weight = kernel.view(*kernel.shape, 1, 1, 1)
-    mode = "constant" if semantics == "google" else "reflect"
+    mode = "constant" if preset == "google" else "reflect"
     for dim, padding in ((3, (radius, radius, 0, 0)), (2, (0, 0, radius, radius))):
         length = x.shape[dim]
         padded = functional.pad(x, padding, mode=mode)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from simclr.errors import UserError
-from simclr.views.policy import Semantics
+from simclr.views.policy import AugmentationPreset
 
 Images = np.ndarray | Sequence[np.ndarray]
 """uint8 images: one array (B, H, W, C), or a sequence of arrays (H, W, C) of any sizes."""
@@ -34,7 +34,7 @@ def crop_resize(
     images: Images,
     boxes: np.ndarray,
     size: int,
-    semantics: Semantics,
+    preset: AugmentationPreset,
     *,
     resized: np.ndarray | None = None,
     flip: np.ndarray | None = None,
@@ -56,7 +56,7 @@ def crop_resize(
     windows = np.rint((lengths - size) / 2)[:, :, None] + np.arange(size)  # (B, 2, S) of each side
     if flip is not None:
         windows[flip, 1] = windows[flip, 1, ::-1]
-    taps = _bicubic_taps if semantics == "google" else _bilinear_taps
+    taps = _bicubic_taps if preset == "google" else _bilinear_taps
     rows = taps(boxes[:, 2], lengths[:, 0], windows[:, 0])
     columns = taps(boxes[:, 3], lengths[:, 1], windows[:, 1])
 

@@ -9,7 +9,7 @@ more than a matter of last bits: TensorFlow rounds the offset of bicubic taps to
 decide between two neighbours.
 
 A view of more than one tile with contrast is resized twice: that costs less than keeping its floats. All that varies
-between views and batches is read from the records, so that nothing but size, channels and semantics is compiled anew.
+between views and batches is read from the records, so that nothing but size, channels and preset is compiled anew.
 
 Shapes: C channels, S x S pixels of a view, T taps of the resize filter.
 """

@@ -23,7 +23,7 @@ from torch import Tensor
 from simclr.errors import UserError
 from simclr.views.device_images import DeviceImages
 from simclr.views.params import draw
-from simclr.views.policy import Policy, Semantics
+from simclr.views.policy import AugmentationPreset, Policy
 from simclr.views.reference import render
 from simclr.views.resize import Images, check_images, chunks, crop_resize, image_sizes
 
@@ -96,7 +96,7 @@ def make_view(
 def eval_images(
     images: Images,
     size: int,
-    semantics: Semantics = "google",
+    preset: AugmentationPreset = "google",
     *,
     crop: float | None = None,
     device: torch.device | str = "cpu",
@@ -125,7 +125,7 @@ def eval_images(
     check_images(images, channels)
     sizes = image_sizes(images)
     shorter = sizes.min(axis=1, keepdims=True)  # (B, 1)
-    if semantics == "google":
+    if preset == "google":
         side = np.maximum(np.rint(share * shorter), 1).astype(np.int64)
         boxes = np.column_stack([(sizes - side + 1) // 2, side, side])
         resized = np.full_like(sizes, size)
@@ -136,14 +136,14 @@ def eval_images(
     if made_by == "cuda":
         from simclr.views import cuda
 
-        return cuda.crop_resize(DeviceImages.upload(images, channels, device), boxes, size, semantics, resized=resized)
+        return cuda.crop_resize(DeviceImages.upload(images, channels, device), boxes, size, preset, resized=resized)
     if made_by == "cpu":
         from simclr.views import cpu
 
-        return cpu.crop_resize(images, boxes, size, semantics, resized=resized).to(device)
+        return cpu.crop_resize(images, boxes, size, preset, resized=resized).to(device)
     batch = torch.empty(len(images), channels, size, size, device=device)
     for rows in chunks(boxes, size, device):
-        window = crop_resize(images[rows], boxes[rows], size, semantics, resized=resized[rows], device=device)
+        window = crop_resize(images[rows], boxes[rows], size, preset, resized=resized[rows], device=device)
         batch[rows] = window.clamp_(0, 1)
     return batch
 

@@ -33,7 +33,7 @@ from simclr.models.inference import outputs, probabilities_of
 from simclr.models.restoring import require_same, restore_encoder, sketch_encoder
 from simclr.models.safetensors_file import open_safetensors
 from simclr.training.device import find_device
-from simclr.views.policy import Semantics
+from simclr.views.policy import AugmentationPreset
 from simclr.weights.record import (
     FORMAT,
     EncoderRecord,
@@ -54,7 +54,7 @@ def save_encoder(
     encoder: Encoder,
     folder: Path,
     *,
-    preprocessing: Semantics,
+    preprocessing: AugmentationPreset,
     origin: dict[str, Any],
     head: ProjectionHead | None = None,
     progress: TrainingProgress | None = None,
@@ -75,7 +75,7 @@ def save_classifier(
     folder: Path,
     *,
     classes: Sequence[str],
-    preprocessing: Semantics,
+    preprocessing: AugmentationPreset,
     origin: dict[str, Any],
     head: ProjectionHead | None = None,
     progress: TrainingProgress | None = None,
@@ -97,7 +97,7 @@ def save_classifier(
     _save(folder, network.encoder, head, network.linear, described)
 
 
-def load(path: str | PathLike[str], *, device: str | torch.device = "cpu") -> "Embedder":
+def load(path: str | PathLike[str], *, device: str | torch.device = "cpu") -> "Model":
     """Load an encoder from the folder of a run or an encoder, or from a file that `simclr export` wrote.
 
     Head and classifier come along where there are any.
@@ -123,12 +123,12 @@ def load(path: str | PathLike[str], *, device: str | torch.device = "cpu") -> "E
     return model
 
 
-def load_quietly(path: str | PathLike[str], *, device: str | torch.device = "cpu") -> "Embedder":
+def load_quietly(path: str | PathLike[str], *, device: str | torch.device = "cpu") -> "Model":
     """As `load`, without the warning, for callers that say it in their own way."""
     path, device = Path(path), find_device(device)
     if path.is_file():
         parts = read_file(path)
-        return Embedder(
+        return Model(
             parts.encoder, parts.preprocessing, classifier=parts.classifier, classes=parts.classes,
             progress=parts.progress,
         ).to(device)  # fmt: skip
@@ -146,7 +146,7 @@ def load_quietly(path: str | PathLike[str], *, device: str | torch.device = "cpu
         raise UserError(f"The encoder in {folder} cannot be read: {reason_of(error, folder)}.") from None
 
 
-class Embedder:
+class Model:
     """A loaded encoder with its preprocessing, and with the head and the classifier that were saved with it.
 
     Attributes:
@@ -163,7 +163,7 @@ class Embedder:
     def __init__(
         self,
         encoder: Encoder,
-        preprocessing: Semantics,
+        preprocessing: AugmentationPreset,
         *,
         head: ProjectionHead | None = None,
         classifier: nn.Module | None = None,
@@ -182,7 +182,7 @@ class Embedder:
         """Whether the training of these weights reached its end; None where that is unknown."""
         return None if self.progress is None else self.progress.finished
 
-    def to(self, device: str | torch.device) -> "Embedder":
+    def to(self, device: str | torch.device) -> "Model":
         """Move all parts to a device, named as in `load`; itself is returned."""
         device = find_device(device)
         for part in (self.encoder, self.head, self.classifier):
@@ -242,11 +242,11 @@ class Embedder:
             raise UserError(f"batch_size was {batch_size}; it must be at least 1.")
         size, channels = self.encoder.config.size, self.encoder.config.channels
         fitting = fit_channels(images, channels) if isinstance(images, Images) else Pixels(images, channels=channels)
-        return outputs(network, fitting, width, size=size, semantics=self.preprocessing, batch_size=batch_size)
+        return outputs(network, fitting, width, size=size, preset=self.preprocessing, batch_size=batch_size)
 
 
 def _describe(
-    encoder: Encoder, head: ProjectionHead | None, preprocessing: Semantics, progress: TrainingProgress | None
+    encoder: Encoder, head: ProjectionHead | None, preprocessing: AugmentationPreset, progress: TrainingProgress | None
 ) -> dict[str, Any]:
     described = {
         "format": FORMAT,
@@ -291,7 +291,7 @@ def _require_format(values: dict[str, Any], folder: Path) -> None:
         )
 
 
-def _restore(values: dict[str, Any], folder: Path) -> "Embedder":
+def _restore(values: dict[str, Any], folder: Path) -> "Model":
     """The parts that config.json describes, with their weights from model.safetensors."""
     record = validated(EncoderRecord, values, f"{folder / 'config.json'}")
     classes = record.classifier.classes if record.classifier else []
@@ -328,7 +328,7 @@ def _restore(values: dict[str, Any], folder: Path) -> "Embedder":
     if network is not None:
         network.encoder = encoder
         network.eval()
-    return Embedder(
+    return Model(
         encoder, record.input.preprocessing, head=head, classifier=network, classes=classes, progress=record.progress
     )
 

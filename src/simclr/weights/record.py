@@ -105,7 +105,7 @@ class ExportRecord(BaseModel):
     class Preprocessing(BaseModel):
         """What is read of it."""
 
-        semantics: Literal["google", "torchvision"]
+        preset: Literal["google", "torchvision"]
 
     format: str
     encoder: dict[str, Any]

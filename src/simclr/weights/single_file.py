@@ -28,7 +28,7 @@ from simclr.models.external.onnx_bridge import LOGITS, OnnxEncoder, OnnxNetwork,
 from simclr.models.external.torchvision_names import from_timm, from_torchvision
 from simclr.models.restoring import require_same
 from simclr.models.safetensors_file import TensorInfo, open_safetensors
-from simclr.views.policy import Semantics
+from simclr.views.policy import AugmentationPreset
 from simclr.weights.importers.torch_file import TorchFile
 from simclr.weights.record import ExportRecord, parse_json, require_class_names, validated
 from simclr.weights.training_progress import TrainingProgress
@@ -45,7 +45,7 @@ class Parts(NamedTuple):
     """What such a file holds."""
 
     encoder: Encoder
-    preprocessing: Semantics
+    preprocessing: AugmentationPreset
     classifier: nn.Module | None
     """(B, C, S, S) -> (B, K) logits."""
     classes: list[str]
@@ -122,7 +122,7 @@ def _from_onnx(content: bytes, record: ExportRecord) -> Parts:
     encoder = OnnxEncoder(record.config, content, record.num_features).eval()
     encoder.network.session()  # a damaged graph is named now, not at the first image
     classifier = OnnxNetwork(content, LOGITS).eval() if record.classes else None
-    return Parts(encoder, record.preprocessing.semantics, classifier, record.classes, record.progress)
+    return Parts(encoder, record.preprocessing.preset, classifier, record.classes, record.progress)
 
 
 def _from_state(path: Path, record: ExportRecord) -> Parts:
@@ -150,4 +150,4 @@ def _from_state(path: Path, record: ExportRecord) -> Parts:
         require_same(classifier.linear.state_dict(), stored, f"The classifier of {path}")
         classifier.linear.load_state_dict(linear, assign=True)
         classifier.eval()
-    return Parts(encoder, record.preprocessing.semantics, classifier, classes, record.progress)
+    return Parts(encoder, record.preprocessing.preset, classifier, classes, record.progress)

@@ -92,7 +92,7 @@ def name_in(library: str, config: EncoderConfig) -> str:
 def _difference(library: str, config: EncoderConfig) -> str | None:
     """What stands between the encoder and any model of the library; None: nothing but the max-pool."""
     title, same = library.rstrip("/"), COUNTERPARTS[library]
-    if config.is_foreign:
+    if config.is_external:
         return f"it is {config.name}"
     if config.resolved_stem != "imagenet":
         return f"its {config.resolved_stem} stem is one 3x3 convolution, theirs 7x7 and a max-pool"
@@ -112,7 +112,7 @@ def _difference(library: str, config: EncoderConfig) -> str | None:
 def _export(encoder: Encoder, library: str) -> dict[str, Tensor]:
     name_in(library, encoder.config)
     state = encoder.backbone.state_dict()
-    return state if encoder.config.is_foreign else {_theirs(name): tensor for name, tensor in state.items()}
+    return state if encoder.config.is_external else {_theirs(name): tensor for name, tensor in state.items()}
 
 
 def _import(state: Mapping[str, Tensor], config: EncoderConfig, library: str) -> Encoder:
@@ -127,7 +127,7 @@ def _import(state: Mapping[str, Tensor], config: EncoderConfig, library: str) ->
 def _name_in_file(name: str, config: EncoderConfig) -> str:
     """The library's name of a tensor of an encoder's state."""
     name = name.removeprefix("backbone.")
-    return name if config.is_foreign else _theirs(name)
+    return name if config.is_external else _theirs(name)
 
 
 def _theirs(name: str) -> str:

@@ -72,8 +72,8 @@ class Pretrain:
 class Resume:
     """Go on with a run from its newest good checkpoint, to the same bits as if it had never stopped.
 
-    All settings are those that the run began with. Of the flags only --workers, --save-every, --keep and --knn-every
-    may say otherwise; any other would change the result and is refused.
+    All settings are those that the run began with. Only --workers, --save-every, --max-checkpoints and --knn-every may
+    differ; any other flag would change the result and is refused.
     """
 
     run: Positional[Annotated[Path, arg(metavar="RUN")]]

@@ -66,7 +66,7 @@ def to_library(library: Literal["torchvision", "timm"], encoder: Encoder, classi
         raise UserError(f"This {library} builds {name} in another way than when the encoder was made: {what}") from None
     network = encoder if classifier is None else classifier
     difference, differs = _difference(network, model, config), None
-    if not difference <= TOLERANCE and not config.is_foreign:  # NaN too
+    if not difference <= TOLERANCE and not config.is_external:  # NaN too
         fixed = _difference(network, _with_our_pool(model), config)
         differs = (
             f"{library}'s max-pool pads every side by 1, the encoder's only the right and the bottom: as it stands, "

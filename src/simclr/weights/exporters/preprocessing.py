@@ -7,22 +7,22 @@ import json
 from typing import Any, Literal
 
 from simclr.config.encoder import EncoderConfig
-from simclr.views.policy import Semantics
+from simclr.views.policy import AugmentationPreset
 from simclr.views.views import eval_crop
 
 
 def preprocessing_of(
-    config: EncoderConfig, semantics: Semantics, *, normalised: Literal["inside", "before"]
+    config: EncoderConfig, preset: AugmentationPreset, *, normalised: Literal["inside", "before"]
 ) -> dict[str, Any]:
     """Size, channels, range, crop, interpolation and normalisation, as plain JSON values.
 
     Args:
-        semantics: Whose evaluation preprocessing the encoder was trained with.
+        preset: Whose evaluation preprocessing the encoder was trained with.
         normalised: Whether `mean` and `std` are part of the exported network or to be applied before it.
     """
     size, share = config.size, eval_crop(config.size)
     mean, std = config.mean, config.std
-    if semantics == "google":
+    if preset == "google":
         crop = {"rule": "the central square, then resize it", "side": f"round({share:g} x shorter side)"}
         interpolation = {"kernel": "bicubic", "a": -0.5, "antialias": False, "centres": "half-pixel"}
     else:
@@ -33,7 +33,7 @@ def preprocessing_of(
         }
         interpolation = {"kernel": "bilinear", "antialias": True, "centres": "half-pixel"}
     return {
-        "semantics": semantics,
+        "preset": preset,
         "size": [size, size],
         "channels": config.channels,
         "colours": {1: "gray", 3: "RGB"}.get(config.channels, "as trained"),

@@ -11,8 +11,8 @@ from simclr.errors import UserError
 from simclr.models.resnet import ResNet
 
 
-def can_recompute(backbone: nn.Module) -> bool:
-    """Whether `recompute_blocks` knows how to; some models of timm do not."""
+def can_checkpoint(backbone: nn.Module) -> bool:
+    """Whether `checkpoint_blocks` knows how to; some models of timm do not."""
     if isinstance(backbone, ResNet):
         return True
     try:  # those of timm that cannot refuse only when it is turned on
@@ -23,13 +23,13 @@ def can_recompute(backbone: nn.Module) -> bool:
     return True
 
 
-def recompute_blocks(backbone: nn.Module) -> None:
+def checkpoint_blocks(backbone: nn.Module) -> None:
     """Let training recompute the blocks of an encoder's backbone, in place; `track_once` must go with it.
 
     Raises:
         UserError: A model of timm that cannot.
     """
-    if not can_recompute(backbone):
+    if not can_checkpoint(backbone):
         raise UserError("--memory was recompute, which this encoder cannot do; try cache, or another encoder.")
     if isinstance(backbone, ResNet):
         backbone.recompute = True

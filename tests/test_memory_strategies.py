@@ -1,4 +1,4 @@
-"""The rungs of the memory ladder: each against the plain step, in one process and in several, and what it saves."""
+"""Memory strategies: each against the plain step, in one process and in several, and what it saves."""
 
 from copy import deepcopy
 
@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from simclr.distributed import World
+from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.losses import nt_xent_dense
 from simclr.methods.simclr import SimCLR
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder, set_global_batch_norm
+from simclr.models.activation_checkpointing import can_checkpoint, checkpoint_blocks
 from simclr.models.batchnorm import track_once
-from simclr.models.recompute import can_recompute, recompute_blocks
 from simclr.training.loop import _over_processes
 from test_distributed import in_processes
 
@@ -32,7 +32,7 @@ def method_of(name="small", *, size=12, dtype=torch.float64, world=None, head_la
     width = {"resnet50": 0.25}.get(name, 1.0)
     encoder = build_encoder(EncoderConfig(name, channels=1, size=size, width=width))
     head = ProjectionHead(encoder.num_features, layers=head_layers, dim=8)
-    method = SimCLR(encoder, head, temperature=0.5, loss_scale=2.0, world=world or World()).to(dtype)
+    method = SimCLR(encoder, head, temperature=0.5, loss_scale=2.0, world=world or DistributedContext()).to(dtype)
     with torch.no_grad():
         for parameter in method.parameters():  # the last gamma of each block begins at 0: switch the branches on
             parameter[parameter == 0] = 0.3
@@ -51,7 +51,7 @@ def without_batch_norm(dropout=0.0):
         nn.LazyLinear(12),
     ).double()
     encoder(views()[0])
-    return SimCLR(encoder, nn.Linear(12, 6).double(), temperature=0.2, loss_scale=1.0, world=World())
+    return SimCLR(encoder, nn.Linear(12, 6).double(), temperature=0.2, loss_scale=1.0, world=DistributedContext())
 
 
 def chunks_of(pair, count):
@@ -174,7 +174,7 @@ def check_global_batch_norm(world):
     set_global_batch_norm(shared, world.group)
     again = method_of(world=world)
     set_global_batch_norm(again, world.group)
-    recompute_blocks(again.encoder.backbone)
+    checkpoint_blocks(again.encoder.backbone)
     track_once(again)
     assert_equal(gradients(_named(_over_processes(again)), *own), gradients(_named(_over_processes(shared)), *own))
     assert_equal(buffers(again), buffers(shared))
@@ -202,7 +202,7 @@ def _named(parallel):
 def test_recomputing_changes_no_bit(name, size):
     plain = method_of(name, size=size, dtype=torch.float32)
     again = deepcopy(plain)
-    recompute_blocks(again.encoder.backbone)
+    checkpoint_blocks(again.encoder.backbone)
     track_once(again)
     pair = views(torch.float32, size)[:, :4]
     torch.manual_seed(0)
@@ -214,9 +214,9 @@ def test_recomputing_changes_no_bit(name, size):
 
 def test_an_encoder_that_cannot_recompute_is_named():
     encoder = build_encoder(EncoderConfig("timm/darknet17", channels=1, size=64))
-    assert not can_recompute(encoder.backbone)
+    assert not can_checkpoint(encoder.backbone)
     with pytest.raises(UserError, match="--memory was recompute, which this encoder cannot do; try cache"):
-        recompute_blocks(encoder.backbone)
+        checkpoint_blocks(encoder.backbone)
 
 
 # ---- what it saves
@@ -260,5 +260,5 @@ def test_saved_bytes_fall_with_each_rung():
     assert cached[0] == pytest.approx(plain, rel=0.01)
     for count, peak in zip((2, 4, 8), cached[1:], strict=True):
         assert peak == pytest.approx(plain / count, rel=0.02)
-    recompute_blocks(method.encoder.backbone)
+    checkpoint_blocks(method.encoder.backbone)
     assert peak_saved(method, *pair) < plain / 3
