@@ -32,7 +32,7 @@ COMMANDS: dict[str, Command] = {
     "finetune": Command(Finetune, "simclr.tasks.finetuning:finetune_run", "config"),
     "distill": Command(Distill, "simclr.tasks.distilling:distill", "config"),
     "predict": Command(Predict, "simclr.tasks.predicting:predict"),
-    "embed": Command(Embed, "simclr.tasks.jobs:embed"),
+    "embed": Command(Embed, "simclr.tasks.embed:embed"),
     "import": Command(Import, "simclr.tasks.importing:import_checkpoint"),
     "export": Command(Export, "simclr.tasks.export:export"),
     "push": Command(Push, "simclr.tasks.push:push"),

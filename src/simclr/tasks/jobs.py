@@ -1,6 +1,5 @@
 """What each sub-command does, once its arguments are known to be good."""
 
-import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -8,28 +7,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from simclr import distributed
 from simclr.config.pretrain import PretrainConfig, changed_on_resume
 from simclr.config.recipes import RECIPES, Recipe, choose_recipe, find_recipe, settings_for
-from simclr.data.images import Images, fit_channels
+from simclr.data.images import Images
 from simclr.data.readers.named import NAMES
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.models.inference import extract
 from simclr.tasks import pretrain as pretraining
-from simclr.tasks.opening import lasting, load_model, open_aloud, require_writable, side_of, tell_if_replaced, write
+from simclr.tasks.opening import lasting, open_aloud, require_writable, write
 from simclr.tasks.plan import plan as plan_run
 from simclr.training.device import same_threads
 from simclr.training.loop import Outcome
 from simclr.training.memory import parse_bytes
-from simclr.training.progress import counting, say
+from simclr.training.progress import say
 from simclr.training.run import RunFolder, describe_machine, hold, open_run
 
 if TYPE_CHECKING:
     from simclr.tasks.options.pretraining import Plan, Pretrain, Recipes, Resume, Views
-    from simclr.tasks.options.using import Embed
 
 FlagsOver = Callable[[PretrainConfig], PretrainConfig]
 
@@ -107,28 +102,6 @@ def plan(args: "Plan", flags_over: FlagsOver) -> None:
     print(planned.table())
     if args.json is not None:
         write(args.json, (json.dumps(planned.to_dict(), indent=2) + "\n").encode())
-
-
-def embed(args: "Embed") -> None:
-    """`simclr embed RUN DATA --out FILE.npz`: features, keys and labels of every image of every split."""
-    require_writable(args.out)
-    tell_if_replaced(args.out)
-    model = load_model(args.run, device=args.device)
-    side = side_of(args.run, args.data, args.pack_side)
-    labels = str(args.labels_file) if args.labels_file else None
-    images = open_aloud(args.data, DistributedContext(), split="all", labels=labels, pack=args.pack, side=side)
-    images = fit_channels(images, model.encoder.config.channels)
-    with counting("Embedding") as progress:
-        features = extract(model.encoder, images, preset=model.preprocessing, progress=progress)
-    arrays: dict[str, np.ndarray] = {"features": features, "keys": np.array(list(images.keys))}
-    if images.labels is not None:
-        arrays["labels"] = images.labels  # -1: no label
-        if images.classes is not None:
-            arrays["classes"] = np.array(images.classes)
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    write(args.out, buffer.getvalue())
-    say(f"{len(images):,} features of width {features.shape[1]} are in {args.out}.")
 
 
 def views(args: "Views", flags_over: FlagsOver) -> None:
