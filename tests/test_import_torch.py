@@ -2,9 +2,12 @@
 
 import os
 import pickle
+import sys
 import zipfile
-from collections import OrderedDict
+from argparse import Namespace
+from collections import OrderedDict, defaultdict
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -204,6 +207,36 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
         import_torch(tmp_path / "x", format="moco")
     with pytest.raises(UserError, match="--mean and --std"):
         import_checkpoint(Import(checkpoint=tmp_path / "x", out=tmp_path / "out", mean=(0.0, 0.0, 0.0)))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_objects_beside_the_weights(
+    zipped: bool, protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What training code saves along: objects of many classes, some with tensors of their own."""
+    lightning = ModuleType("lightning")
+    AttributeDict = lightning.AttributeDict = type("AttributeDict", (dict,), {"__module__": "lightning"})
+    monkeypatch.setitem(sys.modules, "lightning", lightning)
+    weights = {"conv1.weight": torch.randn(4, 3, 7, 7), "bn1.bias": torch.randn(4)}
+    network = nn.Linear(2, 3)
+    content = {
+        "args": Namespace(lr=0.1, out=Path("x")),
+        "counts": defaultdict(int, a=1),
+        "names": {str, int},
+        "range": range(3),
+        "hyper_parameters": AttributeDict(lr=0.1),
+        "scores": [np.float64(0.5), np.ones(3)],
+        "edges": torch.eye(3).to_sparse(),
+        "optimizer": torch.optim.SGD(network.parameters(), 0.1, momentum=0.9),
+        "network": network,
+        "state_dict": weights,
+        "rng": torch.get_rng_state(),
+    }
+    torch.save(content, tmp_path / "a.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    file = TorchFile(tmp_path / "a.pt")
+    loaded = dict(file.read(file.shapes))
+    assert loaded.keys() == weights.keys() and all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
 class Payload:

@@ -47,7 +47,15 @@ _KNOWN = {
 _HARMLESS = {
     "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "range", "set",
     "slice", "str", "tuple",
+    "long", "unicode", "xrange",  # what protocol 2, torch.save's, writes for int, str and range
 }  # fmt: skip
+
+_CONSTANTS = {
+    "BINBYTES", "BINBYTES8", "BINFLOAT", "BININT", "BININT1", "BININT2", "BINSTRING", "BINUNICODE", "BINUNICODE8",
+    "BYTEARRAY8", "FLOAT", "INT", "LONG", "LONG1", "LONG4", "SHORT_BINBYTES", "SHORT_BINSTRING", "SHORT_BINUNICODE",
+    "STRING", "UNICODE",
+}  # fmt: skip
+"""Instructions that push the number or the text in them."""
 
 
 class Opaque:
@@ -71,57 +79,81 @@ class Lazy(NamedTuple):
     stride: tuple[int, ...]
 
 
-def follow(file: BytesIO) -> Any:
+def follow(file: BytesIO, storages: dict[str, Storage] | None = None) -> Any:
     """What the pickle at the file's position describes; afterwards the file stands behind it.
+
+    Args:
+        storages: Takes up every storage that the pickle names, by key, also those of objects that become `Opaque`.
 
     Raises:
         UserError: It names something of a module that has no business in a checkpoint.
         ValueError and others: It is no pickle.
     """
+    machine = _Machine({} if storages is None else storages)
     with warnings.catch_warnings(action="ignore"):  # of odd escapes in texts
-        return _follow(file)
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            if count >= MAX_INSTRUCTIONS:
+                raise Malformed(f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions")
+            if opcode.name == "STOP":
+                return machine.stack.pop()
+            machine.step(opcode.name, argument)
+    raise Malformed("its pickle does not end")
 
 
-def _follow(file: BytesIO) -> Any:
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
-    mark = object()
-    allowance = MAX_INSTRUCTIONS
+class _Machine:
+    """The stack and the memo of one pickle, and what each instruction does to them."""
 
-    def since_mark() -> list[Any]:
+    def __init__(self, storages: dict[str, Storage]) -> None:
+        self.stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+        self._mark = object()
+        self._storages = storages
+
+    def step(self, name: str, argument: Any) -> None:
+        """Follow one instruction, by its name in `pickletools`; whatever is not listed here is refused."""
+        if name in _CONSTANTS:
+            self.stack.append(argument)
+        elif not (self._keep(name, argument) or self._contain(name) or self._call(name, argument)):
+            raise Malformed(f"its pickle has the instruction {name}")
+
+    def _since_mark(self) -> list[Any]:
         items = []
-        while (item := stack.pop()) is not mark:
+        while (item := self.stack.pop()) is not self._mark:
             items.append(item)
         return items[::-1]
 
-    for opcode, given, _ in pickletools.genops(file):
-        argument: Any = given
-        allowance -= 1
-        if allowance < 0:
-            raise Malformed(f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions")
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
+    def _keep(self, name: str, argument: Any) -> bool:
+        """Instructions of the stack, the memo and constants."""
+        stack = self.stack
+        match name:
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                self._memo[int(argument)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self._memo[int(argument)])
+            case "MEMOIZE":
+                self._memo[len(self._memo)] = stack[-1]
             case "MARK":
-                stack.append(mark)
+                stack.append(self._mark)
             case "POP":
                 stack.pop()
             case "POP_MARK":
-                since_mark()
+                self._since_mark()
             case "DUP":
                 stack.append(stack[-1])
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[int(argument)] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(memo[int(argument)])
             case "NONE":
                 stack.append(None)
             case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
+                stack.append(name == "NEWTRUE")
+            case "PROTO" | "FRAME":
+                pass
+            case _:
+                return False
+        return True
+
+    def _contain(self, name: str) -> bool:
+        """Instructions of containers; sets become `Opaque`, for their items would be hashed."""
+        stack = self.stack
+        match name:
             case "EMPTY_DICT":
                 stack.append({})
             case "EMPTY_LIST":
@@ -131,59 +163,63 @@ def _follow(file: BytesIO) -> Any:
             case "EMPTY_SET":
                 stack.append(Opaque())
             case "DICT":
-                items = since_mark()
-                stack.append(dict(_pairs(items)))
+                stack.append(dict(_pairs(self._since_mark())))
             case "LIST":
-                stack.append(since_mark())
+                stack.append(self._since_mark())
             case "TUPLE":
-                stack.append(tuple(since_mark()))
+                stack.append(tuple(self._since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
+                count = int(name[-1])
                 stack[-count:] = [tuple(stack[-count:])]
             case "FROZENSET":
-                since_mark()
+                self._since_mark()
                 stack.append(Opaque())
             case "APPEND":
-                item = stack.pop()
-                if isinstance(stack[-1], list):
-                    stack[-1].append(item)
+                _extend(stack, [stack.pop()])
             case "APPENDS" | "ADDITEMS":
-                items = since_mark()
-                if isinstance(stack[-1], list):
-                    stack[-1].extend(items)
+                _extend(stack, self._since_mark())
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
                 _set(stack[-1], [key, value])
             case "SETITEMS":
-                items = since_mark()
+                items = self._since_mark()
                 _set(stack[-1], items)
+            case _:
+                return False
+        return True
+
+    def _call(self, name: str, argument: Any) -> bool:
+        """Instructions that name classes, call them or refer to storages."""
+        stack = self.stack
+        match name:
             case "GLOBAL":
                 stack.append(_Name(_allowed(*argument.split(" ", 1))))
             case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(_Name(_allowed(module, name)))
+                attribute, module = stack.pop(), stack.pop()
+                stack.append(_Name(_allowed(module, attribute)))
             case "REDUCE" | "NEWOBJ":
                 arguments, function = stack.pop(), stack.pop()
-                stack.append(_call(function, arguments))
+                stack.append(_result(function, arguments))
             case "NEWOBJ_EX":
                 del stack[-3:]
                 stack.append(Opaque())
             case "OBJ":
-                since_mark()
+                self._since_mark()
                 stack.append(Opaque())
             case "INST":
                 _allowed(*argument.split(" ", 1))
-                since_mark()
+                self._since_mark()
                 stack.append(Opaque())
             case "BUILD":
                 stack.pop()  # the attributes of an object
             case "BINPERSID":
-                stack.append(_storage(stack.pop()))
-            case name if argument is not None and not name.startswith(("EXT", "PERSID", "NEXT_BUFFER")):
-                stack.append(argument)  # numbers and texts of all kinds
-            case name:
-                raise Malformed(f"its pickle has the instruction {name}")
-    raise Malformed("its pickle does not end")
+                stored = _persistent(stack.pop())
+                if isinstance(stored, Storage):
+                    self._storages[stored.key] = stored
+                stack.append(stored)
+            case _:
+                return False
+        return True
 
 
 class _Name(str):
@@ -203,7 +239,7 @@ def _allowed(module: Any, name: Any) -> str:
     )
 
 
-def _call(function: Any, arguments: Any) -> Any:
+def _result(function: Any, arguments: Any) -> Any:
     """What a call of one of torch's own functions would give; of all others nothing."""
     arguments = arguments if isinstance(arguments, tuple) else ()
     if not isinstance(function, _Name):
@@ -227,8 +263,13 @@ def _are_sizes(numbers: Any) -> bool:
     return all(type(number) is int and 0 <= number < _MAX_NUMBER for number in numbers)
 
 
-def _storage(identity: Any) -> Storage:
-    """('storage', class, key, device, count[, view]) of torch's persistent identities."""
+def _persistent(identity: Any) -> Storage | Opaque:
+    """What torch's persistent identities name: ('storage', class, key, device, count[, view]) or, before 1.6, a module.
+
+    The latter are ('module', class, file, source), of a network that was pickled as a whole.
+    """
+    if type(identity) is tuple and len(identity) == 4 and isinstance(identity[0], str) and identity[0] == "module":
+        return Opaque()
     if type(identity) is not tuple or not 5 <= len(identity) <= 6:
         raise Malformed("its pickle refers to something that is no storage")
     word, kind, key, _, count = identity[:5]
@@ -240,6 +281,11 @@ def _storage(identity: Any) -> Storage:
     if len(identity) > 5 and identity[5] is not None:
         raise Malformed("a storage is a part of another, as torch before 0.4 wrote it")
     return Storage(key, dtype, count)
+
+
+def _extend(stack: list[Any], items: list[Any]) -> None:
+    if isinstance(stack[-1], list):
+        stack[-1].extend(items)
 
 
 def _set(target: Any, items: list[Any]) -> None:

@@ -1,9 +1,10 @@
 """PyTorch's checkpoint files as named tensors, without running the pickle in them.
 
 The pickle is followed by `inert_pickle.py`, and every number that it gives is checked before it is used: nothing larger
-than the file is allocated, and no more is read than `_MAX_READ` times the file. `torch.load(weights_only=True)` is not
-used: it refuses Lightning's checkpoints for the objects that they hold, and trusts what a tensor says of its record's
-length.
+than the file is allocated, and no more is read than `_MAX_READ` times the file. `torch.load(weights_only=True)` runs no
+code either, but hashes, prints, copies and allocates whatever the file describes, so that files of a few hundred bytes
+hang it or end the process; it does not verify checksums; and it refuses dictionaries of other classes, pickles of
+protocol 4 and, in the format before 1.6, every object (docs/lab-notes.md, 2026-11-30).
 
 Both of torch.save's formats: the zip archive, and what came before torch 1.6 (MoCo's release): a row of pickles, then
 the storages. safetensors files are read as well.
@@ -73,39 +74,34 @@ class TorchFile:
         Raises:
             UserError: The bytes of one are damaged.
         """
-        name = ""
-        try:
-            if not self._tensors:
-                with open_safetensors(self.path) as file:
-                    for name in names:
-                        yield name, file.get_tensor(name)
-                return
-            with open_regular(self.path) as file:
-                reader = _StorageReader(file, self._places, self._folder, _MAX_READ * self.size)
-                for name in sorted(names, key=lambda name: self._tensors[name].storage.key):
-                    yield name, self._tensor(reader, name)
-        except Malformed as error:
-            raise self.error(f"{shown(name)}: {error}") from None
-        except OSError as error:
-            raise UserError(f"The checkpoint {self.path} cannot be read: {reason_of(error)}.") from None
-        except _DAMAGE as error:
-            if isinstance(error, UserError):
-                raise
-            raise self.error(f"{shown(name)}: {_reason(error)}") from None
+        if not self._tensors:
+            with self._damage_named(), open_safetensors(self.path) as file:
+                for name in names:
+                    with self._damage_named(name):
+                        tensor = file.get_tensor(name)
+                    yield name, tensor
+            return
+        with self._damage_named(), open_regular(self.path) as file:
+            reader = _StorageReader(file, self._places, self._folder, _MAX_READ * self.size)
+            for name in sorted(names, key=lambda name: self._tensors[name].storage.key):
+                with self._damage_named(name):
+                    tensor = self._tensor(reader, name)
+                yield name, tensor
 
     @contextmanager
-    def _damage_named(self) -> Iterator[None]:
-        """What is raised by bytes that make no sense as one sentence."""
+    def _damage_named(self, tensor: str = "") -> Iterator[None]:
+        """What is raised by bytes that make no sense, as one sentence that names the tensor."""
+        place = f"{shown(tensor)}: " if tensor else ""
         try:
             yield
         except Malformed as error:
-            raise self.error(str(error)) from None
+            raise self.error(f"{place}{error}") from None
         except OSError as error:
             raise UserError(f"The checkpoint {self.path} cannot be read: {reason_of(error)}.") from None
         except _DAMAGE as error:
             if isinstance(error, UserError):
                 raise
-            raise self.error(_reason(error)) from None
+            raise self.error(f"{place}{_reason(error)}") from None
 
     def error(self, reason: str) -> UserError:
         """The file is damaged; `reason` says how."""
@@ -138,11 +134,11 @@ class TorchFile:
         magic = follow(reader)
         if type(magic) is not int or magic != _MAGIC:
             raise Malformed("it does not begin as one")
-        *_, contents, keys = (follow(reader) for _ in range(_PICKLES_BEFORE_1_6 - 1))
-        storages = _storages(contents)
+        storages: dict[str, Storage] = {}
+        *_, contents, keys = (follow(reader, storages) for _ in range(_PICKLES_BEFORE_1_6 - 1))
         position = reader.tell()
         for key in keys if isinstance(keys, list) else []:
-            if not isinstance(key, str) or key not in storages:  # of something that is no tensor's
+            if not isinstance(key, str) or key not in storages:
                 raise Malformed("its storages do not fit its tensors")
             file.seek(position)
             count = int.from_bytes(file.read(8), "little")
@@ -263,16 +259,3 @@ def _named_tensors(contents: Any) -> Iterator[tuple[str, Lazy]]:
                 if len(name) > _MAX_NAME or not name.isprintable():
                     raise Malformed("the name of a tensor is too long or no text")
                 yield name, tensor
-
-
-def _storages(contents: Any) -> dict[str, Storage]:
-    """Of every tensor anywhere, by key; a container may hold itself."""
-    storages, waiting, seen = {}, [contents], set()
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, Lazy):
-            storages[item.storage.key] = item.storage
-        elif isinstance(item, dict | list | tuple) and id(item) not in seen:
-            seen.add(id(item))
-            waiting.extend(item.values() if isinstance(item, dict) else item)
-    return storages
