@@ -31,7 +31,7 @@ from common import machine, write_json
 from simclr.config.distill import DISTILL_RECIPES
 from simclr.config.finetune import FINETUNE_RECIPES
 from simclr.data.images import Images
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
 from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.finetune import TRAINING_VERSION, digest_of, finetune

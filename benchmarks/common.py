@@ -320,7 +320,7 @@ def pil_images(images: Images) -> list[Image.Image]:
     """All images, decoded, as lightly's transform takes them."""
     found = []
     for begin in range(0, len(images), 1024):
-        for pixels in images.batch(np.arange(begin, min(begin + 1024, len(images)))):
+        for pixels in images.read(np.arange(begin, min(begin + 1024, len(images)))):
             found.append(Image.fromarray(pixels[..., 0] if images.channels == 1 else pixels))
     return found
 

@@ -25,7 +25,7 @@ from simclr.config.encoder import EncoderConfig
 from simclr.config.finetune import FINETUNE_RECIPES
 from simclr.config.schedule import total_steps
 from simclr.data.images import Images
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.evaluation.finetune import TRAINING_VERSION, finetune, supervised
 from simclr.evaluation.logistic import optimum_probe
 from simclr.evaluation.metrics import accuracy

@@ -187,7 +187,7 @@ def _read_all(source: Any, **options: Any) -> None:
 
     images = open_data(source, **options)
     for i in range(len(images)):
-        images.batch([i])
+        images.read([i])
 
 
 def _image(folder: Path) -> None:

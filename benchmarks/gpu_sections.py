@@ -27,7 +27,7 @@ from simclr.config.encoder import EncoderConfig
 from simclr.config.pretrain import PretrainConfig
 from simclr.config.recipes import RECIPES
 from simclr.data.images import Images
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext, stop
 from simclr.errors import UserError
 from simclr.evaluation.knn import knn

@@ -51,7 +51,7 @@ from simclr.config.encoder import EncoderConfig
 from simclr.config.pretrain import PretrainConfig
 from simclr.config.recipes import RECIPES, fit_recipe
 from simclr.data.images import Images
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.evaluation.knn import knn
 from simclr.evaluation.metrics import accuracy
 from simclr.evaluation.subjects import random_encoder

@@ -52,7 +52,7 @@ from simclr.config.encoder import EncoderConfig
 from simclr.config.pretrain import PretrainConfig
 from simclr.config.recipes import RECIPES
 from simclr.data.images import Images
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.errors import UserError
 from simclr.models.encoder import build_encoder
 from simclr.training.loop import Task

@@ -24,7 +24,7 @@ from emoji import SKIN_TONES
 
 import simclr
 from simclr.data.images import Images
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.errors import UserError
 from simclr.evaluation.retrieval import retrieval
 from simclr.evaluation.subjects import random_encoder

@@ -215,7 +215,7 @@ def test_resident_images_make_the_views_of_the_same_images_streamed():
     where = {"seed": 1, "epoch": 2, "indices": rows, "device": DEVICE, "backend": "cuda"}
     resident = DeviceImages.of(data, DEVICE)
     for a, b in zip(
-        make_views(resident[rows], policy, **where), make_views(data.batch(rows), policy, **where), strict=True
+        make_views(resident[rows], policy, **where), make_views(data.read(rows), policy, **where), strict=True
     ):
         assert torch.equal(a, b)
     some, rows = DeviceImages.upload(ragged, 3, DEVICE), np.array([2, 1])
@@ -233,7 +233,7 @@ def test_a_data_set_is_sent_in_shares(monkeypatch):
         np.zeros((5, 2, 2, 3), np.uint8), None, name="mixed", split="all", has_own_split=False, classes=None,
         channels="auto",
     )  # fmt: skip
-    data = replace(data, sizes=sizes, read=lambda rows: [images[row] for row in rows])
+    data = replace(data, sizes=sizes, store=lambda rows: [images[row] for row in rows])
     monkeypatch.setattr("simclr.views.device_images._SHARE_BYTES", 1000)
     resident = DeviceImages.of(data, DEVICE)
     assert torch.equal(resident.pixels.cpu(), torch.from_numpy(np.concatenate([image.ravel() for image in images])))

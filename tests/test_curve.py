@@ -37,7 +37,7 @@ def split() -> Split:
 
 
 def flat(images: Images) -> np.ndarray:
-    return np.asarray(images.batch(np.arange(len(images)))).reshape(len(images), -1).astype(np.float32)
+    return np.asarray(images.read(np.arange(len(images)))).reshape(len(images), -1).astype(np.float32)
 
 
 def negative(images: Images) -> np.ndarray:

@@ -199,11 +199,11 @@ def test_folder_of_classes(tmp_path: Path) -> None:
     assert images.labels is not None and images.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert images.keys[0] == "cat/deep/0.png" and list(images.keys) == sorted(images.keys)
     assert images.sizes.tolist() == [[5, 7]] * 12
-    batch = images.batch([11, 0, 4, 0])
+    batch = images.read([11, 0, 4, 0])
     assert isinstance(batch, np.ndarray) and batch.shape == (4, 5, 7, 3)
     assert batch[:, 0, 0, 0].tolist() == [83, 0, 40, 0]
     batch[:] = 9  # the caller's own
-    assert images.batch([0])[0].max() == 0
+    assert images.read([0])[0].max() == 0
     with pytest.raises(UserError, match="no test part"):
         open_data(tmp_path / "set", split="test")
 
@@ -213,11 +213,11 @@ def test_subset_is_data_of_its_own(tmp_path: Path) -> None:
     part = images.subset([5, 1])
     assert len(part) == 2 and list(part.keys) == ["dog/deep/1.png", "cat/deep/1.png"]
     assert part.labels is not None and part.labels.tolist() == [1, 0]
-    np.testing.assert_array_equal(part.batch([1, 0]), images.batch([1, 5]))
-    np.testing.assert_array_equal(part.subset([1]).batch([0]), images.batch([1]))
+    np.testing.assert_array_equal(part.read([1, 0]), images.read([1, 5]))
+    np.testing.assert_array_equal(part.subset([1]).read([0]), images.read([1]))
     assert images.labels is not None
     assert len(images.subset(images.labels == 2)) == 4
-    assert len(images.subset([])) == 0 and len(images.batch([])) == 0
+    assert len(images.subset([])) == 0 and len(images.read([])) == 0
     assert part.fingerprint != images.fingerprint
 
 
@@ -226,10 +226,10 @@ def test_flat_folder_and_mixed_folder_have_no_labels(tmp_path: Path) -> None:
     save(GRAY[:3], tmp_path / "a.png")
     flat = open_data(tmp_path)
     assert flat.labels is None and flat.classes is None and flat.channels == 1
-    sizes = [image.shape for image in flat.batch([0, 1, 0])]  # not of one size: a list
+    sizes = [image.shape for image in flat.read([0, 1, 0])]  # not of one size: a list
     assert sizes == [(3, 9, 1), (6, 9, 1), (3, 9, 1)]
-    flat.batch([0])[0][:] = 9  # the caller's own
-    np.testing.assert_array_equal(flat.batch([0])[0], GRAY[:3, :, None])
+    flat.read([0])[0][:] = 9  # the caller's own
+    np.testing.assert_array_equal(flat.read([0])[0], GRAY[:3, :, None])
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "Thumbs.db").write_text("x")
     save(GRAY, tmp_path / "one" / "c.png")
@@ -266,15 +266,15 @@ def test_channels(tmp_path: Path) -> None:
     save(GRAY, tmp_path / "a.png")
     assert open_data(tmp_path).channels == 1
     three = open_data(tmp_path, channels="3")
-    np.testing.assert_array_equal(three.batch([0])[0], np.repeat(GRAY[..., None], 3, axis=2))
+    np.testing.assert_array_equal(three.read([0])[0], np.repeat(GRAY[..., None], 3, axis=2))
     assert any("three equal channels" in note for note in three.notes)
     save(COLOUR, tmp_path / "b.png")
     mixed = open_data(tmp_path)
     assert mixed.channels == 3 and any("1 of 2 images are gray" in note for note in mixed.notes)
-    np.testing.assert_array_equal(mixed.batch([0, 1])[0], three.batch([0])[0])
+    np.testing.assert_array_equal(mixed.read([0, 1])[0], three.read([0])[0])
     one = open_data(tmp_path, channels="1")
     assert one.channels == 1 and any("converted to gray" in note for note in one.notes)
-    np.testing.assert_array_equal(one.batch([1])[0, ..., 0], np.asarray(Image.fromarray(COLOUR).convert("L")))
+    np.testing.assert_array_equal(one.read([1])[0, ..., 0], np.asarray(Image.fromarray(COLOUR).convert("L")))
 
 
 def test_gray_is_pillows_luma() -> None:
@@ -292,11 +292,11 @@ def test_beyond_the_memory_budget_files_are_decoded_again(tmp_path: Path, worker
     assert any("decoded again" in note for note in again.notes)
     assert again.fingerprint == kept.fingerprint
     order = [12, 3, 3, 4]
-    for first, second in zip(kept.batch(order), again.batch(order), strict=True):
+    for first, second in zip(kept.read(order), again.read(order), strict=True):
         np.testing.assert_array_equal(first, second)
     (tmp_path / "cat" / "other.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"other\.png has changed since the data was opened"):
-        again.batch([4])
+        again.read([4])
 
 
 def test_order_and_fingerprint_do_not_depend_on_the_file_system(tmp_path: Path) -> None:
@@ -380,15 +380,15 @@ def test_npz(tmp_path: Path) -> None:
     assert (gray.name, gray.channels, gray.split, gray.has_own_split) == ("gray", 1, "all", False)
     assert gray.labels is not None and gray.labels.tolist() == y.tolist() and gray.classes is None
     assert list(gray.keys) == [str(i) for i in range(10)]
-    np.testing.assert_array_equal(gray.batch([4, 2]), x[[4, 2], :, :, None])
+    np.testing.assert_array_equal(gray.read([4, 2]), x[[4, 2], :, :, None])
     assert any("without a label" in note for note in gray.notes)
     colour = open_data(savez(tmp_path / "colour.npz", x=np.stack([x] * 3, -1)), channels="1")
-    np.testing.assert_array_equal(colour.batch(np.arange(10))[..., 0], x)  # luma of equal channels
+    np.testing.assert_array_equal(colour.read(np.arange(10))[..., 0], x)  # luma of equal channels
     floats = open_data(savez(tmp_path / "floats.npz", x=x.astype(np.float32) / 255, y=y % 3))
-    np.testing.assert_array_equal(floats.batch(np.arange(10))[..., 0], x)
+    np.testing.assert_array_equal(floats.read(np.arange(10))[..., 0], x)
     assert any("rounded" in note for note in floats.notes) and floats.classes == ["0", "1", "2"]
     alpha = np.zeros((1, 2, 2, 4), np.uint8)
-    assert open_data(savez(tmp_path / "alpha.npz", x=alpha)).batch([0]).min() == 255
+    assert open_data(savez(tmp_path / "alpha.npz", x=alpha)).read([0]).min() == 255
 
 
 def test_npz_with_its_own_split_and_names(tmp_path: Path) -> None:
@@ -401,7 +401,7 @@ def test_npz_with_its_own_split_and_names(tmp_path: Path) -> None:
     assert [images.labels.tolist() for images in (train, test, both) if images.labels is not None] == [
         [1, 0, -1], [2, 0], [1, 0, -1, 2, 0],
     ]  # fmt: skip
-    np.testing.assert_array_equal(both.batch(np.arange(5)), x)
+    np.testing.assert_array_equal(both.read(np.arange(5)), x)
     assert train.has_own_split and train.fingerprint != test.fingerprint
 
 
@@ -450,11 +450,11 @@ def test_digits_are_scikit_learns() -> None:
     assert (len(train), len(test), len(both)) == (1438, 359, 1797)
     assert sorted([*train.keys, *test.keys], key=int) == list(both.keys)
     expected = [[round(v * 255 / 16) for v in row] for row in digits.data]
-    np.testing.assert_array_equal(both.batch(np.arange(1797)).reshape(1797, 64), expected)
+    np.testing.assert_array_equal(both.read(np.arange(1797)).reshape(1797, 64), expected)
     rows = [int(key) for key in test.keys]
     assert test.labels is not None
     np.testing.assert_array_equal(test.labels, digits.target[rows])
-    np.testing.assert_array_equal(test.batch(np.arange(359)), both.batch(rows))
+    np.testing.assert_array_equal(test.read(np.arange(359)), both.read(rows))
 
 
 @pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
@@ -470,7 +470,7 @@ def test_fashion_mnist_is_what_torchvision_reads(tmp_path: Path) -> None:
         ours = open_data("fashion-mnist", split=split)
         unpacked = open_data(f"fashion-mnist:{tmp_path}", split=split)
         assert ours.classes == theirs.classes and ours.fingerprint == unpacked.fingerprint
-        np.testing.assert_array_equal(ours.batch(np.arange(len(ours)))[..., 0], theirs.data.numpy())
+        np.testing.assert_array_equal(ours.read(np.arange(len(ours)))[..., 0], theirs.data.numpy())
         np.testing.assert_array_equal(ours.labels, theirs.targets.numpy())
 
 
@@ -487,7 +487,7 @@ def idx_folder(root: Path, num_labels: int = 4) -> Path:
 
 def test_hand_made_idx_files(tmp_path: Path) -> None:
     images = open_data(f"fashion-mnist:{idx_folder(tmp_path)}", split="all")
-    np.testing.assert_array_equal(images.batch(np.arange(4)).ravel(), np.arange(24))
+    np.testing.assert_array_equal(images.read(np.arange(4)).ravel(), np.arange(24))
     assert len(images) == 8 and images.labels is not None and images.labels.tolist() == [0, 1, 2, 3] * 2
 
 
@@ -536,7 +536,7 @@ def test_torchvision_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name:
 
     monkeypatch.setattr(datasets, name.upper(), Fake)
     images = open_data(f"{name}:{tmp_path}")
-    np.testing.assert_array_equal(images.batch([2, 0]), pixels.transpose(0, 2, 3, 1)[[2, 0]])
+    np.testing.assert_array_equal(images.read([2, 0]), pixels.transpose(0, 2, 3, 1)[[2, 0]])
     assert images.labels is not None and images.labels.tolist() == [0, 1, 1, -1]
     assert len(open_data(f"{name}:{tmp_path}", split="all")) == 8
     splits = [options.get("split", "train" if options.get("train") else "test") for _, options in asked]

@@ -20,7 +20,7 @@ from simclr import UserError
 from simclr.config.distill import DISTILL_RECIPES, DistillConfig, find_distill_recipe
 from simclr.config.encoder import EncoderConfig
 from simclr.config.schedule import peak_lr, total_steps
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
 from simclr.methods.distill import Distill
 from simclr.models.batchnorm import set_global_batch_norm

@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from simclr.config.encoder import EncoderConfig
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.errors import UserError
 from simclr.evaluation.knn import knn
 from simclr.evaluation.logistic import optimum_probe

@@ -17,7 +17,7 @@ from simclr import UserError
 from simclr.config.encoder import EncoderConfig
 from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
 from simclr.config.schedule import peak_lr, total_steps
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.data.splits import label_subset
 from simclr.evaluation import finetune as finetuning
 from simclr.evaluation.finetune import Stopped, finetune, supervised

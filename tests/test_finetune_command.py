@@ -15,7 +15,7 @@ from torch import nn
 from simclr import load
 from simclr.config.encoder import EncoderConfig
 from simclr.config.finetune import FINETUNE_RECIPES
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.evaluation import finetune as finetuning
 from simclr.models.encoder import build_encoder
 from simclr.weights.folder import save_encoder

@@ -162,12 +162,12 @@ def test_images_to_train_on_are_those_given(tmp_path):
     for given in ([tmp_path / "b.png", tmp_path / "a.png", tmp_path / "b.png"], [COLOUR, RAMP, COLOUR]):
         images = open_images(given)
         assert len(images) == 3 and images.channels == 3 and images.labels is None
-        first, second, third = images.batch([0, 1, 2])
+        first, second, third = images.read([0, 1, 2])
         np.testing.assert_array_equal(first, COLOUR)
         np.testing.assert_array_equal(second, np.repeat(RAMP[..., None], 3, axis=-1))
         np.testing.assert_array_equal(third, COLOUR)
         for again in (given, images):
-            gray = open_images(again, channels="1").batch([0])[0].squeeze()
+            gray = open_images(again, channels="1").read([0])[0].squeeze()
             np.testing.assert_array_equal(gray, np.asarray(Image.fromarray(COLOUR).convert("L")))
 
 

@@ -192,7 +192,7 @@ def test_progressive_jpeg_of_many_scans_is_left_out(tmp_path: Path) -> None:
     assert list(images.keys) == ["good.jpg"]
     assert images.skipped == [("slow.jpg", "progressive JPEG of more than 100 scans at 2000 x 2000 pixels")]
     with Image.open(tmp_path / "good.jpg") as image:
-        np.testing.assert_array_equal(images.batch([0])[0, ..., 0], np.asarray(image))
+        np.testing.assert_array_equal(images.read([0])[0, ..., 0], np.asarray(image))
 
 
 def test_scans_are_bounded_by_the_pixels_that_they_go_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

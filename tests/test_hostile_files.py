@@ -106,7 +106,7 @@ def test_two_hundred_hostile_files(hostile: tuple[Path, int], workers: int) -> N
     assert any(f"{len(images.skipped)} of {num_files} files left out: " in note for note in images.notes)
     assert not any("\n" in reason for _, reason in images.skipped)
     for i in range(len(images)):
-        (pixels,) = images.batch([i])
+        (pixels,) = images.read([i])
         assert pixels.dtype == np.uint8 and pixels.shape == (*images.sizes[i], images.channels)
 
 
@@ -126,11 +126,11 @@ def test_result_is_the_same_for_any_number_of_threads(hostile: tuple[Path, int])
 def test_batches_from_many_threads_at_once(hostile: tuple[Path, int]) -> None:
     images = open_folder(hostile[0], workers=2, memory_budget=0)
     rows = np.flatnonzero((images.sizes == 24).all(axis=1))[:20]
-    expected = images.batch(rows)
+    expected = images.read(rows)
     results: list[bool] = []
 
     def compare() -> None:
-        again = images.batch(rows)
+        again = images.read(rows)
         results.append(all(np.array_equal(a, b) for a, b in zip(expected, again, strict=True)))
 
     threads = [threading.Thread(target=compare) for _ in range(4)]

@@ -145,20 +145,20 @@ def test_pack_gives_the_pixels_of_an_exchanged_file(tmp_path: Path) -> None:
     other = write_folder(tmp_path / "other", 1)
     exchange(photos / "dog" / "03.bmp", (other / "dog" / "03.bmp").read_bytes())
     images, expected = open_data(photos, pack=packs), open_data(photos)
-    np.testing.assert_array_equal(images.batch(range(NUM_IMAGES)), expected.batch(range(NUM_IMAGES)))
+    np.testing.assert_array_equal(images.read(range(NUM_IMAGES)), expected.read(range(NUM_IMAGES)))
     assert images.fingerprint == expected.fingerprint
 
 
 def test_file_that_changed_since_opening_is_not_read(tmp_path: Path) -> None:
     photos = write_folder(tmp_path / "photos", 0)
     images = open_folder(photos, memory_budget=0)
-    expected = images.batch([0, 1])
+    expected = images.read([0, 1])
     (photos / "cat" / "00.bmp").chmod(0o600)  # which changes a time, and no byte
     os.utime(photos / "cat" / "00.bmp", ns=(0, 0))
-    np.testing.assert_array_equal(images.batch([0, 1]), expected)
+    np.testing.assert_array_equal(images.read([0, 1]), expected)
     exchange(photos / "cat" / "00.bmp", (photos / "dog" / "01.bmp").read_bytes())
     with pytest.raises(UserError, match=r"00\.bmp has changed since the data was opened"):
-        images.batch([0])
+        images.read([0])
 
 
 # ---- the tables

@@ -43,7 +43,7 @@ def images_of(pixels: np.ndarray | list[np.ndarray], name: str = "scenes") -> Im
         )  # fmt: skip
     base = images_of(np.zeros((len(pixels), 1, 1, pixels[0].shape[-1]), np.uint8), name)
     sizes = np.array([image.shape[:2] for image in pixels])
-    return replace(base, sizes=sizes, read=lambda rows: [pixels[row] for row in rows])
+    return replace(base, sizes=sizes, store=lambda rows: [pixels[row] for row in rows])
 
 
 def as_pil(image: np.ndarray) -> Image.Image:

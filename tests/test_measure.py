@@ -10,7 +10,7 @@ import torch
 
 from simclr.config.encoder import EncoderConfig
 from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.tasks import pretrain as pretraining

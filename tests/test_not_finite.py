@@ -7,7 +7,7 @@ from PIL import Image
 
 import simclr as package
 from simclr.config.finetune import FinetuneConfig
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.errors import Diverged, UserError
 from simclr.evaluation.finetune import finetune
 from simclr.models import EncoderConfig, build_encoder

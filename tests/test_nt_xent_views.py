@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simclr import UserError
 from simclr.config.pretrain import PretrainConfig
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
 from simclr.losses import nt_xent, nt_xent_dense, nt_xent_views, nt_xent_views_dense
 from simclr.losses.nt_xent import nt_xent_views_streamed

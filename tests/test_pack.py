@@ -65,9 +65,9 @@ def same(one: Images, other: Images) -> bool:
     assert (one.keys, one.classes, one.channels) == (other.keys, other.classes, other.channels)
     np.testing.assert_array_equal(one.labels, other.labels)
     np.testing.assert_array_equal(one.sizes, other.sizes)
-    for way in ("batch", "peek"):
+    for copy in (True, False):
         order = np.random.default_rng(1).permutation(len(one))
-        for a, b in zip(getattr(one, way)(order), getattr(other, way)(order), strict=True):
+        for a, b in zip(one.read(order, copy=copy), other.read(order, copy=copy), strict=True):
             np.testing.assert_array_equal(a, b, strict=True)
     return one.fingerprint == other.fingerprint and one.skipped == other.skipped
 
@@ -96,21 +96,21 @@ def test_second_opening_decodes_nothing(photos: Path, tmp_path: Path, opened: li
     assert seen == [(i + 1, 26) for i in range(26)]
     del opened[:], seen[:]
     images = open_data(photos, pack=str(tmp_path), progress=lambda *now: seen.append(now))
-    images.batch(np.arange(len(images)))
+    images.read(np.arange(len(images)))
     assert opened == [] and seen == []
 
 
 def test_arrays_of_a_pack_are_views_of_it_and_those_of_a_batch_the_callers(photos: Path, tmp_path: Path) -> None:
     images = open_data(photos, pack=str(tmp_path))
-    first, again = images.peek([1])[0], images.peek([1])[0]
+    first, again = images.read([1], copy=False)[0], images.read([1], copy=False)[0]
     assert np.shares_memory(first, again) and not first.flags.writeable
     expected = first.copy()
-    (mine,) = images.batch([1])
+    (mine,) = images.read([1])
     mine[:] = 0
-    np.testing.assert_array_equal(images.batch([1])[0], expected)
+    np.testing.assert_array_equal(images.read([1])[0], expected)
     part = images.subset([1])
     del images
-    np.testing.assert_array_equal(part.peek([0])[0], expected)
+    np.testing.assert_array_equal(part.read([0], copy=False)[0], expected)
 
 
 def test_split_parts_share_a_pack(photos: Path, tmp_path: Path, opened: list[str]) -> None:
@@ -130,7 +130,10 @@ def test_split_parts_share_a_pack(photos: Path, tmp_path: Path, opened: list[str
 
 
 def python(code: str, *arguments: object) -> subprocess.Popen:
-    prelude = "import os, signal, sys; from simclr.data import open_data, pack; pack.SHARD_BYTES = 10_000\n"
+    prelude = (
+        "import os, signal, sys\nfrom simclr.data import open_data\n"
+        "from simclr.data.pack import pack\npack.SHARD_BYTES = 10_000\n"
+    )
     command = [sys.executable, "-c", prelude + code, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -162,7 +165,6 @@ def test_two_processes_at_once_decode_each_image_once(photos: Path, tmp_path: Pa
     for path in shards(packs):
         path.unlink()
     code = """
-from simclr.data import decode
 count, real = [], pack.decode_found
 pack.decode_found = lambda file, side: count.append(file) or real(file, side)
 images = open_data(sys.argv[1], pack=sys.argv[2], say=lambda text: print(text, flush=True))
@@ -258,7 +260,7 @@ def test_damaged_pixels_are_noticed_when_they_are_read(
     mended = open_data(photos, pack=packs, say=said.append)
     assert 0 < len(set(opened)) < 8 and "had damaged pixels" in said[1]
     del opened[:]
-    mended.batch(np.arange(len(mended)))
+    mended.read(np.arange(len(mended)))
     assert opened == [] and victim in shards(tmp_path / "packs")  # the same bytes have the same name
 
 
@@ -340,14 +342,14 @@ import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, ({12_500}, {12_500}))
 images = open_data(sys.argv[1], pack=sys.argv[2])
 print(images.notes)
-print(images.fingerprint, sum(int(image.sum()) for image in images.batch(range(len(images)))))
+print(images.fingerprint, sum(int(image.sum()) for image in images.read(range(len(images)))))
 """
     process = python(code, photos, tmp_path / "packs")
     out, error = process.communicate()
     assert process.returncode == 0, error
     assert "The pack is not complete (file too large)" in out
     plain = open_data(photos)
-    total = sum(int(image.sum()) for image in plain.batch(range(len(plain))))
+    total = sum(int(image.sum()) for image in plain.read(range(len(plain))))
     assert out.split("\n")[1] == f"{plain.fingerprint} {total}"
     assert not list((tmp_path / "packs").glob("*/*.partial"))
 
@@ -387,7 +389,7 @@ def test_side_shrinks_the_larger_images_and_no_others(photos: Path, tmp_path: Pa
     assert open_data(photos, side=64).fingerprint == native.fingerprint  # none is larger
     shrunk = 0
     for i, key in enumerate(small.keys):
-        (pixels,), (before,) = small.batch([i]), native.batch([i])
+        (pixels,), (before,) = small.read([i]), native.read([i])
         shorter = min(before.shape[:2])
         if shorter <= 24:
             np.testing.assert_array_equal(pixels, before)

@@ -17,8 +17,8 @@ from torch import nn
 
 from simclr import load
 from simclr.config.encoder import EncoderConfig
+from simclr.data.opening import open_data
 from simclr.data.readers.files import Reading
-from simclr.data.source import open_data
 from simclr.evaluation import streaming
 from simclr.evaluation.streaming import View, stream_views
 from simclr.models.classifier import Classifier
@@ -137,7 +137,7 @@ def test_arrays_and_named_sets_of_every_split(simclr, gray_model, colour_model, 
         images = open_data(str(source), split="all")
         found, expected = (
             read_table(tmp_path / "a.csv"),
-            load(model).probabilities(list(images.batch(range(len(images))))),
+            load(model).probabilities(list(images.read(range(len(images))))),
         )
         assert list(found) == ["key", "class", "probability"] and found["key"] == list(images.keys)
         assert found["class"] == [NAMES[k] for k in expected.argmax(axis=1)]

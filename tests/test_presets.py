@@ -10,10 +10,10 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
+from simclr.data.opening import open_data
 from simclr.data.presets import HELD_OUT, PRESETS, TransferSet, open_transfer_set
 from simclr.data.readers.files import Reading
 from simclr.data.readers.layouts import CALTECH_MARK, LAYOUTS, VOC_CLASSES
-from simclr.data.source import open_data
 from simclr.errors import UserError
 
 
@@ -200,7 +200,7 @@ def opened(stand_ins: Path, name: str) -> TransferSet:
 
 def shown(images, by_name: bool = True) -> Iterator[tuple[bytes, str]]:
     for i, label in enumerate(images.labels):
-        yield images.batch([i])[0].tobytes(), images.classes[label] if by_name else str(label)
+        yield images.read([i])[0].tobytes(), images.classes[label] if by_name else str(label)
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
@@ -290,7 +290,7 @@ def test_parts_are_disjoint_and_open_data_agrees(stand_ins, name):
         ours, theirs = (one.labels if one.targets is None else one.targets for one in (images, alone.subset(order)))
         assert np.array_equal(ours, theirs)
         assert all(
-            np.array_equal(a, b) for a, b in zip(images.batch(range(len(images))), alone.batch(order), strict=True)
+            np.array_equal(a, b) for a, b in zip(images.read(range(len(images))), alone.read(order), strict=True)
         )
 
 
@@ -380,7 +380,7 @@ def test_other_data_keeps_its_own_split_or_gets_one():
     own = open_data("digits", split="test")
     assert parts.metric == "top-1" and np.array_equal(parts.test.keys, own.keys)
     assert len(parts.validation) == round(HELD_OUT * len(parts.learn))
-    assert np.array_equal(parts.learn.batch([0, len(parts.train)])[1], parts.validation.batch([0])[0])
+    assert np.array_equal(parts.learn.read([0, len(parts.train)])[1], parts.validation.read([0])[0])
     assert sorted(parts.learn.keys, key=int) == sorted(open_data("digits").keys, key=int)
 
 

@@ -50,7 +50,7 @@ def batches(images, task, seed=0, chunk=256):
 
 def test_rotation_and_sobel_equal_numpy_and_scipy():
     images = colourful(40, 0)
-    plain = eval_images(images.batch(np.arange(40)), SIZE)
+    plain = eval_images(images.read(np.arange(40)), SIZE)
     turned, turns = batches(images, "rotation")
     assert set(turns) == {0, 1, 2, 3}
     for image, k, result in zip(plain, turns, turned, strict=True):
@@ -68,7 +68,7 @@ def test_rotation_and_sobel_equal_numpy_and_scipy():
 
 def test_gray_and_noise_are_what_they_say():
     images = colourful(400, 1)
-    plain = eval_images(images.batch(np.arange(400)), SIZE)
+    plain = eval_images(images.read(np.arange(400)), SIZE)
     seen, coloured = batches(images, "colour")
     assert 0.74 < coloured.mean() < 0.86  # a fifth is gray, as in pretraining
     assert torch.equal(seen[coloured == 1], plain[coloured == 1])

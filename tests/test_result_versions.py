@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from simclr.config.finetune import FinetuneConfig
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.evaluation import curve, finetune, grid, knn, lbfgs, logistic, metrics, probe, transfer
 from simclr.models import EncoderConfig, build_encoder
 from simclr.models import inference as features

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from simclr.config.pretrain import PretrainConfig
-from simclr.data.source import open_data
+from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext, stop
 from simclr.errors import UserError
 from simclr.tasks import pretrain as pretraining

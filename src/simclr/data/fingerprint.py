@@ -55,15 +55,15 @@ def first_scheme(images: Any) -> str:
 
     It says whether names, sizes and labels of files are the same, and of arrays whether all is.
     """
-    files = getattr(images.read, "files", None)
+    files = getattr(images.store, "files", None)
     if files is not None:
         digest = sha256()
         for row in images.rows:
             digest.update(f"{files[row].key}\0{files[row].num_bytes}\0".encode())
         digest.update(images.sizes.astype("<i8").tobytes())
     else:
-        first = np.asarray(images.read(images.rows[:1]))  # (1, H, W, C)
-        digest = _array_digest((len(images), *first.shape[1:]), lambda rows: images.read(images.rows[rows]))
+        first = np.asarray(images.store(images.rows[:1]))  # (1, H, W, C)
+        digest = _array_digest((len(images), *first.shape[1:]), lambda rows: images.store(images.rows[rows]))
     for known in (images.labels, images.targets):
         if known is not None:
             digest.update(known.astype("<i8").tobytes())

@@ -109,7 +109,7 @@ def open_images(images: ImagesLike, *, channels: Channels = "auto") -> Images:
         labels=None,
         classes=None,
         contents=digest_of_arrays(arrays),
-        read=partial(_take, arrays),
+        store=partial(_take, arrays),
         rows=np.arange(len(arrays)),
         notes=notes,
     )

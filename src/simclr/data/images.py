@@ -1,7 +1,7 @@
-"""`Images`: n images with keys, sizes and labels, read batch by batch as uint8 pixels.
+"""`Images`: the `Source` of n images with keys, sizes and labels, read batch by batch as uint8 pixels.
 
-Where the pixels lie (one array, a list in memory, files that are decoded again) is a function handed in as
-`read`, so that everything above sees one kind of data.
+Where the pixels are (one array, a list in memory, a pack, files that are decoded again) is known to `store` alone, so
+that everything above sees one kind of data.
 
 Shapes: n images, B of them in a batch, H x W pixels, C = 1 (gray) or 3 (RGB) channels.
 """
@@ -10,35 +10,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from hashlib import sha256
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from simclr.data.fingerprint import digest_of_array, fingerprint_of
+from simclr.data.source import Kind, Skipped
 from simclr.errors import UserError
 
 Split = Literal["train", "test", "all"]
 Channels = Literal["auto", "1", "3"]
 
 
-class Skipped(NamedTuple):
-    """A file that is left out, and why."""
-
-    key: str
-    reason: str
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Images:
     """Images that were all readable when they were opened. Made by `simclr.data.open_data`."""
 
+    kind: ClassVar[Kind] = "image"
     name: str
     split: Split
     """The part that this is; "all" where the data brings no split of its own."""
     has_own_split: bool
     """Whether the data brings a train and a test part (then `open_data(..., split="test")` works)."""
     channels: int
-    """1 or 3: what `batch` returns."""
+    """1 or 3: what `read` returns."""
     keys: Sequence[str]
     """Relative POSIX paths for folders, else the index in the data set as text."""
     sizes: np.ndarray
@@ -49,7 +44,7 @@ class Images:
     """Names that the labels, or the columns of `targets`, index; None where there are none (.npz labels with gaps)."""
     contents: str
     """SHA-256 of what the pixels come from, in the order of the images: the files' bytes, or the array."""
-    read: Callable[[np.ndarray], np.ndarray | Sequence[np.ndarray]] = field(repr=False)
+    store: Callable[[np.ndarray], np.ndarray | Sequence[np.ndarray]] = field(repr=False)
     """Rows of the store -> its own (H, W, 1 or 3) uint8 arrays, or one fresh (B, H, W, 1 or 3) array."""
     rows: np.ndarray = field(repr=False)
     """(n,) row in the store of each image."""
@@ -66,38 +61,30 @@ class Images:
     def __repr__(self) -> str:
         return f"Images({self.name!r}, {len(self):,} images, split={self.split!r}, channels={self.channels})"
 
-    def batch(self, indices: np.ndarray | Sequence[int]) -> np.ndarray | list[np.ndarray]:
-        """Pixels of some images, in the order asked for; the arrays are the caller's to keep and to change.
+    def read(self, indices: np.ndarray | Sequence[int], *, copy: bool = True) -> np.ndarray | list[np.ndarray]:
+        """Pixels of some images, in the order asked for.
+
+        Args:
+            copy: Whether the arrays are the caller's to change. Without a copy those of a pack or of separate images
+                in memory are only to be read; they stay valid for as long as anyone holds them.
 
         Returns:
-            (B, H, W, C) uint8 where all images of the data have one size, else a list of B (H, W, C) uint8
-            arrays.
+            (B, H, W, C) uint8 where all images of the data have one size, else a list of B (H, W, C) uint8 arrays.
+            Without a copy it may be a list even where they have one size.
 
         Raises:
-            UserError: a file that was readable at opening has changed or gone.
+            UserError: A file that was readable at opening has changed or gone.
         """
-        images = self.peek(indices)
-        if isinstance(images, np.ndarray):
+        indices = np.asarray(indices, dtype=np.intp if len(indices) == 0 else None)
+        pixels = self.store(self.rows[indices])
+        if isinstance(pixels, np.ndarray):
+            return with_channels(pixels, self.channels)
+        images = [with_channels(image, self.channels) for image in pixels]
+        if not copy:
             return images
         if not self._one_size:
             return [image.copy() for image in images]
         return np.stack(images) if images else np.empty((0, *self.sizes[0], self.channels), np.uint8)
-
-    def peek(self, indices: np.ndarray | Sequence[int]) -> np.ndarray | list[np.ndarray]:
-        """As `batch`, without a copy where the store is one of separate images: the arrays are only to be read.
-
-        Returns:
-            (B, H, W, C) uint8, or a list of B (H, W, C) uint8 arrays, which those of a pack are even where all have
-            one size. They stay good for as long as anyone holds them.
-
-        Raises:
-            UserError: as `batch`.
-        """
-        indices = np.asarray(indices, dtype=np.intp if len(indices) == 0 else None)
-        pixels = self.read(self.rows[indices])
-        if isinstance(pixels, np.ndarray):
-            return with_channels(pixels, self.channels)
-        return [with_channels(image, self.channels) for image in pixels]
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> "Images":
         """The images at `indices` (integers or a mask), in that order, as data of their own."""
@@ -114,7 +101,7 @@ class Images:
 
     def joined(self, other: "Images") -> "Images":
         """These images, then those of `other`: another part of the same data."""
-        assert self.read is other.read and self.channels == other.channels, "parts of the same opened data"
+        assert self.store is other.store and self.channels == other.channels, "parts of the same opened data"
         return replace(
             self,
             keys=[*self.keys, *other.keys],
@@ -166,7 +153,7 @@ def array_images(
         labels=labels,
         classes=classes,
         contents=digest_of_array(pixels),
-        read=partial(_take, pixels),
+        store=partial(_take, pixels),
         rows=np.arange(len(pixels)),
         notes=[*notes, *said],
     )

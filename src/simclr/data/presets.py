@@ -12,9 +12,9 @@ import numpy as np
 
 from simclr.data.images import Images
 from simclr.data.labels import labelled, require_classes
+from simclr.data.opening import open_data
 from simclr.data.readers.files import Reading
 from simclr.data.readers.layouts import LAYOUTS, open_parts
-from simclr.data.source import open_data
 from simclr.data.splits import split_indices
 from simclr.errors import UserError
 

@@ -1,104 +1,66 @@
-"""`open_data`: from what a person types, a name or a path, to `Images`."""
+"""`Source`: what training, evaluation and embedding need of a data set, whatever its modality or format."""
 
-import difflib
-import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import get_args
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
-from simclr.data.images import Channels, Images, Split
-from simclr.data.readers.files import Reading
-from simclr.data.readers.folder import open_folder
-from simclr.data.readers.layouts import open_layout
-from simclr.data.readers.named import ARRAYS, NAMES, open_named
-from simclr.data.readers.npz import open_npz
-from simclr.errors import UserError
+import numpy as np
+
+Kind = Literal["image", "audio"]
 
 
-def open_data(
-    source: str | Path,
-    *,
-    split: Split = "train",
-    labels: Path | None = None,
-    strict: bool = False,
-    channels: Channels = "auto",
-    workers: int = 2,
-    progress: Callable[[int, int], None] | None = None,
-    pack: str = "off",
-    side: int | None = None,
-    say: Callable[[str], None] = lambda _: None,
-) -> Images:
-    """Open images by name or by path.
+class Skipped(NamedTuple):
+    """A file that cannot be used, and why."""
 
-    Args:
-        source: One of NAMES, or NAME:FOLDER for files in a folder of yours; a folder of images; an .npz
-            file. A folder called like a name is written ./digits.
-        split: "train", "test" or "all". Data without a split of its own is opened whole by "train" and "all".
-        labels: CSV file of `path,label` lines for a folder.
-        strict: A broken file is an error; else it is left out, named in `notes` and counted in `skipped`.
-        channels: "auto": 1 where every image is gray, else 3; "1" or "3" converts.
-        workers: Decoding threads.
-        progress: Called with (files done, files in all) while a folder is opened.
-        pack: For a folder: "off", "auto" or a place for its pack (`open_folder`).
-        side: For a folder: largest shorter side of its images (`open_folder`).
-        say: Told at once what takes long or has gone wrong.
+    key: str
+    reason: str
 
-    Returns:
-        The images, with `notes` to say aloud.
 
-    Raises:
-        UserError: no such name or path, nothing usable in it, labels that do not fit, no test part, broken
-            files with `strict`.
+class Source(Protocol):
+    """n items, opened: all that is known of them without decoding any.
+
+    Opening is cheap and lazy. Whoever holds a source asks neither which format its items have nor where they are.
     """
-    for setting, value, allowed in (
-        ("split", split, get_args(Split)),
-        ("channels", channels, get_args(Channels)),
-    ):
-        if value not in allowed:
-            raise UserError(f"{setting} is {value!r}: give one of {', '.join(allowed)}.")
-    name, _, place = str(source).partition(":")
-    named = name in NAMES and not isinstance(source, Path)
-    path = Path(source).expanduser()
-    if labels is not None and (named or not path.is_dir()):
-        raise UserError(f"A label file goes with a folder of images, and {source} is none; an .npz file carries y.")
-    if side is not None and (name in ARRAYS if named else not path.is_dir()):
-        raise UserError(f"--pack-side goes with a folder of images, and {source} is none.")
-    if named:
-        folder = Path(place).expanduser() if place else None
-        if folder is not None and not folder.is_dir():
-            way_out = f"create it, or write '{name}' alone" if name in ARRAYS else "check the path"
-            raise UserError(f"There is no folder {folder} for {name}: {way_out}.")
-        if name in ARRAYS:
-            return open_named(name, folder, split=split, channels=channels)
-        how = Reading(
-            strict=strict, channels=channels, workers=workers, progress=progress, pack=pack, side=side, say=say
-        )
-        return open_layout(name, folder, split=split, how=how)
-    if path.is_dir():
-        return open_folder(
-            path,
-            split=split,
-            labels=labels,
-            strict=strict,
-            channels=channels,
-            workers=workers,
-            progress=progress,
-            pack=pack,
-            side=side,
-            say=say,
-        )
-    if path.is_file():
-        if path.suffix.lower() not in (".npz", ".npy"):
-            raise UserError(
-                f"{source} is a file, but no .npz: give a folder of images, an .npz file with x, or a name."
-            )
-        return open_npz(path, split=split, channels=channels)
-    raise UserError(_nothing_there(str(source)))
 
+    @property
+    def kind(self) -> Kind:
+        """Modality of the items."""
+        ...
 
-def _nothing_there(source: str) -> str:
-    if any(mark in source for mark in (os.sep, "/", "~")) or Path(source).suffix:
-        return f"There is no folder or file {source}: check the path, or give one of {', '.join(NAMES)}."
-    close = difflib.get_close_matches(source.partition(":")[0].lower(), NAMES, n=2, cutoff=0.5)
-    hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-    return f"{source!r} is neither a known data set nor a path{hint}: the names are {', '.join(NAMES)}."
+    @property
+    def name(self) -> str:
+        """Name of the data set, for messages and records."""
+        ...
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """n names of the items, unique and the same on every machine."""
+        ...
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """(n,) int64 indices into `classes`, -1 for an item without a label; None where no item has one."""
+        ...
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Class names; None where there are none."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that a result can depend on: contents, keys, labels, classes, conversions."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray | Sequence[int], *, copy: bool = True) -> Any:
+        """Decoded items in the order of `indices`: an array with one row per item, or a list of arrays.
+
+        Args:
+            copy: Whether the arrays are the caller's to change; without a copy they are only to be read.
+        """
+        ...
+
+    def subset(self, indices: np.ndarray | Sequence[int]) -> Self:
+        """The items at `indices` (integers or a mask), in that order, as a source of their own."""
+        ...

@@ -181,7 +181,7 @@ def _read(images: Images, chunk: int = 1024) -> tuple[Tensor, list[bytes]]:
     thumbnails = torch.empty(len(images), images.channels, SIDE, SIDE, dtype=torch.uint8)
     hashes = []
     for rows in _blocks(np.arange(len(images)), chunk):
-        pixels = images.peek(rows)
+        pixels = images.read(rows, copy=False)
         sizes = image_sizes(pixels)
         small = cpu.crop_resize(pixels, np.column_stack([np.zeros_like(sizes), sizes]), SIDE, "torchvision")
         thumbnails[torch.from_numpy(rows)] = small.mul_(255).round_().to(torch.uint8)

@@ -270,7 +270,7 @@ def _batches(
         mine = world.local_slice(config.batch_size)
         positions = np.arange(step * config.batch_size + mine.start, step * config.batch_size + mine.stop)
         epochs, indices = order.at(positions)  # (B,), (B,)
-        pixels = train.peek(indices) if resident is None else resident[indices]
+        pixels = train.read(indices, copy=False) if resident is None else resident[indices]
         return view(pixels, epoch=epochs, indices=indices), torch.from_numpy(targets[indices]).to(world.device)
 
     return batch

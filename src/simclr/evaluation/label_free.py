@@ -202,7 +202,9 @@ def view_features(
     with inference(encoder):
         for begin in range(0, len(chosen), batch_size):
             indices = chosen[begin : begin + batch_size]
-            views = make_views(images.peek(indices), policy, seed=seed, epoch=0, indices=indices, device=device)
+            views = make_views(
+                images.read(indices, copy=False), policy, seed=seed, epoch=0, indices=indices, device=device
+            )
             for found, view in zip((first, second), views, strict=True):
                 found.append(encoder(view).float().cpu().numpy())
     views = np.concatenate(first), np.concatenate(second)

@@ -164,7 +164,7 @@ def transformed(
     for begin in range(0, len(images), chunk):
         rows = np.arange(begin, min(begin + chunk, len(images)))
         answers = np.searchsorted(ends, uniforms(seed, 0, rows, stream, 0)[:, 0], side="right")  # (B,)
-        pixels = eval_images(images.peek(rows), size, preset, device=device)  # (B, C, S, S)
+        pixels = eval_images(images.read(rows, copy=False), size, preset, device=device)  # (B, C, S, S)
         yield _transform(pixels, task, answers, rows, seed), answers
 
 
@@ -310,5 +310,5 @@ def _is_gray(images: Images) -> bool:
     """Whether there is no colour to tell from gray, by up to a thousand images."""
     if images.channels == 1:
         return True
-    looked_at = images.peek(np.linspace(0, len(images) - 1, min(1000, len(images))).astype(int))
+    looked_at = images.read(np.linspace(0, len(images) - 1, min(1000, len(images))).astype(int), copy=False)
     return all(bool((image == image[..., :1]).all()) for image in looked_at)

@@ -16,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from simclr.data.images import Images, Skipped, require_no_colour, with_channels
+from simclr.data.images import Images, require_no_colour, with_channels
+from simclr.data.opening import open_data
 from simclr.data.readers.decode import decode_file, in_order
 from simclr.data.readers.files import Reading
 from simclr.data.readers.named import NAMES
 from simclr.data.readers.scan import Found, scan_folder
-from simclr.data.source import open_data
+from simclr.data.source import Skipped
 from simclr.errors import UserError
 from simclr.views.policy import AugmentationPreset
 from simclr.views.views import eval_images
@@ -113,7 +114,7 @@ def _in_memory(source: str, view: View, batch_size: int, how: Reading, leave_out
     require_no_colour(images.channels, view.channels, images.name, who="The model")
     for begin in range(0, len(images), batch_size):
         rows = range(begin, min(begin + batch_size, len(images)))
-        fitted = [with_channels(pixels, view.channels) for pixels in images.peek(rows)]
+        fitted = [with_channels(pixels, view.channels) for pixels in images.read(rows, copy=False)]
         yield Batch([images.keys[row] for row in rows], eval_images(fitted, view.size, view.preset))
         if how.progress is not None:
             how.progress(rows.stop, len(images))

@@ -92,7 +92,9 @@ def outputs(
             end = min(begin + batch_size, len(images))
             mine = torch.zeros(batch_size, width, device=device)
             if begin < end:
-                some = images.peek(np.arange(begin, end)) if isinstance(images, Images) else images[begin:end]
+                some = (
+                    images.read(np.arange(begin, end), copy=False) if isinstance(images, Images) else images[begin:end]
+                )
                 pixels = eval_images(some, size, preset, crop=crop, device=device)  # (B, C, size, size)
                 mine[: end - begin] = network(pixels)
             end = min(first + world.size * batch_size, len(images))
@@ -115,7 +117,9 @@ def pixels_of(
     batches = []
     for begin in range(0, len(images), batch_size):
         rows = np.arange(begin, min(begin + batch_size, len(images)))
-        batches.append(eval_images(images.peek(rows), size, preset, crop=crop).flatten(1).numpy())  # (B, C*S*S)
+        batches.append(
+            eval_images(images.read(rows, copy=False), size, preset, crop=crop).flatten(1).numpy()
+        )  # (B, C*S*S)
     return np.concatenate(batches)
 
 

@@ -33,7 +33,7 @@ Pixels = Callable[[Any], np.ndarray]
 def draw_views(images: Images, policy: Policy, *, rows: int, columns: int, seed: int) -> bytes:
     """One row per image: the image itself, then views of it as training would see them in successive epochs."""
     chosen = np.linspace(0, len(images) - 1, min(rows, len(images))).round().astype(int)
-    pixels = images.batch(chosen)
+    pixels = images.read(chosen)
     shown = [list(pixels)]
     for epoch in range((columns + 1) // 2):
         for views in make_views(pixels, policy, seed=seed, epoch=epoch, indices=chosen):
@@ -88,7 +88,7 @@ def draw_copies(copies: Duplicates, images: Images, test: Images | None = None) 
         cells += [((0, pair.original_row), pair.kind), ((1, pair.copy_row), f"{pair.similarity:.3f}")]
     shown = [cells[begin : begin + 8] for begin in range(0, len(cells), 8)]
     parts = (images, images if test is None else test)
-    return _draw_images(copies.sentence, shown, lambda cell: parts[cell[0]].batch([cell[1]])[0])
+    return _draw_images(copies.sentence, shown, lambda cell: parts[cell[0]].read([cell[1]])[0])
 
 
 def draw_misfits(images: Images, outliers: list[Misfit]) -> bytes:
@@ -96,13 +96,13 @@ def draw_misfits(images: Images, outliers: list[Misfit]) -> bytes:
     cells = [(misfit.row, f"{misfit.silhouette:.2f}") for misfit in outliers]
     shown = [cells[begin : begin + 8] for begin in range(0, len(cells), 8)]
     return _draw_images(
-        f"{images.name}: images that fit their cluster worst, by silhouette", shown, lambda row: images.batch([row])[0]
+        f"{images.name}: images that fit their cluster worst, by silhouette", shown, lambda row: images.read([row])[0]
     )
 
 
 def _in_rows(images: Images, found: list[Neighbours]) -> tuple[list[list[Cell]], Pixels]:
     rows = [[(n.query_row, "query"), *zip(n.nearest_rows, map("{:.2f}".format, n.cosine), strict=True)] for n in found]
-    return rows, lambda row: images.batch([row])[0]
+    return rows, lambda row: images.read([row])[0]
 
 
 def _draw_images(title: str, shown: list[list[Cell]], pixels: Pixels) -> bytes:

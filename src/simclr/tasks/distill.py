@@ -219,7 +219,7 @@ def _batches(
         every_epoch, every_index = order.at(positions)  # of all processes
         mine = world.local_slice(config.batch_size)
         epochs, indices = every_epoch[mine], every_index[mine]  # (B,), (B,)
-        pixels = images.peek(indices) if resident is None else resident[indices]
+        pixels = images.read(indices, copy=False) if resident is None else resident[indices]
         seen = view(pixels, size, epochs, indices)
         seen_by_teacher = seen if size == teachers_size else view(pixels, teachers_size, epochs, indices)
         if targets is None:

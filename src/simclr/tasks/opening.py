@@ -10,8 +10,8 @@ from tempfile import TemporaryFile
 import torch
 
 from simclr.data.images import Channels, Images, Split
+from simclr.data.opening import open_data
 from simclr.data.readers.named import NAMES
-from simclr.data.source import open_data
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.files import open_regular, reason_of, require_possible, write_atomically, writing

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simclr.data.images import Skipped
 from simclr.data.readers.files import Reading
 from simclr.data.readers.scan import some
+from simclr.data.source import Skipped
 from simclr.errors import UserError
 from simclr.evaluation.streaming import Batch, View, stream_views
 from simclr.models.inference import device_of, inference, probabilities_of

@@ -228,7 +228,7 @@ def _batches(
         mine = world.local_slice(config.batch_size)
         positions = np.arange(step * config.batch_size + mine.start, step * config.batch_size + mine.stop)
         epochs, indices = order.at(positions)  # (B,), (B,)
-        pixels = images.peek(indices) if resident is None else resident[indices]
+        pixels = images.read(indices, copy=False) if resident is None else resident[indices]
         views = partial(make_views, policy=policy, seed=config.seed, device=world.device, dtype=dtype)
         if config.memory != "grad-cache":
             return views(pixels, epoch=epochs, indices=indices)

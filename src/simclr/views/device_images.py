@@ -45,7 +45,7 @@ class DeviceImages:
         pixels = torch.empty(int(ends[-1]), dtype=torch.uint8, device=device)
 
         def send(first: int, last: int) -> None:
-            packed = _packed(images.batch(np.arange(first, last)), device)
+            packed = _packed(images.read(np.arange(first, last)), device)
             pixels[ends[first] : ends[last]].copy_(packed, non_blocking=True)
 
         marks = np.searchsorted(ends, np.arange(0, ends[-1], _SHARE_BYTES))

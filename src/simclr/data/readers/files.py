@@ -17,11 +17,12 @@ import numpy as np
 
 from simclr.data.digests import decode_found, identify, known_digests
 from simclr.data.fingerprint import digest_of_files
-from simclr.data.images import Channels, Images, Skipped, Split, choose_channels
+from simclr.data.images import Channels, Images, Split, choose_channels
 from simclr.data.pack.pack import Pack, Spot, open_pack, say_if_stale
 from simclr.data.pack.place import pack_place
 from simclr.data.readers.decode import Changed, in_order
 from simclr.data.readers.scan import Found, some
+from simclr.data.source import Skipped
 from simclr.errors import UserError
 from simclr.files import reason_of
 
@@ -128,7 +129,7 @@ def open_files(
         classes=labelling.classes,
         targets=labelling.targets,
         contents=digest_of_files(file.digest for file in kept),
-        read=_Store(kept, sizes, decoded.lies, packed, how.side, how.workers),
+        store=_Store(kept, sizes, decoded.lies, packed, how.side, how.workers),
         rows=np.arange(len(kept)),
         skipped=skipped,
         notes=[*notes, *labelling.notes],

@@ -15,10 +15,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from simclr.data.images import Images, Skipped, Split
+from simclr.data.images import Images, Split
 from simclr.data.readers.decode import ENDINGS
 from simclr.data.readers.files import Labelling, Reading, open_files
 from simclr.data.readers.scan import Found
+from simclr.data.source import Skipped
 from simclr.data.splits import label_subset
 from simclr.errors import UserError
 from simclr.files import stamp_of

@@ -10,8 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from simclr.data.images import Skipped
 from simclr.data.readers.decode import ENDINGS
+from simclr.data.source import Skipped
 from simclr.files import Stamp, reason_of, stamp_of
 
 
