@@ -205,7 +205,7 @@ def encoder_alone(task: Task) -> Contender:
     method = copy.deepcopy(task.method)
     encoder, head = method.encoder, method.head
     expects, device = encoder.config, next(method.parameters()).device
-    views = torch.rand(2 * task.images_per_step, expects.channels, expects.size, expects.size, device=device)
+    views = torch.rand(task.views_per_step, expects.channels, expects.size, expects.size, device=device)
     views = views.to(memory_format=torch.channels_last)
     half = task.precision != torch.float32
     if half:

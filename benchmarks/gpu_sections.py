@@ -327,7 +327,7 @@ class Timed:
         self._count += 1
         if self._count < self._segment:
             return
-        self.whole.append(self._segment * 2 * task.images_per_step / self._elapsed())
+        self.whole.append(self._segment * task.views_per_step / self._elapsed())
         if self.bench.on_gpu and self.peak_bytes is None:
             self.peak_bytes = torch.cuda.max_memory_allocated()
         if self.with_encoder:

@@ -22,7 +22,7 @@ from simclr.config.recipes import find_recipe
 from simclr.distributed import DistributedContext
 from simclr.losses import nt_xent
 from simclr.tasks.pretrain import build_task
-from simclr.training.loop import take_step
+from simclr.training.loop import take_step, training_module
 from simclr.training.malloc import keep_freed_memory
 from simclr.training.run import RunFolder
 
@@ -43,14 +43,19 @@ def main() -> None:
     images = random_images(2 * config.batch_size, config.size, int(args.channels))
     task, _ = build_task(images, config, RunFolder(Path(tempfile.mkdtemp())), DistributedContext())
     inputs = task.batch(0)
-    take_step(task.method, task, 0, inputs, DistributedContext())
+    context = DistributedContext()
+    module = training_module(task, context)
+    take_step(module, task, 0, inputs, context)
     za, zb = (torch.randn(config.batch_size, config.head_dim, requires_grad=True) for _ in range(2))
     parts = {
         "views": median(lambda: task.batch(1), args.steps),
         "loss, forward and backward": median(lambda: nt_xent(za, zb, temperature=0.5).backward(), args.steps),
         "optimiser": median(lambda: task.optimizer.step(), args.steps),
     }
-    step = median(lambda: take_step(task.method, task, 1, inputs, DistributedContext()), args.steps)
+    step = median(
+        lambda: take_step(module, task, 1, inputs, context),
+        args.steps,
+    )
     whole = step + parts["views"]
     parts["encoder and head, forward and backward"] = whole - sum(parts.values())
     print(f"{args.recipe}: {config.encoder}, {config.size} px, {args.channels} channels, batch {config.batch_size}\n")

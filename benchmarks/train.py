@@ -188,7 +188,7 @@ class Rounds:
             self._untimed -= 1
             self._begun, self._views = time.perf_counter(), 0
             return
-        self._views += 2 * task.images_per_step
+        self._views += task.views_per_step
         spent = time.perf_counter() - self._begun
         if spent < self._seconds:
             return

@@ -150,7 +150,7 @@ def test_a_cached_run_is_resumed_bit_for_bit_on_the_rung_it_began_on(images, tmp
 def test_recomputing_leaves_a_run_as_it_is(images, tmp_path, capsys):
     plain, _ = train(images, replace(SHORT, memory="plain"), tmp_path / "plain")
     again, _ = train(images, replace(SHORT, memory="checkpointing"), tmp_path / "checkpointing", memory_budget=1)
-    assert "The memory budget decides nothing: --memory is recompute" in capsys.readouterr().err
+    assert "The memory budget decides nothing: --memory is checkpointing" in capsys.readouterr().err
     assert_same(final_state(plain), final_state(again))
 
 

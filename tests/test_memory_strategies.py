@@ -14,6 +14,7 @@ from simclr.methods.simclr import SimCLR
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder, set_global_batch_norm
 from simclr.models.activation_checkpointing import can_checkpoint, checkpoint_blocks
 from simclr.models.batchnorm import track_once
+from simclr.training.grad_cache import GradCache
 from simclr.training.loop import _over_processes
 from test_distributed import in_processes
 
@@ -60,7 +61,7 @@ def chunks_of(pair, count):
 
 def gradients(method, *inputs):
     method.zero_grad()
-    loss, _ = method(*inputs)
+    loss, _ = GradCache(method)(*inputs) if callable(inputs[0]) and isinstance(method, SimCLR) else method(*inputs)
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in method.named_parameters()}
 
@@ -68,7 +69,7 @@ def gradients(method, *inputs):
 def naive_gradients(method, pair, count):
     """Chunk after chunk with one graph for all: what gradient caching must equal, at the memory it avoids."""
     method.zero_grad()
-    parts = [torch.stack(method.project(*part)[1].chunk(2)) for part in pair.chunk(count, dim=1)]
+    parts = [torch.stack(method.encode(*part)[1].chunk(2)) for part in pair.chunk(count, dim=1)]
     za, zb = torch.cat(parts, dim=1)
     loss = method.loss_scale * nt_xent_dense(za, zb, method.temperature)
     loss.backward()
@@ -132,10 +133,10 @@ def test_autocast_is_the_same_in_both_passes():
     ghost = without_batch_norm().float()
     method = deepcopy(ghost)
     with torch.autocast("cpu", torch.bfloat16):
-        parts = [torch.stack(ghost.project(*part)[1].chunk(2)) for part in views(torch.float32).chunk(4, dim=1)]
+        parts = [torch.stack(ghost.encode(*part)[1].chunk(2)) for part in views(torch.float32).chunk(4, dim=1)]
         za, zb = torch.cat(parts, dim=1)
         loss = nt_xent_dense(za, zb, ghost.temperature)
-        cached, _ = method(*chunks_of(views(torch.float32), 4))
+        cached, _ = GradCache(method)(*chunks_of(views(torch.float32), 4))
     loss.backward()
     cached.backward()  # outside autocast, as in the loop
     assert torch.equal(loss, cached)
@@ -182,14 +183,15 @@ def check_global_batch_norm(world):
     cached = method_of(world=world)
     set_global_batch_norm(cached, world.group)
     track_once(cached)
-    found = gradients(_named(_over_processes(cached)), *chunks_of(own, 2))
+    found = gradients(_named(_over_processes(GradCache(cached))), *chunks_of(own, 2))
     by_chunk = views().unflatten(1, (world.size, 2, -1)).transpose(1, 2).flatten(1, 3)  # chunk k of all processes
     assert_close(found, naive_gradients(method_of(), by_chunk, 2))
 
 
 def _named(parallel):
     """DistributedDataParallel with its module's parameter names."""
-    parallel.named_parameters = parallel.module.named_parameters
+    module = parallel.module
+    parallel.named_parameters = (module.method if isinstance(module, GradCache) else module).named_parameters
     return parallel
 
 

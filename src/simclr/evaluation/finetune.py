@@ -149,7 +149,7 @@ def finetune(
             network, test, len(labels), size=network.encoder.config.size, preset=preset, world=world
         )  # (m, K)
     except NotFinite as error:
-        raise Diverged(f"The trained network gives scores that are not finite; {task.remedy}") from error
+        raise Diverged(f"The trained network gives scores that are not finite; {task.method.remedy}") from error
     return Finetuned(
         scores=scores,
         targets=test_targets,
@@ -235,11 +235,9 @@ def _build_task(
         ),
         learning_rate=config.learning_rate(len(train)),
         total_steps=config.steps(len(train)),
-        images_per_step=config.batch_size,
-        views_per_image=1,
+        batch_size=config.batch_size,
         seed=seed,
         precision=precision_of(config.precision, world),
-        remedy="Try a lower --lr.",
     )  # fmt: skip
 
 

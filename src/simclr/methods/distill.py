@@ -8,16 +8,21 @@ second term is 0.
 Shapes: B images on this process, C channels, S x S pixels (the teacher may see another S), K classes.
 """
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr.distributed import DistributedContext
 from simclr.losses import distillation
+from simclr.methods.method import Method
 from simclr.models.classifier import Classifier
+from simclr.models.encoder import Encoder
 
 
-class Distill(nn.Module):
+class Distill(Method):
     """A student under a frozen teacher.
 
     The teacher is no part of this module, so that neither optimiser, nor checkpoints, nor DistributedDataParallel know
@@ -33,6 +38,10 @@ class Distill(nn.Module):
         alpha: Weight of the teacher; 1: labels do not count.
         world: The processes that share the batch.
     """
+
+    num_views: ClassVar[int] = 1
+    metric_formats: ClassVar[Mapping[str, str]] = {"agreement": "agreement {:.1%}"}
+    remedy: ClassVar[str] = "Try a lower --lr, or a longer --warmup-epochs."
 
     def __init__(
         self,
@@ -88,3 +97,17 @@ class Distill(nn.Module):
         if not labelled:
             del metrics["accuracy"]
         return loss, metrics
+
+    @property
+    def encoder(self) -> Encoder:  # pyrefly: ignore[bad-override]
+        """The student's encoder."""
+        return self.student.encoder
+
+    def trial_inputs(self, n: int) -> tuple[Any, ...]:
+        """The same random views of n images for the student and its teacher."""
+        (view,) = super().trial_inputs(n)
+        return view, view
+
+    def published(self) -> dict[str, nn.Module | None]:
+        """The student with its classifier."""
+        return {"classifier": self.student}

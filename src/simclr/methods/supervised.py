@@ -8,7 +8,8 @@ section 2), the linear probe (B.6) and training from scratch (B.3). They differ 
 Shapes: B images on this process, C channels, S x S pixels.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
+from simclr.methods.method import Method
 from simclr.models.classifier import Classifier
+from simclr.models.encoder import Encoder
 from simclr.models.resnet import ResNet
 
 TuneFrom = Literal["all", 0, 1, 2, 3, 4, "none"]
@@ -24,7 +27,7 @@ TuneFrom = Literal["all", 0, 1, 2, 3, 4, "none"]
 everything after that block group, so 4 leaves the head's layers. "none": nothing else, the linear probe."""
 
 
-class Classify(nn.Module):
+class Classify(Method):
     """Cross-entropy of a `Classifier`, with the rest frozen from the input up to some block.
 
     0 to 4 are `fine_tune_after_block` of the authors. We follow their TF2 code, which trains the layers of the
@@ -44,6 +47,10 @@ class Classify(nn.Module):
     Raises:
         UserError: A block group of an encoder that has none.
     """
+
+    num_views: ClassVar[int] = 1
+    metric_formats: ClassVar[Mapping[str, str]] = {"accuracy": "accuracy {:.1%}"}
+    remedy: ClassVar[str] = "Try a lower --lr."
 
     def __init__(self, network: Classifier, *, tune_from: TuneFrom = "all", world: DistributedContext) -> None:
         super().__init__()
@@ -72,6 +79,20 @@ class Classify(nn.Module):
         right = share_right(logits.detach(), targets)
         mean_loss, accuracy = self.world.all_reduce_mean(torch.stack([loss.detach(), right]))
         return loss, {"loss": mean_loss, "accuracy": accuracy}
+
+    @property
+    def encoder(self) -> Encoder:  # pyrefly: ignore[bad-override]
+        """The encoder below the classifier."""
+        return self.network.encoder
+
+    def trial_inputs(self, n: int) -> tuple[Any, ...]:
+        """Random views of n images and a class of each."""
+        (view,) = super().trial_inputs(n)
+        return view, torch.randint(self.network.linear.out_features, (n,), device=view.device)
+
+    def published(self) -> dict[str, nn.Module | None]:
+        """The network with its classifier."""
+        return {"classifier": self.network}
 
     def train(self, mode: bool = True) -> "Classify":
         """As of any module, but that frozen parts stay in inference mode."""

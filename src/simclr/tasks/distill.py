@@ -166,8 +166,7 @@ def build_task(
         ),
         learning_rate=config.learning_rate(len(images)),
         total_steps=total,
-        images_per_step=config.batch_size,
-        views_per_image=1,
+        batch_size=config.batch_size,
         seed=seed,
         precision=precision_of(config.precision, world),
         publish=lambda step: save_classifier(
@@ -175,7 +174,6 @@ def build_task(
             classes=teacher.classes, preprocessing=teacher.preprocessing,
             origin={"method": "distill", "run": str(run.path)}, progress=TrainingProgress(step, total),
         ),
-        remedy="Try a lower --lr, or a longer --warmup-epochs.",
     )  # fmt: skip
 
 
@@ -255,7 +253,9 @@ def _run(task: Task, folder: RunFolder, config: DistillConfig, world: Distribute
     start = restore(task, folder, world)
     if start:
         say(f"Going on from step {start} of {task.total_steps}.", main=world.is_main)
-    with Progress(task.total_steps, start, config.batch_size, main=world.is_main) as progress:
+    with Progress(
+        task.total_steps, start, config.batch_size, formats=task.method.metric_formats, main=world.is_main
+    ) as progress:
         torch.set_flush_denormal(True)  # gradients of branches that begin at 0 are denormal: steps 9 times as long
         try:
             return train(

@@ -19,10 +19,10 @@ from simclr.config.schedule import total_steps
 from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.losses import nt_xent
+from simclr.methods.method import Method
 from simclr.tasks.pretrain import build_method, build_task, check_images
 from simclr.training.device import choose_kernels, precision_of
-from simclr.training.loop import Prefetcher, Task, take_step
+from simclr.training.loop import Prefetcher, Task, take_step, training_module
 from simclr.training.memory import Footprint, MemoryStrategy, available, list_strategies, measure, readable
 from simclr.training.progress import duration
 from simclr.training.run import RunFolder
@@ -147,7 +147,7 @@ def plan(
                 chunk=config.chunk,
                 need=footprint.need("grad-cache", config.batch_size, config.chunk),
             )
-        timed_at, seconds = _time(strategy, footprint, budget, images, config, world)
+        timed_at, seconds = _time(strategy, footprint, budget, images, config, method, world)
         strategies.append(
             StrategyPlan(
                 name=strategy.name,
@@ -200,6 +200,7 @@ def _time(
     budget: int,
     images: Images,
     config: PretrainConfig,
+    method: Method,
     world: DistributedContext,
 ) -> tuple[int, float | None]:
     """Images of the steps that were timed, and seconds of one at the run's batch; (0, None) if none can be timed."""
@@ -226,9 +227,8 @@ def _time(
         timed = timing(at)
     if at == n:
         return n, timed.step
-    width, temperature = config.head_dim, config.temperature
-    in_proportion = timed.step - timed.update - _loss_seconds(at, width, temperature, world)
-    return at, max(in_proportion, 0) * n / at + timed.update + _loss_seconds(n, width, temperature, world)
+    in_proportion = timed.step - timed.update - _loss_seconds(method, at, world)
+    return at, max(in_proportion, 0) * n / at + timed.update + _loss_seconds(method, n, world)
 
 
 def _time_steps(task: Task, workers: int, world: DistributedContext) -> _Timing:
@@ -236,9 +236,10 @@ def _time_steps(task: Task, workers: int, world: DistributedContext) -> _Timing:
     warm_up = max(2, workers)  # until the views prepared ahead are used up
     started = _now(world)
     begun, timed = 0.0, 0
+    model = training_module(task, world)
     with Prefetcher(task.batch, 0, warm_up + STEPS + workers, workers) as batches:
         for step, inputs in batches:
-            take_step(task.method, task, step, inputs, world)
+            take_step(model, task, step, inputs, world)
             now = _now(world)
             if begun:
                 timed += 1
@@ -252,13 +253,19 @@ def _time_steps(task: Task, workers: int, world: DistributedContext) -> _Timing:
     return _Timing(step=seconds, update=_now(world) - begun)
 
 
-def _loss_seconds(n: int, width: int, temperature: float, world: DistributedContext) -> float:
-    """Forward and backward of the loss of n images."""
+def _loss_seconds(method: Method, n: int, world: DistributedContext) -> float:
+    """Forward and backward of the loss of n images; 0 of a method that does not split its forward pass."""
+    if not method.grad_cache:
+        return 0.0
     timed = min(n, LOSS_UP_TO)
-    za, zb = (torch.randn(timed, width, device=world.device, requires_grad=True) for _ in range(2))
-    nt_xent(za, zb, temperature).backward()
+    with torch.no_grad():
+        features, projections = method.encode(*method.trial_inputs(2))
+    rows = timed * method.num_views
+    h = torch.randn(rows, features.shape[1], device=world.device)
+    z = torch.randn(rows, projections.shape[1], device=world.device, requires_grad=True)
+    method.loss(h, z)[0].backward()
     begun = _now(world)
-    nt_xent(za, zb, temperature).backward()
+    method.loss(h, z)[0].backward()
     return (_now(world) - begun) * (n / timed) ** 2
 
 

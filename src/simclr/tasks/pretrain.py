@@ -23,11 +23,10 @@ from simclr.errors import UserError
 from simclr.evaluation.knn import knn
 from simclr.evaluation.metrics import accuracy
 from simclr.files import write_atomically
-from simclr.methods.simclr import SimCLR, collapse_signs
+from simclr.methods.simclr import SimCLR
 from simclr.models.activation_checkpointing import checkpoint_blocks
 from simclr.models.batchnorm import set_global_batch_norm, track_once
 from simclr.models.encoder import build_encoder
-from simclr.models.heads import ProjectionHead
 from simclr.models.inference import extract
 from simclr.training.device import choose_kernels, keep_on_gpu, precision_of
 from simclr.training.loop import Inputs, Outcome, Task, restore, train
@@ -142,7 +141,9 @@ def _pretrain(
         say(f"Going on from step {start} of {task.total_steps}.", main=world.is_main)
     begun = time.perf_counter()
     views_per_step = config.batch_size * 2
-    with Progress(task.total_steps, start, views_per_step, main=world.is_main) as progress:
+    with Progress(
+        task.total_steps, start, views_per_step, formats=task.method.metric_formats, main=world.is_main
+    ) as progress:
         try:
             outcome = train(
                 task, run, world,
@@ -179,12 +180,12 @@ def build_task(images: Images, config: PretrainConfig, run: RunFolder, world: Di
         optimizer=optimizer,
         learning_rate=lambda step: learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=total),
         total_steps=total,
-        images_per_step=batch_size,
+        batch_size=batch_size,
         seed=config.seed,
         precision=precision_of(config.precision, world),
+        grad_cache=config.memory == "grad-cache",
         evaluate=_knn_monitor(images, method, config) if world.is_main else None,
         evaluate_every=max(1, round(config.knn_every * n / batch_size)) if config.knn_every else 0,
-        warnings=collapse_signs,
         publish=lambda step: save_encoder(
             method.encoder,
             run.encoder,
@@ -203,13 +204,7 @@ def build_method(config: PretrainConfig, channels: int, world: DistributedContex
         name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=channels, size=config.size,
     )  # fmt: skip
     encoder = build_encoder(encoder_config, seed=config.seed)
-    head = ProjectionHead(
-        encoder.num_features, kind=config.head, layers=config.head_layers, dim=config.head_dim, seed=config.seed
-    )
-    method = SimCLR(
-        encoder, head, temperature=config.temperature, loss_scale=config.loss_scale, world=world,
-        decoupled=config.loss == "dcl",
-    )  # fmt: skip
+    method = SimCLR.build(encoder, config, world)
     return method.to(world.device).to(memory_format=torch.channels_last)
 
 

@@ -11,7 +11,7 @@ Both passes must see the same: views are made again from their counters, random 
 state they had, autocast is as it was. To autograd it is one function of the parameters, whose gradients come all
 at once, so DistributedDataParallel exchanges them once a step, as ever.
 
-Shapes: K chunks of b images, B = K b images on this process, F features, D projection width.
+Shapes: K chunks of b images, B = K b images on this process, V views, F features, D projection width.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,43 +22,47 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-MakeViews = Callable[[], tuple[Tensor, Tensor]]
-"""Makes both views (b, C, S, S) of a chunk's images: the same whenever it is called."""
+from simclr.methods.method import Method
 
-Network = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Both views of b images -> features (2b, F) and projections (2b, D), the first views' rows first."""
+MakeInputs = Callable[[], tuple[Tensor, ...]]
+"""Makes the views (b, C, S, S) of a chunk's images: the same whenever it is called."""
 
 
-def cached(network: Network, chunks: Sequence[MakeViews], parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
-    """What `network` makes of all chunks, one after the other, in the memory of one.
+class GradCache(nn.Module):
+    """A method whose gradients are cached: called with a `MakeInputs` for each chunk in place of the inputs.
 
     Args:
-        network: Called twice for each chunk; `track_once` keeps its batch norm from counting twice.
-        chunks: K functions that make the views of b images each.
-        parameters: All of the network's that gradients are wanted for.
-
-    Returns:
-        Features (2B, F) without gradient and projections (2B, D), the first views of all chunks' rows first.
+        method: With `grad_cache`; its `encode` runs twice for each chunk, and `track_once` keeps its batch norm from
+            counting twice.
     """
-    return _Cached.apply(network, chunks, *parameters)
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, *chunks: MakeInputs, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics as of the method; gradients of all its parameters that want them."""
+        parameters = [p for p in self.method.parameters() if p.requires_grad]
+        features, projections = _Cached.apply(self.method, chunks, *parameters)  # (V B, F), (V B, D)
+        return self.method.loss(features, projections, detail=detail)
 
 
 class _Cached(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, network: Network, chunks: Sequence[MakeViews], *parameters: nn.Parameter
+        ctx: Any, method: Method, chunks: Sequence[MakeInputs], *parameters: nn.Parameter
     ) -> tuple[Tensor, Tensor]:
         device = parameters[0].device
-        ctx.network, ctx.chunks, ctx.device = network, chunks, device
+        ctx.method, ctx.chunks, ctx.device = method, chunks, device
         ctx.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         ctx.random_states = []
         ctx.save_for_backward(*parameters)
         features, projections = [], []
-        for make_views in chunks:
+        for make_inputs in chunks:
             ctx.random_states.append(_random_state(device))
-            h, z = network(*make_views())
-            features.append(h.unflatten(0, (2, -1)))  # (2, b, F)
-            projections.append(z.unflatten(0, (2, -1)))  # (2, b, D)
+            h, z = method.encode(*make_inputs())
+            features.append(h.unflatten(0, (method.num_views, -1)))  # (V, b, F)
+            projections.append(z.unflatten(0, (method.num_views, -1)))  # (V, b, D)
         h, z = (torch.cat(parts, dim=1).flatten(0, 1) for parts in (features, projections))
         ctx.mark_non_differentiable(h)
         return h, z
@@ -67,14 +71,14 @@ class _Cached(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:  # pyrefly: ignore[bad-override]
         parameters = ctx.saved_tensors
-        grads = grad_outputs[1].unflatten(0, (2, len(ctx.chunks), -1)).unbind(1)  # K of (2, b, D)
+        grads = grad_outputs[1].unflatten(0, (ctx.method.num_views, len(ctx.chunks), -1)).unbind(1)  # K of (V, b, D)
         totals: list[Tensor | None] = [None] * len(parameters)
         gpus = [ctx.device] if ctx.device.type == "cuda" else []
         with torch.random.fork_rng(gpus, device_type="cuda"):
-            for make_views, state, grad in zip(ctx.chunks, ctx.random_states, grads, strict=True):
+            for make_inputs, state, grad in zip(ctx.chunks, ctx.random_states, grads, strict=True):
                 _set_random_state(state, ctx.device)
                 with torch.enable_grad(), _autocast(ctx):
-                    _, z = ctx.network(*make_views())
+                    _, z = ctx.method.encode(*make_inputs())
                 of_chunk = torch.autograd.grad(z, parameters, grad.flatten(0, 1), allow_unused=True)
                 del z  # and with it the graph, before the next chunk makes its own
                 totals = [_sum(total, more) for total, more in zip(totals, of_chunk, strict=True)]

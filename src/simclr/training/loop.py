@@ -21,7 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simclr.distributed import DistributedContext
 from simclr.errors import Diverged, UserError
+from simclr.methods.method import Method
 from simclr.training.checkpoint import checkpoints, load_newest, remove_oldest, save_checkpoint, set_aside_newer
+from simclr.training.grad_cache import GradCache
 from simclr.training.optim import set_lr
 from simclr.training.progress import say
 from simclr.training.run import RunFolder
@@ -34,40 +36,41 @@ class Task:
     """What the loop trains. Everything that depends on the step is a pure function of it.
 
     Attributes:
-        method: Module whose call on a batch, `method(*inputs, detail=bool)`, gives (loss, metrics).
+        method: Turns a batch into a loss.
         batch: This process's inputs of a step: tensors on the device, or functions that make them there.
         optimizer: Over the method's parameters.
         learning_rate: Of a step.
         total_steps: Where training ends.
-        images_per_step: Over all processes; for views per second.
-        views_per_image: Likewise.
+        batch_size: Items per step over all processes.
         seed: Of the stochastic layers, if the encoder has any.
         precision: Autocast of the forward pass.
+        grad_cache: Cache gradients; `batch` then gives a function for each chunk.
         evaluate: Metrics too costly for each record, such as kNN accuracy.
         evaluate_every: Steps between two of them; 0: never.
         publish: Writes the encoder's folder; called with the step after each checkpoint, and on resuming.
-        warnings: Sentences on what a record shows to be wrong.
-        remedy: What to try where the loss or the weights are no longer finite.
     """
 
-    method: nn.Module
+    method: Method
     batch: Callable[[int], Inputs]
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]
     total_steps: int
-    images_per_step: int
-    views_per_image: int = 2
+    batch_size: int
     seed: int = 0
     precision: torch.dtype = torch.float32
+    grad_cache: bool = False
     evaluate: Callable[[], dict[str, float]] | None = None
     evaluate_every: int = 0
     publish: Callable[[int], None] | None = None
-    warnings: Callable[[dict[str, float]], list[str]] = lambda _record: []
-    remedy: str = "Try a lower --lr, a longer --warmup-epochs, or a higher --temperature in a new run."
+
+    @property
+    def views_per_step(self) -> int:
+        """Views that all processes take in a step."""
+        return self.batch_size * self.method.num_views
 
 
 class ProgressCallback(Protocol):
-    """Who is told how training goes; `progress.Progress` shows it to a person."""
+    """What the loop calls as training goes on; `progress.Progress` shows it to a person."""
 
     def step(self, done: int) -> None: ...
     def record(self, record: dict[str, float], outcome: "Outcome") -> None: ...
@@ -105,7 +108,7 @@ def train(
     Raises:
         UserError: The loss or the weights became non-finite (the last good checkpoint is kept), or the disk refused.
     """
-    model = _over_processes(task.method) if world.size > 1 else task.method
+    model = training_module(task, world)
     device = next(task.method.parameters()).device
     finite = torch.ones((), dtype=torch.bool, device=device)
     outcome = Outcome(step=start_step, finished=start_step >= task.total_steps)
@@ -135,7 +138,7 @@ def train(
                 if evaluate and task.evaluate is not None and world.is_main:
                     record |= task.evaluate()
                 outcome.last = record
-                outcome.warnings = task.warnings(record)
+                outcome.warnings = task.method.warnings(record)
                 outcome.seconds = time.perf_counter() - clock
                 outcome.wait_seconds = batches.wait_seconds
                 progress.record(record, outcome)
@@ -180,7 +183,7 @@ def _catch_up(task: Task, run: RunFolder, step: int, outcome: Outcome, max_check
     records = run.read_metrics()
     if records:
         outcome.last = records[-1]
-        outcome.warnings = task.warnings(outcome.last)
+        outcome.warnings = task.method.warnings(outcome.last)
 
 
 def restore(task: Task, run: RunFolder, world: DistributedContext) -> int:
@@ -234,7 +237,7 @@ def take_step(
     """One update of the weights; the loss and metrics before it.
 
     Args:
-        model: The task's method, in DistributedDataParallel where there are several processes.
+        model: The task's method as it is called in training (`training_module`).
         inputs: The task's batch of this step.
         detail: As the method takes it.
     """
@@ -284,11 +287,17 @@ class Prefetcher:
             yield step, inputs
 
 
-def _over_processes(method: nn.Module) -> DistributedDataParallel:
+def training_module(task: Task, world: DistributedContext) -> nn.Module:
+    """The method as it is called in training: with cached gradients, averaged over processes, where that applies."""
+    module = GradCache(task.method) if task.grad_cache else task.method
+    return _over_processes(module) if world.size > 1 else module
+
+
+def _over_processes(module: nn.Module) -> DistributedDataParallel:
     """Average gradients over the processes; buffers stay each process's own (global batch norm keeps them equal)."""
     with warnings.catch_warnings():  # torch 2.15 deprecates the flag, torch 2.11 knows no other
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def _autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager:
@@ -307,12 +316,12 @@ def _stop_if_broken(finite: Tensor, task: Task, run: RunFolder, world: Distribut
         kept = "the last good checkpoint is kept" if checkpoints(run.checkpoints) else "there is no earlier checkpoint"
         raise Diverged(
             f"The loss or the weights were no longer finite at step {step}; nothing of that was saved, {kept}. "
-            + task.remedy
+            + task.method.remedy
         )
 
 
 def _timing(outcome: Outcome, task: Task) -> dict[str, float]:
-    views = outcome.steps_run * task.images_per_step * task.views_per_image
+    views = outcome.steps_run * task.views_per_step
     return {
         "seconds": round(outcome.seconds, 3),
         "views_per_second": round(views / outcome.seconds, 1),

@@ -23,7 +23,7 @@ from simclr.config.pretrain import PretrainConfig
 from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.methods.simclr import SimCLR
+from simclr.methods.method import Method
 from simclr.models.activation_checkpointing import can_checkpoint, checkpoint_blocks
 from simclr.training.meter import free_bytes, peak_bytes
 
@@ -60,8 +60,9 @@ class Footprint:
     """Both finished views of an image."""
     pixels: float
     """An image as it was decoded, if that takes the device's memory."""
-    projections: int
-    """What gradient caching keeps of an image: features and projections of both views, and gradients."""
+    projections: int | None
+    """What gradient caching keeps of an image: features and projections of its views, and gradients; None: the method
+    cannot cache gradients."""
     ahead: int
     """Batches prepared beside the one in use."""
     plain: Line
@@ -71,6 +72,7 @@ class Footprint:
     def need(self, strategy: MemoryStrategyName, n: int, chunk: int = 0) -> int:
         """Bytes beyond the weights themselves for a step of n images."""
         if strategy == "grad-cache":
+            assert self.projections is not None
             waiting = (1 + self.ahead) * n * self.pixels
             kept = n * self.projections + chunk * self.views + waiting
             return int(self.weights + kept + self.plain.at(chunk))
@@ -97,6 +99,8 @@ def list_strategies(footprint: Footprint, n: int, budget: int) -> list[MemoryStr
     strategies = [MemoryStrategy(name="plain", chunk=0, need=footprint.need("plain", n))]
     if footprint.recompute is not None:
         strategies.append(MemoryStrategy(name="checkpointing", chunk=0, need=footprint.need("checkpointing", n)))
+    if footprint.projections is None:
+        return strategies
     chunks = [chunk for chunk in range(n // 2, 0, -1) if n % chunk == 0] or [n]
     chunks = [chunk for chunk in chunks if chunk >= MIN_CHUNK] or chunks[:1]
     chunk = next((chunk for chunk in chunks if footprint.need("grad-cache", n, chunk) <= budget), chunks[-1])
@@ -125,7 +129,7 @@ def choose(footprint: Footprint, n: int, budget: int) -> MemoryStrategy:
 def settle(
     config: PretrainConfig,
     images: Images,
-    build: Callable[[], SimCLR],
+    build: Callable[[], Method],
     world: DistributedContext,
     *,
     precision: torch.dtype,
@@ -187,41 +191,48 @@ def out_of_memory(config: PretrainConfig) -> UserError:
     )
 
 
-def measure(method: SimCLR, config: PretrainConfig, images: Images, precision: torch.dtype) -> Footprint:
+def measure(method: Method, config: PretrainConfig, images: Images, precision: torch.dtype) -> Footprint:
     """Count two tiny steps of `method`, on its device and on noise, on each strategy; its running statistics change."""
     parameters = [p for p in method.parameters() if p.requires_grad]
     state = 2 if config.optimizer == "adamw" else 1
     on_cpu = parameters[0].device.type == "cpu"
-    plain = _line(method, images.channels, config.size, precision)
+    few = 2 if config.size > 96 else 8  # images
+    plain = _line(method, few, precision)
     again = None
     if can_checkpoint(method.encoder.backbone):
         checkpoint_blocks(method.encoder.backbone)
-        again = _line(method, images.channels, config.size, precision)
+        again = _line(method, few, precision)
     return Footprint(
         weights=sum(p.nbytes for p in parameters) * (1 + state + 2),  # 2: LARS's decayed and scaled gradients
-        views=2 * 4 * images.channels * config.size**2,
+        views=method.num_views * 4 * images.channels * config.size**2,
         pixels=float(images.sizes.prod(1).mean()) * images.channels if on_cpu else 0,
-        projections=2 * 4 * (method.encoder.num_features + 3 * method.head.dim),
+        projections=_cached_bytes(method) if method.grad_cache else None,
         ahead=config.workers,
         plain=plain,
         recompute=again,
     )
 
 
-def _line(method: SimCLR, channels: int, size: int, precision: torch.dtype) -> Line:
-    few = 2 if size > 96 else 8
-    first, second = (_count(method, (n, channels, size, size), precision) for n in (few, 2 * few))
+@torch.no_grad()
+def _cached_bytes(method: Method) -> int:
+    """Of an image: its features, its projections, and twice as much for their gradients; in fp32."""
+    features, projections = method.encode(*method.trial_inputs(2))
+    return 4 * (features.numel() + 3 * projections.numel()) // 2
+
+
+def _line(method: Method, few: int, precision: torch.dtype) -> Line:
+    first, second = (_count(method, n, precision) for n in (few, 2 * few))
     per_image = (second - first) / few
     return Line(fixed=first - few * per_image, per_image=per_image)
 
 
-def _count(method: SimCLR, shape: tuple[int, ...], precision: torch.dtype) -> int:
+def _count(method: Method, n: int, precision: torch.dtype) -> int:
     device = next(method.parameters()).device
-    views = [torch.rand(shape, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
+    inputs = method.trial_inputs(n)
 
     def step() -> list[Tensor]:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            loss, _ = method(*views)
+            loss, _ = method(*inputs)
         loss.backward()
         return [p.grad for p in method.parameters() if p.grad is not None]
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Self
@@ -37,11 +37,15 @@ class Progress:
         total_steps: Where training ends.
         start_step: Where this call begins.
         views_per_step: Over all processes.
+        formats: How metrics print: name -> format, such as {"accuracy": "accuracy {:.1%}"}.
         main: False on all processes but one: they stay silent.
     """
 
-    def __init__(self, total_steps: int, start_step: int, views_per_step: int, *, main: bool) -> None:
+    def __init__(
+        self, total_steps: int, start_step: int, views_per_step: int, *, formats: Mapping[str, str], main: bool
+    ) -> None:
         self._total, self._start, self._views = total_steps, start_step, views_per_step
+        self._formats = {**formats, "knn": "kNN {:.1%}"}
         self._main = main and not _HUSHED.get()
         self._begun = time.perf_counter()
         self._bar: Any = None
@@ -80,14 +84,7 @@ class Progress:
         done = int(record["step"])
         rate = outcome.steps_run / outcome.seconds
         parts = [f"loss {record['loss']:.4f}"]
-        if "contrastive_accuracy" in record:
-            parts.append(f"accuracy {record['contrastive_accuracy']:.1%}")
-        if "agreement" in record:
-            parts.append(f"agreement {record['agreement']:.1%}")
-        if "effective_rank" in record:
-            parts.append(f"rank {record['effective_rank']:.1f}")
-        if "knn" in record:
-            parts.append(f"kNN {record['knn']:.1%}")
+        parts += [text.format(record[name]) for name, text in self._formats.items() if name in record]
         parts.append(f"{rate * self._views:,.0f} views/s")
         parts.append(f"waiting {outcome.wait_seconds / outcome.seconds:.0%}")
         text = ", ".join(parts)

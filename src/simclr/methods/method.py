@@ -1,0 +1,87 @@
+"""The contract of a training method: all that training, the memory strategies, `plan` and the display know of it.
+
+A method is a module that turns a batch into a loss. How batches are made, how weights are updated, saved and restored,
+and what is shown on the way is the same for all of them (training/fit.py). docs/methods.md writes one from scratch.
+
+Shapes: B items on this process, C channels, S x S pixels, F features, D projection width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from simclr.config.pretrain import PretrainConfig
+from simclr.distributed import DistributedContext
+from simclr.models.encoder import Encoder
+
+
+class Method(nn.Module, ABC):
+    """A loss over a batch, and what the rest of the package has to know of it.
+
+    For pretraining, `Method(encoder, config, context)` has to make one; a method whose constructor differs overrides
+    `build`. What the loss averages must be right under DistributedDataParallel: gradients are averaged over processes.
+    """
+
+    num_views: ClassVar[int] = 2
+    """Views of each item that `forward` takes."""
+    grad_cache: ClassVar[bool] = False
+    """Whether `encode` and `loss` are defined, so that gradients can be cached (training/grad_cache.py)."""
+    metric_formats: ClassVar[Mapping[str, str]] = {}
+    """How metrics print while training: name -> format, such as {"contrastive_accuracy": "accuracy {:.1%}"}."""
+    remedy: ClassVar[str] = "Try a lower --lr, or a longer --warmup-epochs, in a new run."
+    """What to try where the loss or the weights are no longer finite."""
+
+    encoder: Encoder
+    """The network that is trained; published with each checkpoint."""
+
+    @classmethod
+    def build(cls, encoder: Encoder, config: PretrainConfig, context: DistributedContext) -> Self:
+        """The method as `simclr pretrain` makes it.
+
+        Args:
+            encoder: With fresh weights; on the CPU, as everything is that the method adds.
+            config: All settings of the run.
+            context: The processes that share each batch.
+        """
+        return cls(encoder, config, context)
+
+    @abstractmethod
+    def forward(self, *inputs: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """`forward(*inputs, detail=False)`: the loss to optimise, and metrics.
+
+        Args:
+            inputs: Of B items; `num_views` tensors (B, C, S, S) in [0, 1] in pretraining.
+            detail: Whether this step is recorded; metrics that cost time are computed only then.
+
+        Returns:
+            The loss (scalar), and detached scalars, `loss` among them.
+        """
+
+    def encode(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        """Features (num_views B, F), from which no gradient is taken, and projections (num_views B, D).
+
+        The rows of the first view come first. Each row may depend on its own chunk of the batch alone.
+        """
+        raise TypeError(f"{type(self).__name__} does not split its forward pass")
+
+    def loss(self, features: Tensor, projections: Tensor, *, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `forward` returns, from what `encode` returned for the whole batch of this process."""
+        raise TypeError(f"{type(self).__name__} does not split its forward pass")
+
+    def trial_inputs(self, n: int) -> tuple[Any, ...]:
+        """Random inputs of n items, on the device of the weights, to count memory and to measure time with."""
+        shape = (n, self.encoder.config.channels, self.encoder.config.size, self.encoder.config.size)
+        device = next(self.parameters()).device
+        views = [torch.rand(shape, device=device) for _ in range(self.num_views)]
+        return tuple(view.to(memory_format=torch.channels_last) for view in views)
+
+    def warnings(self, record: Mapping[str, float]) -> list[str]:
+        """Sentences on what a record of metrics shows to be wrong; the text before a colon names the kind."""
+        return []
+
+    def published(self) -> dict[str, nn.Module | None]:
+        """Networks that are saved for use: "encoder" and, if there is one, its projection "head"; or "classifier"."""
+        return {"encoder": self.encoder}
