@@ -10,7 +10,7 @@ base     Does distillation work better where student and teacher come from the s
          fine-tuned on 10 % of the labels teaches, on all images and for equally many steps, students that begin at its
          own base, at the base of the next run, at fresh weights, and at fresh weights of half the width.
 classes  Is transfer better where the target has fewer classes? One frozen encoder, a linear probe, equally many labels
-         a class, 2, 5, ... and all classes, mean over ten draws of them. Kappa is the accuracy corrected for chance,
+         per class, 2, 5, ... and all classes, mean over ten draws of them. Kappa is the accuracy corrected for chance,
          (a - 1/K) / (1 - 1/K); accuracy is the mean over classes, whose sizes differ from draw to draw.
 
 Each run stands for one seed. Accuracy is that of the last step on the test images, no choice is made on them. Raw
@@ -35,13 +35,16 @@ from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
 from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.finetune import TRAINING_VERSION, digest_of, finetune
-from simclr.evaluation.logistic import LOGISTIC_VERSION, optimum_probe
+from simclr.evaluation.keys import accuracy_key, labelled_digest
+from simclr.evaluation.logistic import optimum_probe
+from simclr.evaluation.measure import about_split
 from simclr.evaluation.metrics import BASELINES
-from simclr.evaluation.results import ResultStore, name_of
+from simclr.evaluation.results import About, Measured, Result, ResultStore, name_of
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel, open_subject
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import Encoder, build_encoder
+from simclr.reports.evaluation import records
 from simclr.reports.table import Row, markdown_table, seeds_note
 from simclr.tasks.distill import distill
 from simclr.weights.folder import Model, load
@@ -66,21 +69,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/claims"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    ledger = ResultStore(args.out / "results.jsonl", DistributedContext())
+    store = ResultStore(args.out / "results.jsonl", DistributedContext())
+    measure, rows_of = CLAIMS[args.claim]
     for data in args.data:
-        rows = CLAIMS[args.claim](args, data, ledger)
+        results = measure(args, data, store)
+        rows = rows_of(results)
         print(f"\n{args.claim}, {data}: accuracy in %, {seeds_note(rows)}\n\n{markdown_table(rows)}", flush=True)
-        found = {row.name: {column: list(values) for column, values in row.values.items()} for row in rows}
-        write_json(args.out / f"{args.claim}-{Path(data).name}.json", {"machine": machine(), "table": found})
+        table = {row.name: {column: list(values) for column, values in row.values.items()} for row in rows}
+        content = {"machine": machine(), "table": table, "records": records(results)}
+        write_json(args.out / f"{args.claim}-{Path(data).name}.json", content)
 
 
 # ---- how deep, from which layer
 
 
-def depth(args: argparse.Namespace, data: str, ledger: ResultStore) -> list[Row]:
-    """Rows: what is trained and the head layer; columns: share of the labels."""
+def depth(args: argparse.Namespace, data: str, store: ResultStore) -> list[Result]:
+    """Fine-tuning for each of --depths, head layer and share of the labels; metric top1."""
     train, test = open_data(data), open_data(data, split="test")
-    table: dict[str, dict[str, list[float]]] = {}
+    results = []
     for seed, run in enumerate(args.runs):
         subject = subjects(run, seed)[0]
         for labels in args.labels:
@@ -89,20 +95,20 @@ def depth(args: argparse.Namespace, data: str, ledger: ResultStore) -> list[Row]
                 for head_layer in (0, 1):
                     name = f"{named(tune_from)}, head layer {head_layer}"
                     config = replace(FINETUNE_RECIPES["small"], tune_from=tune_from, head_layer=head_layer)
-                    key = {
-                        "claim": "depth", "version": TRAINING_VERSION,
-                        "encoder": subject.identity, "seed": seed, "config": config.result_fields(),
-                        "train": split.train.fingerprint, "test": split.test.fingerprint,
-                    }  # fmt: skip
+                    key = accuracy_key("finetune", subject, split, seed, config) | {"protocol": "claim depth"}
                     assert subject.encoder is not None
                     make = partial(
                         finetune, subject.encoder, subject.head, subject.fitted(split.train),
                         subject.fitted(split.test), config, seed=seed, preset=subject.preprocessing,
                     )  # fmt: skip
-                    value = kept(ledger, key, lambda make=make: make().accuracy)
-                    print(f"{data}, {labels}, {name}, seed {seed}: {100 * value:.1f}", flush=True)
-                    table.setdefault(name, {}).setdefault(f"{labels} labels", []).append(value)
-    return [Row(name, columns) for name, columns in table.items()]
+                    about = replace(about_split(name, split), split=f"{labels} labels")
+                    results.append(kept(store, key, lambda make=make: make().accuracy, about))
+    return results
+
+
+def depth_rows(results: list[Result]) -> list[Row]:
+    """Rows: what is trained and the head layer; columns: share of the labels."""
+    return rows_by(results, lambda result: result.split)
 
 
 def named(tune_from: int | str) -> str:
@@ -114,10 +120,10 @@ def named(tune_from: int | str) -> str:
 # ---- which base
 
 
-def base(args: argparse.Namespace, data: str, ledger: ResultStore) -> list[Row]:
-    """Rows: the teacher, and where its students begin; one column."""
+def base(args: argparse.Namespace, data: str, store: ResultStore) -> list[Result]:
+    """The teacher, and students that begin at several networks; metric top1."""
     train, test = open_data(data), open_data(data, split="test")
-    table: dict[str, list[float]] = {}
+    results = []
     for seed, run in enumerate(args.runs):
         own, other = (load(place) for place in (run, args.runs[(seed + 1) % len(args.runs)]))
         split = split_data(train, test, seed=seed, labels=TEACHERS_LABELS)
@@ -126,7 +132,12 @@ def base(args: argparse.Namespace, data: str, ledger: ResultStore) -> list[Row]:
             own.encoder, own.head, split.train, split.test, FINETUNE_RECIPES["small"], seed=seed,
             preset=preprocessing,
         )  # fmt: skip
-        table.setdefault("teacher", []).append(teacher.accuracy)
+        parts = {"train": labelled_digest(train), "test": labelled_digest(split.test)}
+        key = {
+            "protocol": "claim base", "version": {"training": TRAINING_VERSION},
+            "model": {"weights": digest_of(teacher.network)}, "data": parts, "settings": {}, "seed": seed,
+        }  # fmt: skip
+        results.append(kept(store, key, lambda teacher=teacher: teacher.accuracy, about_split("teacher", split)))
         taught_by = Model(teacher.network.encoder, preprocessing, classifier=teacher.network, classes=teacher.classes)
         students = {
             "the same base": own.encoder,
@@ -135,17 +146,19 @@ def base(args: argparse.Namespace, data: str, ledger: ResultStore) -> list[Row]:
             "fresh weights, half as wide": build_encoder(replace(shape, width=shape.width / 2), seed=seed),
         }
         for name, encoder in students.items():
-            key = {
-                "claim": "base", "version": TRAINING_VERSION,
-                "teacher": digest_of(teacher.network), "student": digest_of(encoder), "seed": seed,
-                "config": DISTILLATION.result_fields(), "train": train.fingerprint, "test": split.test.fingerprint,
-            }  # fmt: skip
-
+            key |= {
+                "model": {"teacher": digest_of(teacher.network), "weights": digest_of(encoder)},
+                "settings": DISTILLATION.result_fields(),
+            }
             place = args.out / f"student-{name_of(key)[:12]}"
-            value = kept(ledger, key, partial(taught, taught_by, encoder, train, split.test, seed, place))
-            print(f"{data}, student from {name}, seed {seed}: {100 * value:.1f}", flush=True)
-            table.setdefault(f"student from {name}", []).append(value)
-    return [Row(name, {"accuracy": values}) for name, values in table.items()]
+            make = partial(taught, taught_by, encoder, train, split.test, seed, place)
+            results.append(kept(store, key, make, about_split(f"student from {name}", split)))
+    return results
+
+
+def base_rows(results: list[Result]) -> list[Row]:
+    """Rows: the teacher, and where its students begin; one column."""
+    return rows_by(results, lambda _: "accuracy")
 
 
 def taught(teacher: Model, encoder: Encoder, train: Images, test: Images, seed: int, place: Path) -> float:
@@ -160,22 +173,28 @@ def taught(teacher: Model, encoder: Encoder, train: Images, test: Images, seed: 
 # ---- how many classes
 
 
-def classes(args: argparse.Namespace, data: str, ledger: ResultStore) -> list[Row]:
-    """Rows: features; columns: accuracy, then kappa, for each number of classes."""
+def classes(args: argparse.Namespace, data: str, store: ResultStore) -> list[Result]:
+    """The linear probe of each subject; metrics: number of classes -> accuracy."""
     train, test = open_data(data), open_data(data, split="test")
-    accuracies: dict[str, dict[int, list[float]]] = {}
+    results = []
     for seed, run in enumerate(args.runs):
         split = split_data(train, test, seed=seed, labels=f"{LABELS_A_CLASS}/class")
         for subject in subjects(run, seed):
-            key = {
-                "claim": "classes", "version": LOGISTIC_VERSION,
-                "subject": subject.identity, "seed": seed, "draws": DRAWS,
-                "train": split.train.fingerprint, "test": split.test.fingerprint,
-            }  # fmt: skip
-            found = ledger.get(key, partial(by_count, subject, split, seed))
-            row = accuracies.setdefault(subject.name if subject.name in BASELINES else "encoder", {})
-            for count, value in found.items():
-                row.setdefault(int(count), []).append(value)
+            key = accuracy_key("linear", subject, split, seed)
+            key |= {"protocol": "claim classes", "settings": key["settings"] | {"draws": DRAWS}}
+            make = partial(by_count, subject, split, seed)
+            name = subject.name if subject.name in BASELINES else "encoder"
+            results.append(store.get(key, lambda make=make: Measured(metrics=make()), about_split(name, split)))
+    return results
+
+
+def classes_rows(results: list[Result]) -> list[Row]:
+    """Rows: features; columns: accuracy, then kappa, for each number of classes."""
+    accuracies: dict[str, dict[int, list[float]]] = {}
+    for result in results:
+        row = accuracies.setdefault(result.subject, {})
+        for count in result.metrics:
+            row.setdefault(int(count), []).append(result.value(count))
     return [
         Row(
             name,
@@ -187,22 +206,22 @@ def classes(args: argparse.Namespace, data: str, ledger: ResultStore) -> list[Ro
     ]
 
 
-def by_count(subject: EvaluatedModel, split: Split, seed: int) -> dict[str, float]:
+def by_count(subject: EvaluatedModel, split: Split, seed: int) -> dict[str, float | None]:
     """Number of classes -> accuracy of the linear probe, the mean over draws of so many classes."""
-    learn, ask = split.train.labels, split.test.labels
-    assert learn is not None and ask is not None
+    learn, truth = split.train.labels, split.test.labels
+    assert learn is not None and truth is not None
     features = subject.features(split.train), subject.features(split.test)  # (n, F), (m, F)
     there = np.unique(learn)
     random = np.random.default_rng(seed)
-    means = {}
+    means: dict[str, float | None] = {}
     for count in (*(n for n in (2, 5) if n < len(there)), len(there)):
         each = []
         for _ in range(DRAWS if count < len(there) else 1):
             drawn = random.choice(there, count, replace=False)
-            rows, asked = np.isin(learn, drawn), np.isin(ask, drawn)
-            probe = optimum_probe(features[0][rows], learn[rows], features[1][asked], seed=seed)
-            right = probe.predicted == ask[asked]
-            each.append(np.mean([right[ask[asked] == label].mean() for label in probe.classes]))
+            rows, queries = np.isin(learn, drawn), np.isin(truth, drawn)
+            probe = optimum_probe(features[0][rows], learn[rows], features[1][queries], seed=seed)
+            right = probe.predicted == truth[queries]
+            each.append(np.mean([right[truth[queries] == label].mean() for label in probe.classes]))
         means[str(count)] = float(np.mean(each))
     return means
 
@@ -220,11 +239,27 @@ def subjects(run: Path, seed: int) -> list[EvaluatedModel]:
     return [open_one(name) for name in (str(run), RANDOM, PIXELS)]
 
 
-def kept(ledger: ResultStore, key: dict[str, Any], make: Callable[[], float]) -> float:
-    return ledger.get(key, lambda: {"accuracy": make()})["accuracy"]
+def kept(store: ResultStore, key: dict[str, Any], make: Callable[[], float], about: About) -> Result:
+    """A result with the metric top1, from the store or measured now."""
+    result = store.get(key, lambda: Measured(metrics={"top1": make()}), about)
+    name = f"{about.data_name}, {about.split}, {about.subject}, seed {result.seed}"
+    print(f"{name}: {100 * result.value('top1'):.1f}", flush=True)
+    return result
 
 
-CLAIMS = {"depth": depth, "base": base, "classes": classes}
+def rows_by(results: list[Result], column: Callable[[Result], str]) -> list[Row]:
+    """A row for each subject: top-1 accuracies over seeds by column."""
+    table: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        table.setdefault(result.subject, {}).setdefault(column(result), []).append(result.value("top1"))
+    return [Row(name, columns) for name, columns in table.items()]
+
+
+Claim = tuple[Callable[[argparse.Namespace, str, ResultStore], list[Result]], Callable[[list[Result]], list[Row]]]
+"""What measures, and what makes a table of the results."""
+CLAIMS: dict[str, Claim] = {
+    "depth": (depth, depth_rows), "base": (base, base_rows), "classes": (classes, classes_rows),
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

@@ -27,13 +27,16 @@ from simclr.config.schedule import total_steps
 from simclr.data.images import Images
 from simclr.data.opening import open_data
 from simclr.evaluation.finetune import TRAINING_VERSION, finetune, supervised
-from simclr.evaluation.logistic import optimum_probe
+from simclr.evaluation.keys import labelled_digest
+from simclr.evaluation.logistic import LOGISTIC_VERSION, optimum_probe
+from simclr.evaluation.measure import about_split
 from simclr.evaluation.metrics import accuracy
-from simclr.evaluation.results import ResultStore, name_of
+from simclr.evaluation.results import Measured, Result, ResultStore, name_of
 from simclr.evaluation.split import Split, split_data
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import build_encoder
 from simclr.models.inference import pixels_of
+from simclr.reports.probe import results_by_subject
 from simclr.reports.table import Row, markdown_table, seeds_note
 from simclr.tasks.distill import distill
 from simclr.training.run import describe_machine, open_run
@@ -57,16 +60,17 @@ def main() -> None:
     args = parser.parse_args()
     train = open_data(args.data)
     test = open_data(args.data, split="test") if train.has_own_split else None
-    ledger = ResultStore(args.out / "results.jsonl")
-    results: list[dict[str, Any]] = []
+    store = ResultStore(args.out / "results.jsonl")
+    results: list[Result] = []
     for seed, run in enumerate(args.runs):
-        for result in one_seed(args, run, seed, train, test, ledger):
-            results.append({"seed": seed, **result})
-            print(f"seed {seed}, {result['what']}: {result['accuracy']:.1%} ({result['seconds']:.0f} s)", flush=True)
+        for result in results_of_seed(args, run, seed, train, test, store):
+            results.append(result)
+            seconds = result.details["seconds"]
+            print(f"seed {seed}, {result.subject}: {result.value('top1'):.1%} ({seconds:.0f} s)", flush=True)
     table = markdown_table(rows(results), corner=f"{train.name}, {args.labels} of the labels")
     print(f"\n{table}\n\nTop-1 accuracy in %, {seeds_note(rows(results))}.")
     content = {
-        "results": results,
+        "results": [result.to_dict() for result in results],
         "arguments": {k: str(v) for k, v in vars(args).items()},
         "machine": describe_machine(),
     }
@@ -74,10 +78,10 @@ def main() -> None:
     (args.out / "distillation.md").write_text(table + "\n")
 
 
-def one_seed(
-    args: argparse.Namespace, run: Path, seed: int, train: Images, test: Images | None, ledger: ResultStore
-) -> list[dict[str, Any]]:
-    """The five results of a seed, from the ledger where they are known."""
+def results_of_seed(
+    args: argparse.Namespace, run: Path, seed: int, train: Images, test: Images | None, store: ResultStore
+) -> list[Result]:
+    """The five results of a seed, from the store where they are known."""
     everything = split_data(train, test, seed=seed)
     few = split_data(train, test, seed=seed, labels=args.labels)
     base, flip = load(run), open_run(run).config.flip
@@ -87,11 +91,20 @@ def one_seed(
     on_all = replace(DISTILL_RECIPES["small-distill"], epochs=args.epochs, temperature=args.temperature, flip=flip)
     steps = total_steps(len(everything.train), on_all.epochs, on_all.batch_size)
     on_few = replace(on_all, epochs=0, min_steps=steps)
-    key = {
-        "version": TRAINING_VERSION,
-        "run": digest_of(base.encoder), "seed": seed, "few": few.train.fingerprint, "all": everything.train.fingerprint,
-        "test": few.test.fingerprint, "tuning": tuning.result_fields(),
+    key: dict[str, Any] = {
+        "protocol": "distillation benchmark",
+        "version": {"training": TRAINING_VERSION, "logistic": LOGISTIC_VERSION},
+        "model": {"weights": digest_of(base.encoder), "preprocessing": base.preprocessing},
+        "data": {
+            "train": labelled_digest(few.train), "unlabelled": labelled_digest(everything.train),
+            "test": labelled_digest(few.test),
+        },
+        "settings": {"teacher": tuning.result_fields()},
+        "seed": seed,
     }  # fmt: skip
+
+    def key_of(**settings: Any) -> dict[str, Any]:
+        return key | {"settings": key["settings"] | settings}
 
     @cache
     def teacher() -> Model:
@@ -99,43 +112,43 @@ def one_seed(
         finetune(base.encoder, base.head, few.train, few.test, tuning, seed=seed, preset=base.preprocessing, run=place)
         return load(place)
 
-    def taught(images: Images, config: DistillConfig) -> dict[str, Any]:
-        place = (
-            args.out
-            / f"student-{name_of({**key, 'images': images.fingerprint, **config.result_fields(), **asdict(shape)})}"
-        )
+    def taught(images: Images, config: DistillConfig) -> Measured:
+        settings = {"images": images.fingerprint, "student": config.result_fields() | asdict(shape)}
+        place = args.out / f"student-{name_of(key_of(**settings))}"
         begin = Classifier(build_encoder(shape, seed=seed), None, len(teacher().classes))
         done = distill(teacher(), begin, images, config, place, seed=seed, test=few.test)
         assert done.accuracy is not None
-        return {"accuracy": done.accuracy, "parameters": parameters(begin), "steps": done.steps}
+        return measured(done.accuracy, parameters=parameters(begin), steps=done.steps)
 
-    def from_labels() -> dict[str, Any]:
+    def from_labels() -> Measured:
         done = supervised(shape, few.train, few.test, scratch, seed=seed, preset=base.preprocessing)
-        return {"accuracy": done.accuracy, "parameters": parameters(done.network), "steps": done.steps}
+        return measured(done.accuracy, parameters=parameters(done.network), steps=done.steps)
 
-    def of_teacher() -> dict[str, Any]:
-        network, asked = teacher().classifier, few.test
-        assert network is not None and asked.labels is not None and asked.classes is not None
-        named = np.array(teacher().classify(asked))
-        share = accuracy(named, np.array(asked.classes)[asked.labels])
-        return {"accuracy": share, "parameters": parameters(network), "steps": None}
+    def of_teacher() -> Measured:
+        network, queries = teacher().classifier, few.test
+        assert network is not None and queries.labels is not None and queries.classes is not None
+        predicted = np.array(teacher().classify(queries))
+        share = accuracy(predicted, np.array(queries.classes)[queries.labels])
+        return measured(share, parameters=parameters(network))
 
-    work: dict[str, tuple[dict[str, Any], Callable[[], dict[str, Any]]]] = {
+    work: dict[str, tuple[dict[str, Any], Callable[[], Measured]]] = {
         TEACHER: ({}, of_teacher),
         WAYS[0]: (scratch.result_fields() | asdict(shape), from_labels),
         WAYS[1]: (on_few.result_fields() | asdict(shape), lambda: taught(few.train, on_few)),
         WAYS[2]: (on_all.result_fields() | asdict(shape), lambda: taught(everything.train, on_all)),
-        PIXELS: (
-            {},
-            lambda: {"accuracy": of_pixels(few, base.encoder.config, seed), "parameters": None, "steps": None},
-        ),
+        PIXELS: ({}, lambda: measured(of_pixels(few, base.encoder.config, seed))),
     }
-    found = [
-        {"what": what, **ledger.get({**key, "what": what, **settings}, lambda make=make: timed(make))}
-        for what, (settings, make) in work.items()
+    results = [
+        store.get(key_of(subject=subject, student=student), lambda make=make: timed(make), about_split(subject, few))
+        for subject, (student, make) in work.items()
     ]
-    assert found[1]["parameters"] <= found[0]["parameters"] / 4, "the student has more than a quarter of the parameters"
-    return found
+    sizes = [result.details["parameters"] for result in results[:2]]
+    assert sizes[1] <= sizes[0] / 4, "the student has more than a quarter of the parameters"
+    return results
+
+
+def measured(accuracy: float, *, parameters: int | None = None, steps: int | None = None) -> Measured:
+    return Measured(metrics={"top1": accuracy}, details={"parameters": parameters, "steps": steps})
 
 
 def of_pixels(split: Split, like: EncoderConfig, seed: int) -> float:
@@ -151,20 +164,19 @@ def parameters(network: Classifier) -> int:
     return sum(p.numel() for part in (network.encoder, network.linear) for p in part.parameters())
 
 
-def timed(make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def timed(make: Callable[[], Measured]) -> Measured:
     begun = time.perf_counter()
-    return make() | {"seconds": round(time.perf_counter() - begun, 1)}
+    done = make()
+    return replace(done, details=done.details | {"seconds": round(time.perf_counter() - begun, 1)})
 
 
-def rows(results: list[dict[str, Any]]) -> list[Row]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        found.setdefault(result["what"], []).append(result)
-    return [
-        Row(what + ("" if own[0]["parameters"] is None else f", {own[0]['parameters']:,} parameters"),
-            {"accuracy, %": [one["accuracy"] for one in own]})
-        for what, own in found.items()
-    ]  # fmt: skip
+def rows(results: list[Result]) -> list[Row]:
+    table = []
+    for subject, of_subject in results_by_subject(results).items():
+        size = of_subject[0].details["parameters"]
+        name = subject if size is None else f"{subject}, {size:,} parameters"
+        table.append(Row(name, {"accuracy, %": [result.value("top1") for result in of_subject]}))
+    return table
 
 
 if __name__ == "__main__":

@@ -31,11 +31,10 @@ from PIL import Image
 
 from simclr.cli import main as cli
 from simclr.config import finetune as finetune_config
-from simclr.evaluation import curve, grid, keys, measure, subjects, transfer
+from simclr.evaluation import curve, grid, keys, measure, protocols, subjects, transfer
 from simclr.evaluation import probe as probing
 from simclr.models import EncoderConfig, build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.tasks import evaluate_reports as reports
 from simclr.weights.folder import load, save_encoder
 
 COMPUTES: dict[str, list[tuple[Any, str]]] = {
@@ -46,8 +45,9 @@ COMPUTES: dict[str, list[tuple[Any, str]]] = {
     "finetune": [(measure, "finetune")],
     "supervised": [(measure, "supervised")],
     "curve": [(curve, "optimum_probe")],
-    "curve from scratch": [(reports, "supervised")],
-    "probe": [(reports, "probe")],
+    "curve from scratch": [(protocols, "supervised")],
+    "probe": [(protocols, "probe")],
+    "label-free": [(protocols, "label_free")],
     "transfer": [(transfer, "logistic_probe"), (grid, "finetune")],
 }
 """What is counted -> the functions that compute it, where they are called from."""
@@ -55,8 +55,9 @@ COMPUTES: dict[str, list[tuple[Any, str]]] = {
 ALL = frozenset(COMPUTES) - {"features"}
 FROM_SCRATCH = frozenset({"supervised", "curve from scratch"})
 FROZEN = frozenset({"knn", "linear", "logistic", "curve", "transfer"})
+UNLABELLED = frozenset({"probe", "label-free"})
 ACCURACIES = frozenset({"knn", "linear", "logistic", "finetune", "supervised"})
-PROTOCOLS = ("knn", "linear", "logistic", "finetune", "supervised", "curve", "probe", "transfer")
+PROTOCOLS = ("knn", "linear", "logistic", "finetune", "supervised", "curve", "probe", "label-free", "transfer")
 FLAGS = ("--finetune.epochs", "1", "--counts", "2")
 
 
@@ -205,8 +206,8 @@ def raised(module: Any, name: str) -> tuple[Any, str, Any]:
 DECIDING = [
     Scenario("pixel of a training image", ALL | {"features"}, pixel("train")),
     Scenario("pixel of a test image", ALL | {"features"}, pixel("test")),
-    Scenario("label", ALL - {"probe"}, label, may=frozenset({"features", "probe"})),
-    Scenario("classes", ALL - {"probe"}, classes, may=frozenset({"features", "probe"})),
+    Scenario("label", ALL - UNLABELLED, label, may=UNLABELLED | {"features"}),
+    Scenario("classes", ALL - UNLABELLED, classes, may=UNLABELLED | {"features"}),
     Scenario("weight", (ALL - FROM_SCRATCH) | {"features"}, weight),
     Scenario("weight of the head", frozenset({"probe"}), head_weight),
     Scenario("preprocessing", ALL | {"features"}, preprocessing),
@@ -228,7 +229,7 @@ DECIDING = [
         frozenset({"knn"}),
         flags=("--leave-one-out", "--protocol", "knn", "--finetune.epochs", "30"),
     ),
-    Scenario("version of features", FROZEN | {"probe", "features"}, constants=(raised(keys, "FEATURES_VERSION"),)),
+    Scenario("version of features", FROZEN | UNLABELLED | {"features"}, constants=(raised(keys, "FEATURES_VERSION"),)),
     Scenario("version of kNN", frozenset({"knn"}), constants=(raised(keys, "KNN_VERSION"),)),
     Scenario("version of logistic", FROZEN - {"knn"}, constants=(raised(keys, "LOGISTIC_VERSION"),)),
     Scenario("version of training", FROM_SCRATCH | {"finetune"}, constants=(raised(keys, "TRAINING_VERSION"),)),
@@ -237,6 +238,7 @@ DECIDING = [
     Scenario(
         "version of curve", frozenset({"curve", "curve from scratch"}), constants=(raised(keys, "CURVE_VERSION"),)
     ),
+    Scenario("version of label-free", frozenset({"label-free"}), constants=(raised(keys, "LABEL_FREE_VERSION"),)),
     Scenario("version of transfer", frozenset({"transfer"}), constants=(raised(transfer, "TRANSFER_VERSION"),)),
     Scenario("k", frozenset({"knn"}), constants=(raised(keys, "KNN_K"),)),
     Scenario("temperature", frozenset({"knn"}), constants=((keys, "KNN_TEMPERATURE", 0.1),)),

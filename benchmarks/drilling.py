@@ -358,7 +358,7 @@ def contents(place: Path) -> dict[str, str]:
         elif path.name in WALL_TIME:
             digest = _digest(_without(json.loads(path.read_bytes()), WALL_TIME[path.name]))
         elif path.name == "results.jsonl":
-            digest = _digest(sorted(json.dumps(record) for record in read_results(path)[0]))
+            digest = _digest(sorted(json.dumps(result.to_dict()) for result in read_results(path)[0]))
         else:
             digest = file_digest(path)
         found[name] = digest

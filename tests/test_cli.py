@@ -15,6 +15,7 @@ from PIL import Image
 
 from simclr import SimCLR, cli
 from simclr.config.finetune import FINETUNE_RECIPES
+from simclr.evaluation.results import KEY_FIELDS, name_of, read_results
 from simclr.tasks import jobs
 
 FAST = ["--recipe", "digits", "--epochs", "1", "--batch-size", "64", "--width", "0.5", "--workers", "0"]
@@ -34,6 +35,11 @@ def folder(tmp_path_factory):
     (root / "cats" / "empty.png").write_bytes(b"")
     (root / "notes.txt").write_text("no image")
     return root
+
+
+def key_of(record):
+    """What a record of `simclr evaluate --json` is kept under."""
+    return {name: record[name] for name in KEY_FIELDS}
 
 
 def picture_width(path):
@@ -115,6 +121,10 @@ def test_every_protocol_and_a_second_call(simclr, folder, tmp_path, monkeypatch)
     assert set(found["pixels"]) == {"knn", "linear", "logistic"} and set(found["supervised"]) == {"supervised"}
     assert {(one["protocol"], one["seed"]) for one in found["results"]} >= {("finetune", 0), ("finetune", 1)}
     assert set(found["reports"]) == {"curve", "probe", "label-free", "transfer"}
+    stored, others = read_results(out / "evaluation" / "results.jsonl")
+    assert others == 0
+    assert {name_of(result.key) for result in stored} == {name_of(key_of(record)) for record in found["records"]}
+    assert {r["protocol"] for r in found["records"]} >= {"knn", "curve", "probe", "label-free", "linear transfer"}
     assert "±" in table
     assert "supervised" in table and "effective rank" in table and "p = " in table and "ahead" in table
     for picture in ("curve", "neighbours", "worst-clustered"):
@@ -167,7 +177,7 @@ def test_recipes_are_printed_complete(simclr):
         (["evaluate", "/no/such/run", "digits"], "holds no encoder"),
         (["embed", "/no/such/run", "digits", "--out", "x.npz"], "holds no encoder"),
         (["evaluate", "RUN", "digits", "--labels", "half"], "'half' is no share of the labels and no file"),
-        (["evaluate", "RUN", "digits", "--labels", "1%", "--protocol", "knn,curve"], "curve would not heed it"),
+        (["evaluate", "RUN", "digits", "--labels", "1%", "--protocol", "knn,curve"], "has no effect on curve"),
         (["evaluate", "RUN", "digits", "--finetune.epochs", "3"], "about the protocol finetune"),
         (["evaluate", "RUN", "digits", "--picture", "x.jpg"], "ends in .png"),
         (["evaluate", "RUN", "digits", "--out", "one.npz"], "one.npz/results.jsonl cannot be written"),

@@ -14,9 +14,10 @@ from sklearn.preprocessing import StandardScaler
 from simclr.data.images import Images, array_images
 from simclr.data.splits import label_subset
 from simclr.errors import UserError
-from simclr.evaluation.curve import Curve, labels_curve, labels_saved, when_it_pays
+from simclr.evaluation.curve import Curve, labels_curve, labels_saved
+from simclr.evaluation.results import Result
 from simclr.evaluation.split import Split
-from simclr.reports.curve import curve_table, draw_curve
+from simclr.reports.curve import curve_table, draw_curve, needed_in_words, when_it_pays
 
 NUM_CLASSES = 3
 
@@ -181,8 +182,8 @@ def test_counts_end_at_the_smallest_class():
     assert counts_of([20, 21])[0].counts == [1, 2, 5, 10, 20, "all"]
     assert counts_of([1, 1])[0].counts == ["all"]
     curve, said = counts_of([6, 9], asked=[50, "all", 3, 7, 3])
-    assert curve.counts == [3, "all"] and curve.labels_a_class("all") == 7.5
-    note = "Left out: 7, 50 labels a class; the smallest class has 6 images."
+    assert curve.counts == [3, "all"] and curve.labels_per_class("all") == 7.5
+    note = "Left out: 7, 50 labels per class; the smallest class has 6 images."
     assert said[0] == note and note in curve_table(curve) and curve.notes == (note,)
     with pytest.raises(UserError, match=r"smallest class has 6 .* fewer than 10"):
         counts_of([6, 9], asked=[20, 10])
@@ -214,15 +215,15 @@ def test_labels_saved_where_the_answer_is_known():
     saved = labels_saved(curve)
     assert [(s.baseline, s.count) for s in saved] == [("pixels", c) for c in (1, 10, 100, "all")]
     assert [s.needed for s in saved] == [pytest.approx(10**1.5), pytest.approx(10**2.5), None, None]
-    assert [s.text for s in saved] == ["32", "316", "more than there are", "more than there are"]
+    assert [needed_in_words(s) for s in saved] == ["32", "316", "more than there are", "more than there are"]
     assert saved[0].accuracy == pytest.approx(0.5)
     behind = labels_saved(curve, source="pixels", baselines=["encoder"])
-    assert [s.text for s in behind] == ["1 or fewer", "1 or fewer", "3.2", "32"]
+    assert [needed_in_words(s) for s in behind] == ["1 or fewer", "1 or fewer", "3.2", "32"]
 
 
 def test_labels_saved_of_a_baseline_that_falls_and_that_was_not_tried_on_all():
     curve = constructed({"encoder": [0.3, 0.5, 0.6], "supervised": [0.2, 0.4, 0.1]}, counts=(1, 10, 100))
-    assert [s.text for s in labels_saved(curve)] == ["3.2", "more than 100", "more than 100"]
+    assert [needed_in_words(s) for s in labels_saved(curve)] == ["3.2", "more than 100", "more than 100"]
 
 
 def test_when_it_pays_counts_seeds_not_means():
@@ -231,17 +232,17 @@ def test_when_it_pays_counts_seeds_not_means():
     )
     worse = Curve("made", 4, 4000, 500, {**curve.results, ("pixels", 100, 1): 0.72})
     assert when_it_pays(worse) == (
-        "encoder is ahead of pixels in every seed with 1, 10 and all labels a class, and of supervised in every seed "
-        "with 1 label a class. With 10 labels a class it reaches 60.0%; for that the others need, in labels a class: "
-        f"pixels {10 ** (1 + 0.15 / (0.63 - 0.45)):.0f}, supervised 10."
+        "encoder is ahead of pixels in every seed with 1, 10 and all labels per class, and of supervised in every seed "
+        "with 1 label per class. With 10 labels per class it reaches 60.0%; for that the others need, in labels per "
+        f"class: pixels {10 ** (1 + 0.15 / (0.63 - 0.45)):.0f}, supervised 10."
     )
-    assert "ahead of pixels in every seed with 1 to all labels a class, and" in when_it_pays(curve)
+    assert "ahead of pixels in every seed with 1 to all labels per class, and" in when_it_pays(curve)
 
 
 def test_table_and_dictionary():
     curve = constructed({"encoder": [0.5, 0.6], "pixels": [0.35, 0.7]}, counts=(1, "all"))
     assert curve_table(curve).split("\n")[:3] == [
-        "labels a class              1         all",
+        "labels per class            1         all",
         "encoder            50.0 ± 1.4  60.0 ± 1.4",
         "pixels (baseline)  35.0 ± 1.4  70.0 ± 1.4",
     ]
@@ -251,7 +252,14 @@ def test_table_and_dictionary():
         and "4,000 labels" in curve_table(curve)
     )
     assert "| encoder | **50.0 ± 1.4** | 60.0 ± 1.4 |" in curve_table(curve, markdown=True)
-    assert Curve.from_dict(curve.to_dict()) == curve
+    results = [
+        Result(
+            protocol="curve", version={"curve": 1}, model={}, data={}, settings={"labels_per_class": count}, seed=seed,
+            metrics={"top1": value}, subject=source, data_name="made", num_train=4000, num_test=500, num_classes=4,
+        )
+        for (source, count, seed), value in curve.results.items()
+    ]  # fmt: skip
+    assert Curve.from_results(results) == curve
     assert curve.to_dict()["results"][0] == {
         "source": "encoder",
         "labels_a_class": 1,

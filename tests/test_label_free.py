@@ -16,7 +16,7 @@ from simclr.data.images import Images, array_images
 from simclr.errors import UserError
 from simclr.evaluation import duplicates as copies
 from simclr.evaluation.duplicates import find_duplicates
-from simclr.evaluation.label_free import label_free, view_features
+from simclr.evaluation.label_free import LabelFree, label_free, view_features
 from simclr.models.encoder import build_encoder
 from simclr.reports.pictures import draw_copies, draw_misfits, draw_neighbours
 from simclr.views.policy import Policy
@@ -209,7 +209,9 @@ def test_copies_are_reported_and_all_is_json(measured):
     *_, result = measured
     assert result.within is not None and result.within.pairs == []
     assert result.across is not None and result.across.num_identical == 80
-    assert json.loads(json.dumps(result.to_dict()))["across"]["sentence"] == result.across.sentence
+    plain = json.loads(json.dumps(result.metrics | result.details))
+    assert plain["across"]["sentence"] == result.across.sentence
+    assert LabelFree.from_plain(plain) == result
 
 
 def test_pictures_show_what_was_found(measured):

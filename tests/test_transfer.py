@@ -27,12 +27,13 @@ from simclr.evaluation.grid import (
     settings,
 )
 from simclr.evaluation.knn import knn
-from simclr.evaluation.results import ResultStore
+from simclr.evaluation.results import About, Result, ResultStore
 from simclr.evaluation.subjects import open_subject
-from simclr.evaluation.transfer import Transferred, differences, judge, linear_transfer, rows, shown, summary, transfer
+from simclr.evaluation.transfer import differences, linear_transfer, score_and_credits, transfer, true_labels
 from simclr.methods.supervised import many_classes, share_right
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.inference import extract, pixels_of
+from simclr.reports.transfer import transfer_scores, transfer_summary, transfer_text
 
 
 @dataclass
@@ -106,20 +107,22 @@ def tiny_encoder():
 # ---- metrics
 
 
-def test_judge_counts_by_hand():
+def test_scores_and_credits_by_hand():
     truth, classes = np.array([4, 4, 4, 7, 7]), np.array([4, 7])
     scores = np.array([[1, 0], [2, 1], [0, 1], [0, 1], [3, 1]], dtype=float)  # told: 4 4 7 7 4
-    score, credits = judge(scores, classes, truth, "top-1")
+    score, credits = score_and_credits(scores, classes, truth, "top-1")
     assert score == 3 / 5 and credits == [1, 1, 0, 1, 0]
-    score, credits = judge(scores, classes, truth, "mean per class")
+    score, credits = score_and_credits(scores, classes, truth, "mean per class")
     assert score == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert np.mean(credits) == pytest.approx(score)
     assert credits == pytest.approx([5 / 6, 5 / 6, 0, 5 / 4, 0])
 
 
-def test_judge_of_several_classes_leaves_out_what_is_unknown():
+def test_score_of_several_classes_leaves_out_what_is_unknown():
     truth = np.array([[1, 0], [0, -1], [-1, 1]], dtype=np.int8)
-    score, credits = judge(np.array([[2.0, 1.0], [-1.0, 5.0], [9.0, 3.0]]), np.arange(2), truth, "11-point mAP")
+    score, credits = score_and_credits(
+        np.array([[2.0, 1.0], [-1.0, 5.0], [9.0, 3.0]]), np.arange(2), truth, "11-point mAP"
+    )
     assert credits == [0.5, 1.0, 1.0]
     assert score == 1.0  # in each class the only image that shows it ranks first among those that are known
 
@@ -128,8 +131,8 @@ def test_judge_of_several_classes_leaves_out_what_is_unknown():
 def test_poisoned_test_labels_change_the_score_alone(metric):
     data, subject = picture_set(metric), Standin()
     clean, bad = (linear_transfer(subject, one, seed=0) for one in (data, poisoned(data)))
-    assert clean.metric == metric and clean.score > bad.score + 0.2
-    assert replace(bad, score=clean.score, credits=clean.credits) == clean
+    assert clean.data["metric"] == metric and clean.value("score") > bad.value("score") + 0.2
+    assert (bad.metrics["validation"], bad.details["chosen"]) == (clean.metrics["validation"], clean.details["chosen"])
 
 
 @pytest.mark.parametrize("metric", ["top-1", "mean per class", "11-point mAP"])
@@ -149,26 +152,30 @@ def test_linear_transfer_takes_the_best_strength_on_validation_by_the_metric(met
         return model.decision_function
 
     def judged(model, part, rows):
-        return judge(model(rows), np.arange(3), shown(part), metric)[0]
+        return score_and_credits(model(rows), np.arange(3), true_labels(part), metric)[0]
 
-    on_validation = [judged(fitted(train, shown(data.train), l2), data.validation, validation) for l2 in strengths]
+    on_validation = [
+        judged(fitted(train, true_labels(data.train), l2), data.validation, validation) for l2 in strengths
+    ]
     best = strengths[int(np.argmax(on_validation))]
     whole = fitted(
-        np.concatenate([train, validation]), np.concatenate([shown(data.train), shown(data.validation)]), best
+        np.concatenate([train, validation]),
+        np.concatenate([true_labels(data.train), true_labels(data.validation)]),
+        best,
     )
     found = linear_transfer(subject, data, seed=0, strengths=strengths)
-    assert found.chosen == {"l2": best} and found.converged
-    assert found.validation == pytest.approx(max(on_validation))
-    assert found.score == pytest.approx(judged(whole, data.test, test))
+    assert found.details["chosen"] == {"l2": best} and found.details["converged"]
+    assert found.metrics["validation"] == pytest.approx(max(on_validation))
+    assert found.metrics["score"] == pytest.approx(judged(whole, data.test, test))
 
 
 def test_linear_transfer_is_looked_up(tmp_path):
     data, subject = picture_set(), Standin()
-    first = linear_transfer(subject, data, seed=0, ledger=ResultStore(tmp_path / "cells.jsonl"))
+    first = linear_transfer(subject, data, seed=0, store=ResultStore(tmp_path / "cells.jsonl"))
     assert subject.calls == 3
-    again = linear_transfer(subject, data, seed=0, ledger=ResultStore(tmp_path / "cells.jsonl"))
+    again = linear_transfer(subject, data, seed=0, store=ResultStore(tmp_path / "cells.jsonl"))
     assert again == first and subject.calls == 3
-    linear_transfer(subject, poisoned(data), seed=0, ledger=ResultStore(tmp_path / "cells.jsonl"))
+    linear_transfer(subject, poisoned(data), seed=0, store=ResultStore(tmp_path / "cells.jsonl"))
     assert subject.calls == 6
 
 
@@ -187,7 +194,7 @@ def test_linear_transfer_sees_the_border():
     pixels_only = open_subject(
         "pixels", like=config, preprocessing="google", seed=0, cache=FeatureCache(None), world=DistributedContext()
     )
-    assert linear_transfer(pixels_only, data, seed=0, strengths=(0.01,)).score == 1
+    assert linear_transfer(pixels_only, data, seed=0, strengths=(0.01,)).metrics["score"] == 1
     cropped = [pixels_only.features(part) for part in parts[::2]]
     assert (knn(cropped[0], parts[0].labels, cropped[1], k=5) == parts[2].labels).mean() < 0.9
 
@@ -196,16 +203,11 @@ def test_linear_transfer_sees_the_border():
 
 
 def one(subject, data, score, credits=(1.0,), seed=0):
-    return Transferred(
-        subject=subject,
-        data=data,
-        metric="top-1",
-        score=score,
-        validation=None,
-        chosen={},
-        credits=list(credits),
-        seed=seed,
-    )
+    return Result(
+        protocol="linear transfer", version={}, model={}, data={"metric": "top-1"}, settings={}, seed=seed,
+        metrics={"score": score, "validation": None}, subject=subject, data_name=data,
+        details={"chosen": {}, "credits": list(credits), "converged": True},
+    )  # fmt: skip
 
 
 def test_rows_have_a_value_a_seed_and_a_mean():
@@ -213,7 +215,7 @@ def test_rows_have_a_value_a_seed_and_a_mean():
         one(s, d, score, seed=seed)
         for (seed, s, d), score in zip(product((0, 1), "ab", ("x", "y")), np.arange(8) / 10, strict=True)
     ]
-    table = rows(results[:-1])
+    table = transfer_scores(results[:-1])
     assert list(table) == ["a", "b"] and list(table["a"]) == ["x", "y", "mean"]
     assert table["a"]["x"] == [0.0, 0.4] and table["a"]["mean"] == pytest.approx([0.05, 0.45])
     assert table["b"] == {"x": [0.2, 0.6], "y": [0.3]}  # measured on x only with seed 1: no mean
@@ -224,15 +226,21 @@ def test_transfer_measures_every_subject_on_every_set():
     sets = [picture_set(name="x"), picture_set("mean per class", name="y")]
     subjects = [Standin(), Standin("noisy", noise=2.0)]
     results = transfer(subjects, sets, lambda s, d: linear_transfer(s, d, seed=0), progress=said.append)
-    assert [(r.data, r.subject, r.metric) for r in results] == [
+    assert [(r.data_name, r.subject, r.data["metric"]) for r in results] == [
         ("x", "pixels", "top-1"), ("x", "noisy", "top-1"),
         ("y", "pixels", "mean per class"), ("y", "noisy", "mean per class"),
     ]  # fmt: skip
     assert said == ["x: pixels", "x: noisy", "y: pixels", "y: noisy"]
-    found = json.loads(json.dumps(summary(results)))
-    assert found["table"]["pixels"]["mean"][0] == pytest.approx((results[0].score + results[2].score) / 2)
+    found = json.loads(json.dumps(transfer_summary(results, differences(results))))
+    assert found["table"]["pixels"]["mean"][0] == pytest.approx(
+        (results[0].value("score") + results[2].value("score")) / 2
+    )
     assert [d["data"] for d in found["differences"]] == ["x", "y"]
     assert all(d["difference"] > 0.2 and d["p"] < 0.01 for d in found["differences"])
+    assert set(found["results"][0]) == {
+        "subject", "data", "metric", "score", "validation", "chosen", "seed", "converged",
+    }  # fmt: skip
+    assert "x: top-1; y: mean per class" in transfer_text(results, differences(results))
 
 
 def test_permutation_test_by_brute_force_and_both_ways():
@@ -281,17 +289,17 @@ RIGHT = dict(zip(SMALL.cells, (0.2, 0.6, 0.9, 0.9), strict=True))
 
 
 def search(train, data=None, file=None):
-    ledger = ResultStore(file)
+    key = {"protocol": "by test", "version": {}, "model": {}, "settings": {}, "seed": 0}
     return choose_and_test(
-        data or picture_set(), SMALL, train, ledger=ledger, key={"by": "test"}, progress=lambda _: None
+        data or picture_set(), SMALL, train, store=ResultStore(file), key=key, about=About(), say=lambda _: None
     )
 
 
 def test_grid_takes_the_best_on_validation_and_trains_on_both():
     train = FakeTraining(RIGHT)
     found = search(train)
-    assert found["chosen"] == {"rate": 0.1, "decay": 0.0}  # the first of two equal ones
-    assert found["validation"] == 0.9 and found["score"] == 0.9
+    assert found.details["chosen"] == {"rate": 0.1, "decay": 0.0}  # the first of two equal ones
+    assert found.metrics == {"validation": 0.9, "score": 0.9}
     assert train.calls == [*((cell, 40, 20) for cell in SMALL.cells), (Cell(0.1, 0.0), 60, 50)]
 
 
@@ -307,15 +315,16 @@ def test_grid_chooses_by_the_metric_of_the_set():
         return np.eye(3)[told], np.arange(3)
 
     assert len(rare) < len(data.validation) / 2
-    assert search(train, data)["chosen"]["rate"] == 0.1
-    assert search(train, replace(data, metric="top-1"))["chosen"]["rate"] == 0.01
+    assert search(train, data).details["chosen"]["rate"] == 0.1
+    assert search(train, replace(data, metric="top-1")).details["chosen"]["rate"] == 0.01
 
 
 def test_poisoned_test_labels_change_no_choice():
     clean, bad = FakeTraining(RIGHT), FakeTraining(RIGHT)
     data = picture_set()
     found, other = search(clean, data), search(bad, poisoned(data))
-    assert (other["chosen"], other["validation"]) == (found["chosen"], found["validation"])
+    assert other.details["chosen"] == found.details["chosen"]
+    assert other.metrics["validation"] == found.metrics["validation"]
     assert bad.calls == clean.calls
 
 
@@ -348,9 +357,11 @@ def test_what_is_done_is_not_done_again(tmp_path):
 
 def test_cells_that_diverge_are_passed_over(tmp_path):
     file = tmp_path / "cells.jsonl"
-    assert search(FakeTraining(RIGHT, diverges=SMALL.cells[2:]), file=file)["chosen"] == SMALL.cells[1]._asdict()
+    assert (
+        search(FakeTraining(RIGHT, diverges=SMALL.cells[2:]), file=file).details["chosen"] == SMALL.cells[1]._asdict()
+    )
     again = FakeTraining(RIGHT)
-    assert search(again, file=file)["chosen"] == SMALL.cells[1]._asdict() and again.calls == []
+    assert search(again, file=file).details["chosen"] == SMALL.cells[1]._asdict() and again.calls == []
     with pytest.raises(UserError, match="Every training of the grid on bars diverged"):
         search(FakeTraining(RIGHT, diverges=SMALL.cells))
 
@@ -389,16 +400,20 @@ def test_finetune_transfer_trains_and_resumes(tmp_path, monkeypatch, metric):
         subject, data, grid=small, seed=0, folder=tmp_path, progress=said.append, steps=lambda *now: steps.append(now)
     )
     cells = [json.loads(line) for line in (tmp_path / "cells.jsonl").read_text().splitlines()]
-    assert [line["key"]["cell"]["rate"] for line in cells] == [1e-4, 0.05, found.chosen["rate"]]
-    assert found.validation == max(line["value"]["score"] for line in cells[:2])
+    chosen = found.details["chosen"]
+    assert [line["settings"]["rate"] for line in cells] == [1e-4, 0.05, chosen["rate"]]
+    assert found.metrics["validation"] == max(line["metrics"]["score"] for line in cells[:2])
     assert len(said) == 3 and steps[-1] == (8, 8)
     assert all(torch.equal(before[name], tensor) for name, tensor in subject.encoder.state_dict().items())
     assert not list((tmp_path / "unfinished").iterdir())
-    config = settings(Cell(found.chosen["rate"], 0.0), small, len(data.learn))
+    config = settings(Cell(chosen["rate"], 0.0), small, len(data.learn))
     scores = finetune(subject.encoder, None, data.learn, data.test, config, seed=0).scores
-    assert (found.score, found.credits) == judge(scores, np.arange(3), shown(data.test), metric)
+    assert (found.metrics["score"], found.details["credits"]) == score_and_credits(
+        scores, np.arange(3), true_labels(data.test), metric
+    )
     bad = finetune_transfer(subject, poisoned(data), grid=small, seed=0)
-    assert (bad.chosen, bad.validation) == (found.chosen, found.validation) and bad.credits != found.credits
+    assert (bad.details["chosen"], bad.metrics["validation"]) == (chosen, found.metrics["validation"])
+    assert bad.details["credits"] != found.details["credits"]
     monkeypatch.setattr(grid_module, "finetune", None)  # nothing is trained any more
     assert finetune_transfer(subject, data, grid=small, seed=0, folder=tmp_path) == found
 

@@ -1,8 +1,8 @@
-"""The labels-needed curve: accuracy over the number of labels a class. It decides whether pretraining pays.
+"""The label-efficiency curve: accuracy over the number of labels per class. It shows whether pretraining pays.
 
 Every source of features (an encoder, a random one, raw pixels) gets the same linear classifier on the same few labels,
 and beside them stands the network that is trained on those labels alone. Each seed draws its own labels, nested: those
-of 1 a class lie among those of 2. So the spread over seeds is that of the choice of labels, which with few
+of 1 per class lie among those of 2. So the spread over seeds is that of the choice of labels, which with few
 labels is most of the uncertainty.
 """
 
@@ -20,6 +20,7 @@ from simclr.data.splits import label_subset
 from simclr.errors import UserError
 from simclr.evaluation.logistic import optimum_probe
 from simclr.evaluation.metrics import SUPERVISED, mean_and_spread
+from simclr.evaluation.results import Result
 
 if TYPE_CHECKING:
     from simclr.evaluation.split import Split
@@ -28,15 +29,15 @@ CURVE_VERSION = 1
 """Raise it when the same features and labels give another point of the curve: the choice of labels, the classifier."""
 
 Count = int | Literal["all"]
-"""Labels a class; "all": every label that there is, whatever the classes' sizes."""
+"""Labels per class; "all": every label that there is, whatever the classes' sizes."""
 
 Key = tuple[str, Count, int]
-"""Which result: source, labels a class, seed."""
+"""Which result: source, labels per class, seed."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracies of a labels-needed curve, with what is needed to print and to draw them."""
+    """Accuracies of a label-efficiency curve, with what is needed to print and to draw them."""
 
     data: str
     num_classes: int
@@ -44,7 +45,7 @@ class Curve:
     """Of all training images: what "all" stands for."""
     num_test: int
     results: Mapping[Key, float]
-    """(source, labels a class, seed) -> accuracy on the test images, in [0, 1]."""
+    """(source, labels per class, seed) -> accuracy on the test images, in [0, 1]."""
     notes: tuple[str, ...] = ()
     """Sentences about what was left out."""
 
@@ -60,15 +61,15 @@ class Curve:
 
     def values(self, source: str, count: Count) -> dict[int, float]:
         """Seed -> accuracy; empty where nothing was measured."""
-        found = {seed: value for (s, c, seed), value in self.results.items() if (s, c) == (source, count)}
-        return dict(sorted(found.items()))
+        by_seed = {seed: value for (s, c, seed), value in self.results.items() if (s, c) == (source, count)}
+        return dict(sorted(by_seed.items()))
 
-    def labels_a_class(self, count: Count) -> float:
+    def labels_per_class(self, count: Count) -> float:
         """A place on the axis; for "all" the mean over classes."""
         return self.num_labels / self.num_classes if count == "all" else count
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reads them back."""
+        """Plain values for JSON."""
         return {
             "data": self.data,
             "num_classes": self.num_classes,
@@ -82,37 +83,28 @@ class Curve:
         }
 
     @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> "Curve":
-        """The curve that `to_dict` wrote."""
-        results = {(r["source"], r["labels_a_class"], r["seed"]): r["accuracy"] for r in plain["results"]}
-        return cls(
-            plain["data"], plain["num_classes"], plain["num_labels"], plain["num_test"], results, tuple(plain["notes"])
-        )
+    def from_results(cls, results: Sequence[Result], notes: Sequence[str] = ()) -> "Curve":
+        """The curve that results of the protocol "curve" make up, all of one data set (`protocols.curve_results`)."""
+        first = results[0]
+        assert first.num_classes is not None and first.num_train is not None and first.num_test is not None
+        points = {(r.subject, r.settings["labels_per_class"], r.seed): r.value("top1") for r in results}
+        return cls(first.data_name, first.num_classes, first.num_train, first.num_test, points, tuple(notes))
 
 
 @dataclass(frozen=True)
 class Saved:
-    """How many labels a baseline needs to reach what a source reaches with `count` labels a class."""
+    """How many labels a baseline needs to reach what a source reaches with `count` labels per class."""
 
     baseline: str
     count: Count
     accuracy: float
     """What the source reaches: the mean over seeds."""
     needed: float | None
-    """Labels a class that the baseline needs, interpolated; None: more than were tried."""
+    """Labels per class that the baseline needs, interpolated; None: more than were tried."""
     fewest: float
-    """The fewest labels a class that the baseline was tried with; where it is there already, `needed` is that."""
+    """The fewest labels per class that the baseline was tried with; where it is there already, `needed` is that."""
     most: Count
-    """The most labels a class that it was tried with."""
-
-    @property
-    def text(self) -> str:
-        """`needed` in words."""
-        if self.needed is None:
-            return "more than there are" if self.most == "all" else f"more than {count_name(self.most)}"
-        if self.needed == self.fewest:
-            return f"{self.needed:,.0f} or fewer"
-        return f"{self.needed:,.{0 if self.needed >= 10 else 1}f}"
+    """The most labels per class that it was tried with."""
 
 
 def labels_curve(
@@ -126,14 +118,14 @@ def labels_curve(
     keep: Callable[[Key, Callable[[], float]], float] = lambda _key, make: make(),
     progress: Callable[[str], None] = lambda sentence: None,
 ) -> Curve:
-    """Accuracy over labels a class, for several sources of features and for training from scratch.
+    """Accuracy over labels per class, for several sources of features and for training from scratch.
 
     Features of a source are computed once, for all training and test images; the few labels only index them.
 
     Args:
         sources: Name -> function from n images to their (n, F) features.
         split: Images to learn from (-1: no label, never used) and labelled images to test on.
-        counts: Labels a class, integers and "all"; None: 1, 2, 5, 10, 20, ... as far as the smallest class has
+        counts: Labels per class, integers and "all"; None: 1, 2, 5, 10, 20, ... as far as the smallest class has
             them, then "all". Larger ones than the smallest class has are left out, with a word.
         seeds: Each draws its own labels by `label_subset`, and is handed to `classify` and `supervised`.
         classify: (train (n, F), labels (n,), test (m, F), seed=seed) -> (m,) predicted labels; None: the exact optimum
@@ -141,7 +133,7 @@ def labels_curve(
         supervised: (training images, test images, seed) -> accuracy of the network trained on those alone.
         keep: Given a result's key and what measures it; whoever wants to resume answers from what is there already. A
             source of which nothing is measured is not asked for features.
-        progress: Told what is being done.
+        progress: Called with what is being done.
 
     Raises:
         UserError: Fewer than two classes, or no count that the smallest class has.
@@ -160,7 +152,7 @@ def labels_curve(
     results: dict[Key, float] = {}
 
     def measured(source: str, count: Count, seed: int, accuracy_of: Callable[[np.ndarray, int], float]) -> float:
-        progress(f"{source}, {count_name(count)} labels a class, seed {seed}")
+        progress(f"{source}, {count_name(count)} labels per class, seed {seed}")
         return accuracy_of(_chosen(labels, count, seed), seed)
 
     def measure(source: str, accuracy_of: Callable[[np.ndarray, int], float]) -> None:
@@ -177,7 +169,7 @@ def labels_curve(
 
 
 def labels_saved(curve: Curve, *, source: str = "encoder", baselines: Sequence[str] | None = None) -> list[Saved]:
-    """How many labels a class each baseline needs to reach what the source reaches with n.
+    """How many labels per class each baseline needs to reach the accuracy that the source reaches with n.
 
     Between two measured counts the mean accuracy is taken as a straight line over the logarithm of the labels; where
     a curve goes up and down, its first crossing counts.
@@ -201,27 +193,6 @@ def labels_saved(curve: Curve, *, source: str = "encoder", baselines: Sequence[s
     return saved
 
 
-def when_it_pays(curve: Curve, *, source: str = "encoder", count: Count = 10) -> str:
-    """Two sentences: where the source is ahead of each baseline in every seed, and the labels that it saves.
-
-    Args:
-        count: Labels a class of the example; where the curve has no such point, its middle one.
-    """
-    saved = labels_saved(curve, source=source)
-    counts = list(dict.fromkeys(s.count for s in saved))
-    if not saved:
-        return f"The curve has no baseline beside {source}, so it cannot say when {source} pays."
-    baselines = list(dict.fromkeys(s.baseline for s in saved))
-    ahead = [f"of {baseline} {_ahead(curve, source, baseline)}" for baseline in baselines]
-    example = count if count in counts else counts[len(counts) // 2]
-    reached = next(s.accuracy for s in saved if s.count == example)
-    needs = ", ".join(f"{s.baseline} {s.text}" for s in saved if s.count == example)
-    return (
-        f"{source} is ahead {', and '.join(ahead)}. With {count_name(example)} labels a class it reaches "
-        f"{reached:.1%}; for that the others need, in labels a class: {needs}."
-    )
-
-
 def _possible(counts: Sequence[Count] | None, sizes: np.ndarray) -> tuple[list[Count], list[str]]:
     """Counts that the smallest class has, in order and without doubles, and what to say about the others."""
     smallest = int(sizes.min())
@@ -231,18 +202,18 @@ def _possible(counts: Sequence[Count] | None, sizes: np.ndarray) -> tuple[list[C
         everything = smallest == sizes.max() and smallest in steps  # then "all" is the same labels
         return [*(steps[:-1] if everything else steps), "all"], []
     if any(count != "all" and count < 1 for count in counts):
-        raise UserError(f"{list(counts)} are no numbers of labels a class: give 1 and above, or 'all'.")
-    asked: list[Count] = list(dict.fromkeys(sorted(counts, key=_order)))
-    kept: list[Count] = [count for count in asked if _order(count) <= smallest or count == "all"]
-    left_out = [count for count in asked if count not in kept]
+        raise UserError(f"{list(counts)} are no numbers of labels per class: give 1 and above, or 'all'.")
+    wanted: list[Count] = list(dict.fromkeys(sorted(counts, key=_order)))
+    kept: list[Count] = [count for count in wanted if _order(count) <= smallest or count == "all"]
+    left_out = [count for count in wanted if count not in kept]
     if not kept:
         raise UserError(
             f"The smallest class has {smallest:,} labelled images, fewer than {count_name(left_out[0])}; ask for fewer "
-            "labels a class, or for 'all'."
+            "labels per class, or for 'all'."
         )
     if left_out:
         listed = ", ".join(map(count_name, left_out))
-        return kept, [f"Left out: {listed} labels a class; the smallest class has {smallest:,} images."]
+        return kept, [f"Left out: {listed} labels per class; the smallest class has {smallest:,} images."]
     return kept, []
 
 
@@ -273,8 +244,8 @@ def _optimum(train: np.ndarray, labels: np.ndarray, test: np.ndarray, *, seed: i
 
 
 def _means(curve: Curve, source: str) -> list[tuple[float, float]]:
-    """(labels a class, mean accuracy) of each measured count, from few labels to many."""
-    measured = [(curve.labels_a_class(c), list(curve.values(source, c).values())) for c in curve.counts]
+    """(labels per class, mean accuracy) of each measured count, from few labels to many."""
+    measured = [(curve.labels_per_class(c), list(curve.values(source, c).values())) for c in curve.counts]
     return [(place, mean_and_spread(values)[0]) for place, values in measured if values]
 
 
@@ -286,26 +257,6 @@ def _first_crossing(points: list[tuple[float, float]], target: float) -> float |
         if y1 >= target:
             return math.exp(math.log(x0) + (target - y0) / (y1 - y0) * (math.log(x1) - math.log(x0)))
     return None
-
-
-def _ahead(curve: Curve, source: str, baseline: str) -> str:
-    """At which of the counts that both have the source beats the baseline in every common seed, in words."""
-    both, ahead = [], []
-    for count in curve.counts:
-        ours, theirs = curve.values(source, count), curve.values(baseline, count)
-        common = ours.keys() & theirs.keys()
-        if common:
-            both.append(count)
-            if all(ours[seed] > theirs[seed] for seed in common):
-                ahead.append(count)
-    if not ahead:
-        return "with no number of labels in every seed"
-    first = both.index(ahead[0])
-    if len(ahead) > 2 and both[first : first + len(ahead)] == ahead:
-        return f"in every seed with {count_name(ahead[0])} to {count_name(ahead[-1])} labels a class"
-    *before, last = map(count_name, ahead)
-    listed = f"{', '.join(before)} and {last}" if before else last
-    return f"in every seed with {listed} {'label' if ahead == [1] else 'labels'} a class"
 
 
 def count_name(count: Count) -> str:

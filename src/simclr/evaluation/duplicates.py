@@ -16,7 +16,7 @@ picture full of other things) are reported too: the report says where to look, n
 Shapes: n rows to search in, m queries, C channels, S = 32 pixels, D = 64 cells, K candidates of a query, P pairs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from hashlib import sha256
@@ -99,6 +99,13 @@ class Duplicates:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**asdict(self), "sentence": self.sentence}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Duplicates":
+        """What `to_dict` wrote."""
+        values: dict[str, Any] = {name: value for name, value in plain.items() if name != "sentence"}
+        values["pairs"] = [Pair(**pair) for pair in plain["pairs"]]
+        return cls(**values)
 
 
 def find_duplicates(

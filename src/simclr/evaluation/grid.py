@@ -1,4 +1,4 @@
-"""Fine-tuning transfer: a grid of learning rates and weight decays, judged on validation images (SimCLR, appendix B.8).
+"""Fine-tuning transfer: a grid of learning rates and weight decays, chosen on validation images (SimCLR, appendix B.8).
 
 Each cell is one training, noted when it is done; an interrupted one goes on from its last checkpoint.
 """
@@ -20,9 +20,9 @@ from simclr.distributed import DistributedContext
 from simclr.errors import Diverged, UserError
 from simclr.evaluation.finetune import finetune, supervised
 from simclr.evaluation.keys import grid_key, labelled_digest, training_key, transfer_data
-from simclr.evaluation.results import ResultStore, name_of
+from simclr.evaluation.results import About, Measured, Result, ResultStore, name_of
 from simclr.evaluation.subjects import EvaluatedModel
-from simclr.evaluation.transfer import Transferred, judge, shown
+from simclr.evaluation.transfer import about_transfer, score_and_credits, true_labels
 
 GRID_VERSION = 1
 """Raise it when a cell stands for another training (`settings`), or another cell is chosen from the same scores."""
@@ -72,7 +72,7 @@ PAPER_GRID_FROM_SCRATCH = Grid(
 )
 
 Trainer = Callable[[Cell, Images, Images], tuple[np.ndarray, np.ndarray]]
-"""Cell, images to learn from, m images to judge -> (m, K) logits of these, and the (K,) labels of the columns."""
+"""Cell, images to learn from, m other images -> (m, K) logits of the latter, and the (K,) labels of the columns."""
 
 
 def finetune_transfer(
@@ -84,14 +84,14 @@ def finetune_transfer(
     folder: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
     steps: Callable[[int, int], None] | None = None,
-) -> Transferred:
+) -> Result:
     """Fine-tune with every cell of the grid; train the best on validation once more, on those images too, and test it.
 
     Args:
         seed: Of the order of images and of the views, and of the weights where training is from scratch.
         folder: Where finished cells are noted (`cells.jsonl`) and the one in progress keeps its checkpoints. None:
             nothing is kept.
-        progress: Told which cell is being trained, but for those that are done.
+        progress: Called with the cell that is being trained, but for those that are done.
         steps: Called with (done, total) steps of the cell.
 
     Raises:
@@ -105,10 +105,9 @@ def finetune_transfer(
         subject, seed, from_scratch=grid.from_scratch, batch_size=grid.batch_size, steps=grid.steps,
         version=GRID_VERSION,
     )  # fmt: skip
-    ledger = ResultStore(None if folder is None else folder / "cells.jsonl", subject.world)
+    store = ResultStore(None if folder is None else folder / "cells.jsonl", subject.world)
     train = partial(_train, subject, grid, seed, None if folder is None else folder / "unfinished", steps)
-    found = choose_and_test(data, grid, train, ledger=ledger, key=key, progress=progress)
-    return Transferred(subject=subject.name, data=data.name, metric=data.metric, seed=seed, **found)
+    return choose_and_test(data, grid, train, store=store, key=key, about=about_transfer(subject, data), say=progress)
 
 
 def choose_and_test(
@@ -116,50 +115,55 @@ def choose_and_test(
     grid: Grid,
     train: Trainer,
     *,
-    ledger: ResultStore,
+    store: ResultStore,
     key: dict[str, Any],
-    progress: Callable[[str], None],
-) -> dict[str, Any]:
+    about: About,
+    say: Callable[[str], None],
+) -> Result:
     """The search itself, whatever trains.
 
     Args:
         key: All that a training depends on, besides the cell and the images.
+        about: Names of the result.
 
     Returns:
-        score, validation, chosen and credits, as in `Transferred`.
+        The result of the chosen cell on the test images, as `transfer` describes it.
     """
     if data.validation is None:
         raise UserError(f"{data.name} has no image to spare for choosing settings; give more images of each class.")
     validation = data.validation
     chosen_on = transfer_data(data)
 
-    def judge_cell(number: int, cell: Cell) -> dict[str, Any]:
-        progress(f"{data.name}: cell {number} of {len(grid.cells)}, rate {cell.rate:.3g}, decay {cell.decay:.3g}")
+    def key_of(cell: Cell, parts: dict[str, Any]) -> dict[str, Any]:
+        return {**key, "settings": key["settings"] | cell._asdict(), "data": parts}
+
+    def validate(number: int, cell: Cell) -> Measured:
+        say(f"{data.name}: cell {number} of {len(grid.cells)}, rate {cell.rate:.3g}, decay {cell.decay:.3g}")
         try:
             scores, labels = train(cell, data.train, validation)
         except Diverged:
-            return {"score": None}
-        return {"score": judge(scores, labels, shown(validation), data.metric)[0]}
+            return Measured(metrics={"score": None}, description="diverged")
+        return Measured(metrics={"score": score_and_credits(scores, labels, true_labels(validation), data.metric)[0]})
 
-    about = {"images": data.name, "split": data.how}
     best, best_score = None, -math.inf
     for number, cell in enumerate(grid.cells, start=1):
-        score = ledger.get(
-            {**key, "cell": cell._asdict(), "data": chosen_on}, partial(judge_cell, number, cell), about=about
-        )["score"]
+        score = store.get(key_of(cell, chosen_on), partial(validate, number, cell), about).metrics["score"]
         if score is not None and score > best_score:  # of equal ones the first
             best, best_score = cell, score
     if best is None:
         raise UserError(f"Every training of the grid on {data.name} diverged; give lower learning rates.")
 
-    def test() -> dict[str, Any]:
-        progress(f"{data.name}: training on all, rate {best.rate:.3g}, decay {best.decay:.3g}")
-        score, credits = judge(*train(best, data.learn, data.test), shown(data.test), data.metric)
-        return {"score": score, "credits": credits}
+    def test() -> Measured:
+        say(f"{data.name}: training on all, rate {best.rate:.3g}, decay {best.decay:.3g}")
+        score, credits = score_and_credits(*train(best, data.learn, data.test), true_labels(data.test), data.metric)
+        return Measured(metrics={"score": score}, details={"credits": credits})
 
-    tested_on = chosen_on | {"test": labelled_digest(data.test)}
-    tested = ledger.get({**key, "cell": best._asdict(), "data": tested_on}, test, about=about)
-    return {**tested, "validation": best_score, "chosen": best._asdict()}
+    tested = store.get(key_of(best, chosen_on | {"test": labelled_digest(data.test)}), test, about)
+    return replace(
+        tested,
+        metrics=tested.metrics | {"validation": best_score},
+        details=tested.details | {"chosen": best._asdict(), "converged": True},
+    )
 
 
 def settings(cell: Cell, grid: Grid, num_images: int) -> FinetuneConfig:
@@ -185,21 +189,22 @@ def _train(
     steps: Callable[[int, int], None] | None,
     cell: Cell,
     learn: Images,
-    judged: Images,
+    queries: Images,
 ) -> tuple[np.ndarray, np.ndarray]:
+    """(m, K) logits of `queries` after training on `learn`, and the (K,) labels of the columns."""
     encoder = subject.encoder
     assert encoder is not None
-    fit = partial(replace, channels=max(learn.channels, judged.channels, encoder.config.channels))
-    learn, judged = fit(learn), fit(judged)  # gray images for an encoder of colour; the reverse is refused
+    fit = partial(replace, channels=max(learn.channels, queries.channels, encoder.config.channels))
+    learn, queries = fit(learn), fit(queries)  # gray images for an encoder of colour; the reverse is refused
     config = settings(cell, grid, len(learn))
     key = training_key(subject, learn, seed, config, from_scratch=grid.from_scratch)
     run = None if unfinished is None else unfinished / name_of(key)
     options = {"seed": seed, "preset": subject.preprocessing, "world": subject.world, "run": run, "progress": steps}
     try:
         if grid.from_scratch:
-            trained = supervised(encoder.config, learn, judged, config, **options)
+            trained = supervised(encoder.config, learn, queries, config, **options)
         else:
-            trained = finetune(encoder, subject.head, learn, judged, config, **options)
+            trained = finetune(encoder, subject.head, learn, queries, config, **options)
     except Diverged:
         _remove(run, subject.world)
         raise

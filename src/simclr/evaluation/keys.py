@@ -1,8 +1,9 @@
-"""Keys of cached features and of results: all that decides a value, one function for each kind of value.
+"""Keys of cached features and of results: all that determines a value, one function for each kind of value.
 
-A key is a JSON object with the fields of a `Result`: protocol, version of the computation, model (digest of the
-weights, preprocessing, kind of device), data (digests of the images and labels that take part), settings, seed.
-What decides nothing stays out: where files lie and how a path is spelled, batch sizes of inference, threads, workers.
+A key is a JSON object with the fields of a `Result` that `KEY_FIELDS` names: protocol, version of the computation,
+model (digest of the weights, preprocessing, kind of device), data (digests of the images and labels that take part),
+settings, seed. What determines nothing stays out: where files lie and how a path is spelled, batch sizes of inference,
+threads, workers.
 
 Versions are numbers that stand beside each computation (FEATURES_VERSION, KNN_VERSION, ...): a release of the package
 keeps the results, a change of an algorithm does not. Versions of torch, NumPy and other libraries are recorded with a
@@ -17,6 +18,7 @@ from simclr.data.images import Images
 from simclr.evaluation.curve import CURVE_VERSION
 from simclr.evaluation.finetune import TRAINING_VERSION
 from simclr.evaluation.knn import KNN_K, KNN_TEMPERATURE, KNN_VERSION
+from simclr.evaluation.label_free import LABEL_FREE_VERSION
 from simclr.evaluation.logistic import L2_PATH, LOGISTIC_VERSION, OPTIMUM_STRENGTHS, TOL, VALIDATION_ROWS
 from simclr.evaluation.metrics import METRICS_VERSION
 from simclr.evaluation.probe import PROBE_VERSION, probe_settings
@@ -128,6 +130,22 @@ def probe_key(subject: "EvaluatedModel", split: "Split", seed: int) -> Entry:
     }
 
 
+def label_free_key(subject: "EvaluatedModel", images: Images, test: Images | None, seed: int, *, copies: bool) -> Entry:
+    """What features and images show without labels.
+
+    Args:
+        copies: Whether copies among the images are looked for too; what is found names the data set.
+    """
+    return {
+        "protocol": "label-free",
+        "version": {"features": FEATURES_VERSION, "label_free": LABEL_FREE_VERSION},
+        "model": subject.model,
+        "data": {"train": pixels_digest(images), "test": None if test is None else pixels_digest(test)},
+        "settings": {"copies": copies, "data_name": images.name},
+        "seed": seed,
+    }
+
+
 def linear_transfer_key(
     subject: "EvaluatedModel", data: "TransferSet", seed: int, *, strengths: list[float], crop: float, version: int
 ) -> Entry:
@@ -147,7 +165,7 @@ def linear_transfer_key(
 def grid_key(
     subject: "EvaluatedModel", seed: int, *, from_scratch: bool, batch_size: int, steps: int, version: int
 ) -> Entry:
-    """What the trainings of a grid search share; cell and images are added (`choose_and_test`)."""
+    """What the trainings of a grid search share: `choose_and_test` adds the images, and rate and decay as settings."""
     return {
         "protocol": "from scratch" if from_scratch else "fine-tuning",
         "version": {"training": TRAINING_VERSION, "metrics": METRICS_VERSION, "grid": version},

@@ -6,10 +6,10 @@
     clusters                k-means on unit rows; the images that fit theirs worst
     copies                  from pixels (`duplicates.py`)
 
-report.py draws the last three. Shapes: n images, F features, K clusters.
+reports/pictures.py draws the last three. Shapes: n images, F features, K clusters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +26,10 @@ from simclr.random import shuffled
 from simclr.views.policy import AugmentationPreset, Policy
 from simclr.views.views import make_views
 
+LABEL_FREE_VERSION = 1
+"""Raise it when the same features and images give other values: measures, samples, views, clusters, copies."""
+METRICS = ("alignment", "uniformity", "effective_rank", "silhouette")
+"""Fields of `LabelFree` that are the metrics of its `Result`."""
 VIEW_ROWS = 2_000  # images of which two views are compared
 UNIFORMITY_ROWS = 5_000  # all their pairs, in double precision
 RANK_ROWS = 10_000
@@ -90,12 +94,27 @@ class LabelFree:
     """Images of the test part that are copies of these."""
     seed: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        found = {
-            name: None if d is None else d.to_dict() for name, d in (("within", self.within), ("across", self.across))
-        }
-        return asdict(self) | found
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """The metrics of a `Result`."""
+        return {name: getattr(self, name) for name in METRICS}
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """Everything else, as JSON can hold it."""
+        copies = {"within": self.within, "across": self.across}
+        plain = {name: value for name, value in asdict(self).items() if name not in METRICS}
+        return plain | {name: None if found is None else found.to_dict() for name, found in copies.items()}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> "LabelFree":
+        """From metrics and details together, as JSON gives them."""
+        plain: dict[str, Any] = dict(values)
+        plain["neighbours"] = [Neighbours(**each) for each in values["neighbours"]]
+        plain["outliers"] = [Misfit(**each) for each in values["outliers"]]
+        for name in ("within", "across"):
+            plain[name] = None if values[name] is None else Duplicates.from_dict(values[name])
+        return cls(**plain)
 
 
 def label_free(

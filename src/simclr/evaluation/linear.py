@@ -4,7 +4,7 @@ Batch norm is in inference mode, which the authors' TF1 code and the paper inten
 (docs/architecture.md). Nesterov momentum, lr 0.1 x batch / 256 without warm-up, 90 epochs, no regularisation.
 
 Every epoch passes all images through the encoder. With few images the exact optimum on features of the central crop
-(evaluation/logistic.py) takes seconds instead, and needs no learning rate; `how_to_probe` says which suits.
+(evaluation/logistic.py) takes seconds instead, and needs no learning rate; `choose_linear_solver` says which suits.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from simclr.evaluation.finetune import Finetuned, finetune
 from simclr.models.encoder import Encoder
 from simclr.views.policy import AugmentationPreset
 
-MOST_FOR_OPTIMUM = 100_000  # rows of width 2,048 then take 0.8 GB
+MAX_ROWS_FOR_OPTIMUM = 100_000  # features of width 2,048 then take 0.8 GB
 
 
 def linear(
@@ -44,6 +44,7 @@ def linear(
     )  # fmt: skip
 
 
-def how_to_probe(num_images: int) -> Literal["sgd", "optimum"]:
-    """By SGD on crops as in the paper, or the optimum on cached features: which suits so many training images."""
-    return "optimum" if num_images <= MOST_FOR_OPTIMUM else "sgd"
+def choose_linear_solver(num_images: int) -> Literal["sgd", "optimum"]:
+    """The solver that suits this number of training images: SGD on crops as in the paper, or the exact optimum on
+    cached features of the central crop."""
+    return "optimum" if num_images <= MAX_ROWS_FOR_OPTIMUM else "sgd"

@@ -1,4 +1,4 @@
-"""Subjects x protocols x seeds -> accuracies: the table of an evaluation.
+"""Models under test x protocols x seeds -> results with accuracies: the main table of an evaluation.
 
     knn         weighted cosine neighbours on frozen features
     linear      linear classifier on frozen features: the exact optimum or, where images are many, the papers' SGD
@@ -6,15 +6,14 @@
     finetune    the network (or what comes after a block) trained on the labels
     supervised  the same network from scratch on the same labels
 
-Each result is kept as soon as it is there (ledger.py), under everything that it depends on.
+Each result is kept in the store as soon as it is there (`results.py`), under everything that determines it (`keys.py`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import nn
@@ -26,15 +25,17 @@ from simclr.errors import UserError
 from simclr.evaluation.finetune import finetune, supervised
 from simclr.evaluation.keys import accuracy_key
 from simclr.evaluation.knn import KNN_TEMPERATURE, knn_votes
-from simclr.evaluation.linear import how_to_probe, linear
+from simclr.evaluation.linear import choose_linear_solver, linear
 from simclr.evaluation.logistic import logistic_probe, optimum_probe
 from simclr.evaluation.metrics import SUPERVISED, mean_per_class, top_k
-from simclr.evaluation.results import ResultStore, name_of
+from simclr.evaluation.results import About, Measured, Result, ResultStore, name_of
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import RANDOM, EvaluatedModel
 from simclr.training.progress import counting
 
 Protocol = Literal["knn", "linear", "logistic", "finetune", "supervised"]
+ACCURACIES: tuple[Protocol, ...] = get_args(Protocol)
+"""The protocols whose results are accuracies of one classifier."""
 TITLES: dict[str, str] = {
     "knn": "kNN",
     "linear": "linear",
@@ -50,7 +51,7 @@ SMALL = 20_000
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the protocols are to do where there is a choice."""
+    """Choices that the protocols leave open."""
 
     linear: Literal["auto", "sgd", "optimum"] = "auto"
     recipe: str | None = None
@@ -62,16 +63,26 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """One protocol on one subject with one seed."""
+class EvaluationContext:
+    """Where an evaluation runs and what it keeps; passed to every protocol."""
 
-    subject: str
-    protocol: str
-    seed: int
-    figures: dict[str, float]
-    """top1, mean_per_class and, from six classes on, top5, in [0, 1]; and the l2 strength, where one was chosen."""
-    how: str
-    """What was done, in a few words."""
+    store: ResultStore
+    """A result that it holds is not computed again."""
+    world: DistributedContext = field(default_factory=DistributedContext)
+    folder: Path | None = None
+    """Where networks that are trained keep their checkpoints, so that they can be resumed; None: nowhere."""
+    say: Callable[[str], None] = lambda sentence: None
+    """Called with what begins."""
+
+
+def about_split(subject: str, split: Split) -> About:
+    """Names and counts of a result on a split, for readers."""
+    labels = split.train.labels
+    assert labels is not None
+    return About(
+        subject=subject, data_name=split.train.name, split=split.how, num_train=int((labels >= 0).sum()),
+        num_test=len(split.test), num_classes=len(np.unique(labels[labels >= 0])),
+    )  # fmt: skip
 
 
 def measure(
@@ -81,66 +92,52 @@ def measure(
     subjects_of: Callable[[int], list[EvaluatedModel]],
     split_of: Callable[[int], Split],
     settings: Settings,
-    ledger: ResultStore,
-    folder: Path | None,
-    world: DistributedContext,
-    say: Callable[[str], None],
+    context: EvaluationContext,
     failed: Callable[[str, UserError], None],
-) -> Iterator[Measurement]:
-    """Every protocol on every subject that it makes sense for, seed by seed; what the ledger holds is not done again.
+) -> Iterator[Result]:
+    """Every protocol on every subject that it makes sense for, seed by seed; results in the store are not made again.
+
+    Metrics: top1, mean_per_class and, from six classes on, top5, shares in [0, 1]; and l2, the strength of the
+    regularisation, where one was chosen.
 
     Args:
-        subjects_of: The subjects of a seed, the one to be judged first: its network's shape is the supervised one's.
+        subjects_of: The subjects of a seed, the model under test first: its network's shape is the supervised one's.
         split_of: The images of a seed.
-        folder: Where networks that are trained keep their checkpoints, so that they can be resumed; None: nowhere.
-        say: Told what begins.
-        failed: Told what cannot be measured, and why; the others still are, unless it raises.
+        failed: Called with what cannot be measured, and why; the others still are, unless it raises.
 
     Raises:
         Stopped: A signal asked to stop in the middle of a training.
     """
     for seed in seeds:
         split, subjects = split_of(seed), subjects_of(seed)
-        one = partial(
-            _measure, split=split, seed=seed, settings=settings, ledger=ledger, folder=folder, world=world, say=say
-        )
         for subject in subjects:
             for protocol in protocols:
                 if not makes_sense(protocol, subject, subjects[0]):
                     continue
                 try:
-                    measured = one(protocol, subject)
+                    result = _measure(protocol, subject, split, seed, settings, context)
                 except UserError as error:
                     failed(f"{subject.name}: {protocol}, seed {seed}", error)
                 else:
-                    yield measured
+                    yield result
 
 
 def _measure(
-    protocol: Protocol,
-    subject: EvaluatedModel,
-    *,
-    split: Split,
-    seed: int,
-    settings: Settings,
-    ledger: ResultStore,
-    folder: Path | None,
-    world: DistributedContext,
-    say: Callable[[str], None],
-) -> Measurement:
-    """From the ledger, or measured now."""
+    protocol: Protocol, subject: EvaluatedModel, split: Split, seed: int, settings: Settings, context: EvaluationContext
+) -> Result:
+    """From the store, or measured now."""
     name = SUPERVISED if protocol == SUPERVISED else subject.name
     config = _training(protocol, subject, split, settings)
     key = accuracy_key(protocol, subject, split, seed, config)
 
-    def run() -> dict[str, Any]:
-        say(f"  {name}: {protocol}, seed {seed}")
-        place = folder / f"{protocol}-seed{seed}-{name_of(key)[:12]}" if folder else None
-        figures, how = _run(protocol, subject, split, seed, settings, config, place, world)
-        return {"figures": figures, "how": how}
+    def run() -> Measured:
+        context.say(f"  {name}: {protocol}, seed {seed}")
+        if config is None:
+            return _classify(protocol, subject, split, seed, context.world)
+        folder = context.folder / f"{protocol}-seed{seed}-{name_of(key)[:12]}" if context.folder else None
+        return _train(protocol, subject, split, seed, config, folder, context.world)
 
-    about = {"subject": name, "images": split.train.name, "split": split.how}
-    return Measurement(subject=name, protocol=protocol, seed=seed, **ledger.get(key, run, about=about))
+    return context.store.get(key, run, about_split(name, split))
 
 
 def makes_sense(protocol: str, subject: EvaluatedModel, first: EvaluatedModel) -> bool:
@@ -150,34 +147,30 @@ def makes_sense(protocol: str, subject: EvaluatedModel, first: EvaluatedModel) -
     return protocol != "finetune" or (subject.encoder is not None and subject.name != RANDOM)
 
 
-def _run(
-    protocol: Protocol,
-    subject: EvaluatedModel,
-    split: Split,
-    seed: int,
-    settings: Settings,
-    config: FinetuneConfig | None,
-    place: Path | None,
-    world: DistributedContext,
-) -> tuple[dict[str, float], str]:
+def _classify(
+    protocol: Protocol, subject: EvaluatedModel, split: Split, seed: int, world: DistributedContext
+) -> Measured:
+    """A classifier on frozen features: nearest neighbours or logistic regression."""
     assert split.train.labels is not None and split.test.labels is not None
-    labels, asked = split.train.labels, split.test.labels
-    if protocol in ("finetune", SUPERVISED) or _by_sgd(protocol, subject, split, settings):
-        return _train(protocol, subject, split, seed, config, place, world)
-    train, test = subject.features(split.train), subject.features(split.test)
-    where = "" if subject.encoder is not None else f", on {subject.size} x {subject.size} pixels"
+    labels, truth = split.train.labels, split.test.labels  # (n,), (m,)
+    train, test = subject.features(split.train), subject.features(split.test)  # (n, F), (m, F)
+    of_pixels = "" if subject.encoder is not None else f", on {subject.size} x {subject.size} pixels"
     if protocol == "knn":
         alone = split.test is split.train
         with fitting("neighbours", world, unit="image") as progress:
             votes = knn_votes(train, labels, test, leave_one_out=alone, device=world.device, progress=progress)
-        how = f"k {votes.k}, temperature {KNN_TEMPERATURE}, cosine{', leave-one-out' if alone else ''}{where}"
-        return _figures(votes.scores, votes.classes, asked), how
+        leave_one_out = ", leave-one-out" if alone else ""
+        description = f"k {votes.k}, temperature {KNN_TEMPERATURE}, cosine{leave_one_out}{of_pixels}"
+        return Measured(metrics=_accuracies(votes.scores, votes.classes, truth), description=description)
     classes, targets = np.unique(labels, return_inverse=True)  # (K,), (n,)
-    probe, how = (optimum_probe, "exact optimum") if protocol == "linear" else (logistic_probe, "best of 45 l2")
+    probe, solver = (optimum_probe, "exact optimum") if protocol == "linear" else (logistic_probe, "best of 45 l2")
     with fitting("fitting", world, unit="thousandth") as progress:
         fitted = probe(train, targets, test, seed=seed, device=world.device, progress=progress)
-    how = f"logistic regression on frozen features, {how}{'' if fitted.converged else ', not converged'}{where}"
-    return {**_figures(fitted.scores, classes, asked), "l2": fitted.strength}, how
+    converged = "" if fitted.converged else ", not converged"
+    return Measured(
+        metrics={**_accuracies(fitted.scores, classes, truth), "l2": fitted.strength},
+        description=f"logistic regression on frozen features, {solver}{converged}{of_pixels}",
+    )
 
 
 def fitting(
@@ -192,14 +185,14 @@ def _train(
     subject: EvaluatedModel,
     split: Split,
     seed: int,
-    config: FinetuneConfig | None,
-    place: Path | None,
+    config: FinetuneConfig,
+    folder: Path | None,
     world: DistributedContext,
-) -> tuple[dict[str, float], str]:
+) -> Measured:
     """A network trained on the labels, from the subject's weights or from new ones."""
-    assert subject.encoder is not None and config is not None
+    assert subject.encoder is not None and split.test.labels is not None
     train, test = (subject.fitted(images) for images in (split.train, split.test))
-    shared: dict[str, Any] = {"seed": seed, "preset": subject.preprocessing, "world": world, "run": place}
+    shared: dict[str, Any] = {"seed": seed, "preset": subject.preprocessing, "world": world, "run": folder}
     with counting("training", main=world.is_main, lines=True) as progress:
         shared["progress"] = progress
         if protocol == SUPERVISED:
@@ -208,24 +201,25 @@ def _train(
             network = linear(subject.encoder, train, test, config, **shared)
         else:
             network = finetune(subject.encoder, subject.head, train, test, config, **shared)
-    how = f"{config.optimizer}, {network.steps} steps of {config.batch_size} crops"
-    return _figures(network.scores, network.labels, split.test.labels), how
+    return Measured(
+        metrics=_accuracies(network.scores, network.labels, split.test.labels),
+        description=f"{config.optimizer}, {network.steps} steps of {config.batch_size} crops",
+    )
 
 
-def _figures(scores: np.ndarray, classes: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
-    """Figures of scores (m, K) whose columns stand for `classes` (K,), against labels (m,)."""
-    assert labels is not None
+def _accuracies(scores: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """Accuracies of scores (m, K) whose columns stand for `classes` (K,), against labels (m,)."""
     targets = np.searchsorted(classes, labels)  # (m,) columns
-    figures = {
+    accuracies: dict[str, float | None] = {
         "top1": top_k(scores, targets, 1),
         "mean_per_class": mean_per_class(scores.argmax(1), targets),
     }
-    return figures | ({"top5": top_k(scores, targets, 5)} if len(classes) > 5 else {})
+    return accuracies | ({"top5": top_k(scores, targets, 5)} if len(classes) > 5 else {})
 
 
 def _by_sgd(protocol: Protocol, subject: EvaluatedModel, split: Split, settings: Settings) -> bool:
-    how = how_to_probe(len(split.train)) if settings.linear == "auto" else settings.linear
-    return protocol == "linear" and how == "sgd" and subject.encoder is not None
+    solver = choose_linear_solver(len(split.train)) if settings.linear == "auto" else settings.linear
+    return protocol == "linear" and solver == "sgd" and subject.encoder is not None
 
 
 def _training(protocol: Protocol, subject: EvaluatedModel, split: Split, settings: Settings) -> FinetuneConfig | None:

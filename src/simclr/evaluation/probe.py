@@ -71,9 +71,15 @@ class Probes:
     notes: list[str]
     """What was left out, and why."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """The table as metrics of a `Result`: "LAYER/TASK" -> accuracy."""
+        return {f"{layer}/{task}": share for layer, tasks in self.table.items() for task, share in tasks.items()}
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """Everything else, as JSON can hold it."""
+        return {name: value for name, value in asdict(self).items() if name != "table"}
 
 
 def probe(

@@ -1,14 +1,15 @@
-"""Result store: one JSON line for each finished piece of work, under a key of all that decides it (`keys.py`).
+"""`Result`: the one record of a measurement, and the store that keeps results as JSON lines.
 
-A line holds the key, the value, what a person wants to know about it (`about`: decides nothing) and a checksum of the
-three. Only whole lines with the right checksum count; others, of a kill, a damaged disk or an older version of this
-file, are left alone and not used. Several processes may append to one file at once.
+A line of a result file holds the fields of a `Result` and a checksum of them. Only whole lines with the right checksum
+count; others, of a kill, a damaged disk or another version of this file, are left alone and not used. Several
+processes may append to one file at once.
 """
 
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -16,19 +17,116 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, InstanceOf, ValidationError
+from pydantic.dataclasses import dataclass as validated_dataclass
 
 from simclr import __version__
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
+from simclr.evaluation.first_schema import upgraded
 from simclr.files import open_regular, reason_of, wait_for_lock
 from simclr.training.progress import say
+
+SCHEMA_VERSION = 2
+"""Of a line: raise it when an earlier version could not read or would misread one. Lines of schema 1, which has no
+number, are read too (`first_schema.py`)."""
 
 Entry = dict[str, Any]
 """What JSON can hold."""
 
+KEY_FIELDS = ("protocol", "version", "model", "data", "settings", "seed")
+"""The fields of a `Result` that determine its metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a computation gives: the part of a `Result` that its key determines."""
+
+    metrics: dict[str, float | None]
+    """Name -> value. Accuracies and scores are shares in [0, 1]; None: not defined here, such as after divergence."""
+    details: Entry = field(default_factory=dict)
+    """What else there is to keep, such as the outcome of each test image."""
+    description: str = ""
+    """What was done, in a few words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """Names and counts for readers of a result. They determine nothing; the key holds the digests."""
+
+    subject: str = ""
+    """The model under test as the user named it: "encoder", "random", "pixels", "supervised", a path, timm/NAME."""
+    data_name: str = ""
+    split: str = ""
+    """How images were divided into training and test images, in words."""
+    num_train: int | None = None
+    """Labelled images to learn from."""
+    num_test: int | None = None
+    num_classes: int | None = None
+    """Classes to learn."""
+
+
+@validated_dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+class Result:
+    """One measurement: one protocol on one model, one data set and one seed.
+
+    The fields of `KEY_FIELDS` determine the metrics; the store is keyed by them. All values are such as JSON can hold.
+
+    Raises:
+        ValidationError: A field has another type, or a metric is not finite.
+    """
+
+    protocol: str
+    version: dict[str, int]
+    """Version of each part of the computation, such as {"knn": 1}; no release of the package."""
+    model: Entry
+    """"weights": SHA-256 (hexadecimal) of the weights, None for pixels and for training from scratch; network,
+    preprocessing, kind of device, and "head" where the projection head takes part."""
+    data: Entry
+    """Part ("train", "validation", "test") -> SHA-256 (hexadecimal) of its images and labels."""
+    settings: Entry
+    seed: int
+    metrics: dict[str, float | None]
+    details: Entry = field(default_factory=dict)
+    description: str = ""
+    subject: InstanceOf[str] = ""
+    data_name: InstanceOf[str] = ""
+    split: InstanceOf[str] = ""
+    num_train: int | None = None
+    num_test: int | None = None
+    num_classes: int | None = None
+    software: dict[str, str] = field(default_factory=dict)
+    """Library -> version that computed the result; no part of the key, since between versions numbers agree to
+    rounding."""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def key(self) -> Entry:
+        """The fields that determine the metrics."""
+        return {name: getattr(self, name) for name in KEY_FIELDS}
+
+    @property
+    def weights(self) -> str | None:
+        """SHA-256 (hexadecimal) of the weights under test."""
+        return self.model.get("weights")
+
+    def value(self, metric: str) -> float:
+        """A metric that is defined for this result."""
+        number = self.metrics[metric]
+        assert number is not None, (metric, self.protocol)
+        return number
+
+    def named(self, about: About) -> "Result":
+        """The same result under the names that the present call uses."""
+        return replace(self, **asdict(about))
+
+    def to_dict(self) -> Entry:
+        """Plain JSON values; `Result(**values)` reads them back."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
 
 class ResultStore:
-    """Finished pieces of work, in memory and, where there is a file, on the disk.
+    """Finished measurements, in memory and, where there is a file, on the disk.
 
     A file that cannot be read or written loses nothing of what is computed: a warning is printed once, and the results
     of this process stay in memory.
@@ -43,47 +141,66 @@ class ResultStore:
         self.reused = 0
         """Calls of `get` that were answered from the file."""
         self._world = DistributedContext() if world is None else world
-        self._known: dict[str, Entry] = {}
+        self._known: dict[str, Result] = {}
+        self._num_read = _size_of(file)  # bytes; what other processes append from now on lies behind them
+        self._appended: set[str] = set()  # names of the results there
         self._writes = file is not None and self._world.is_main
         if file is not None:
-            self._known = self._world.broadcast(_values(file) if self._world.is_main else {})
-        self._old = frozenset(self._known)
+            self._known = self._world.broadcast(_results_by_name(file) if self._world.is_main else {})
+        self._from_file = frozenset(self._known)
 
-    def get(self, key: Entry, make: Callable[[], Entry], *, about: Mapping[str, Any] | None = None) -> Entry:
-        """The value kept under `key`, else what `make` gives, which is kept before it is returned.
+    def get(self, key: Entry, make: Callable[[], Measured], about: About | None = None) -> Result:
+        """The result kept under `key`, else what `make` gives, which is kept before it is returned.
 
         Args:
-            key: All that decides the value, the version of the computation included.
+            key: `KEY_FIELDS`: all that determines the result, the version of the computation included (`keys.py`).
             make: Called by every process, or by none.
-            about: Kept beside the value for readers, such as names; decides nothing.
+            about: Names and counts of this call. A result from the file is returned under these too.
         """
+        about = about or About()
         name = name_of(key)
-        self.reused += name in self._old
+        self.reused += name in self._from_file
         if name not in self._known:
-            value = make()
+            values = _as_json({**key, **asdict(make()), **asdict(about), "software": _software()})
+            result = Result(**values)
             if self._writes:
-                self._append(self.file, {"key": key, "value": value, "about": {**(about or {}), **_versions()}})
-            self._known[name] = value
-        return self._known[name]
+                self._append(result)
+            self._known[name] = result
+        return self._known[name].named(about)
 
-    def _append(self, file: Path | None, record: Entry) -> None:
-        assert file is not None
+    def _append(self, result: Result) -> None:
+        assert self.file is not None
+        file, record = self.file, result.to_dict()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             line = json.dumps(record | {"check": _checksum(record)}).encode()
-            append_line(file, line, unless=lambda: _holds(file, name_of(record["key"])))
+            append_line(file, line, unless=lambda: self._is_kept_by_another(result))
         except OSError as error:
             self._writes = False
             say(f"Results cannot be kept in {file} ({reason_of(error)}); those of this call are kept in memory only.")
 
+    def _is_kept_by_another(self, result: Result) -> bool:
+        """Whether another process has kept the same result while it was computed here."""
+        assert self.file is not None
+        try:
+            size = _size_of(self.file)
+            self._appended |= {name_of(other.key) for other in read_results(self.file, self._num_read)[0]}
+            self._num_read = size
+        except (OSError, UserError):
+            return False
+        return name_of(result.key) in self._appended
+
 
 def name_of(key: Entry) -> str:
-    """A short name, fit for a folder, that stands for all of the key."""
+    """A short name, fit for a folder, that stands for all of the key: 32 hexadecimal digits of its SHA-256."""
     return sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read_results(file: Path) -> tuple[list[Entry], int]:
+def read_results(file: Path, begin: int = 0) -> tuple[list[Result], int]:
     """The intact lines of a result file, in the order in which they were written, and the number of all others.
+
+    Args:
+        begin: Bytes to skip.
 
     Raises:
         OSError: The file is there and cannot be read.
@@ -91,19 +208,20 @@ def read_results(file: Path) -> tuple[list[Entry], int]:
     """
     try:
         with open_regular(file) as lines:
+            lines.seek(begin)
             content = lines.read().split(b"\n")
     except FileNotFoundError:
         return [], 0
     parsed = [_parse(line) for line in content if line.strip()]
-    found = [record for record in parsed if record is not None]
-    return found, len(parsed) - len(found)
+    results = [result for result in parsed if result is not None]
+    return results, len(parsed) - len(results)
 
 
 def append_line(file: Path, line: bytes, *, unless: Callable[[], bool] = lambda: False) -> None:
     """Add a line to a file in one write, which no other process's write can tear.
 
     Args:
-        unless: Asked while no other process may write; True: nothing is written.
+        unless: Called while no other process may write; True: nothing is written.
 
     Raises:
         OSError: The file cannot be written, or not all of the line; what was cut short is closed by the next line.
@@ -126,37 +244,42 @@ def append_line(file: Path, line: bytes, *, unless: Callable[[], bool] = lambda:
         os.close(descriptor)
 
 
-def _holds(file: Path, name: str) -> bool:
-    """Whether another process has kept the result of this name while it was computed here."""
+def _size_of(file: Path | None) -> int:
+    """In bytes; 0 where there is none."""
     try:
-        return any(name_of(record["key"]) == name for record in read_results(file)[0])
-    except (OSError, UserError):
-        return False
+        return 0 if file is None else file.stat().st_size
+    except OSError:
+        return 0
 
 
-def _values(file: Path) -> dict[str, Entry]:
-    """The values of a result file by the names of their keys; says what cannot be used."""
+def _results_by_name(file: Path) -> dict[str, Result]:
+    """The results of a file by the names of their keys; prints what cannot be used."""
     try:
-        records, others = read_results(file)
+        results, num_others = read_results(file)
     except OSError as error:
         say(f"{file} cannot be read ({reason_of(error)}); results in it are computed again.")
         return {}
     except UserError as error:
         say(f"{error} Results are computed again.")
         return {}
-    if others:
-        lines = "line is" if others == 1 else "lines are"
-        say(f"{others:,} {lines} damaged or of another version in {file}, and not used.")
-    return {name_of(record["key"]): record["value"] for record in records}
+    if num_others:
+        lines = "line is" if num_others == 1 else "lines are"
+        say(f"{num_others:,} {lines} damaged or of another version in {file}, and not used.")
+    return {name_of(result.key): result for result in results}
 
 
-def _parse(line: bytes) -> Entry | None:
-    """An intact record, or None."""
+def _parse(line: bytes) -> Result | None:
+    """An intact result, or None."""
     try:
         record = json.loads(line)
-        intact = record.pop("check") == _checksum(record)
-        return record if intact and isinstance(record["key"], dict) and isinstance(record["value"], dict) else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        if record.pop("check") != _checksum(record):
+            return None
+        if "schema_version" not in record:
+            record = upgraded(record)
+        elif record["schema_version"] != SCHEMA_VERSION:
+            return None
+        return Result(**record)
+    except (ValidationError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -165,9 +288,13 @@ def _checksum(record: Entry) -> str:
     return sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _as_json(values: Entry) -> Entry:
+    """What reading gives: lists for tuples, plain floats for NumPy's."""
+    return json.loads(json.dumps(values))
+
+
 @cache
-def _versions() -> Entry:
-    """What computed a result: kept with it, and no part of its key."""
+def _software() -> dict[str, str]:
     return {
         "simclr": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
     }  # fmt: skip

@@ -8,10 +8,9 @@ Shapes: m test images, K classes. Every figure is a share in [0, 1].
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
@@ -21,36 +20,17 @@ from simclr.errors import UserError
 from simclr.evaluation.keys import linear_transfer_key
 from simclr.evaluation.logistic import L2_PATH, logistic_probe
 from simclr.evaluation.metrics import accuracy, mean_average_precision_11, mean_per_class, permutation_test
-from simclr.evaluation.results import ResultStore
+from simclr.evaluation.results import About, Measured, Result, ResultStore
 from simclr.evaluation.subjects import EvaluatedModel
 
 TRANSFER_VERSION = 1
-"""Raise it when the same features and labels give another score, choice or credits (`judge`) in linear transfer."""
+"""Raise it when the same features and labels give another score, choice or credits in linear transfer."""
 PERMUTATIONS = 100_000
 CROP = 1.0  # share of the shorter side that is seen: the whole central square (B.8.1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Transferred:
-    """How well one subject does on one set."""
-
-    subject: str
-    data: str
-    metric: Metric
-    score: float
-    """On the test images, in [0, 1]."""
-    validation: float | None
-    """Of the chosen settings on the validation images, before they were trained on too; None: nothing was chosen."""
-    chosen: dict[str, float]
-    """What was chosen on the validation images: the l2 strength, or learning rate and weight decay."""
-    credits: list[float]
-    """(m,) what each test image brings; their mean is the score, but for 11-point mAP (`judge`)."""
-    seed: int
-    converged: bool = True
-    """Whether every fit of a logistic regression reached its tolerance."""
-
-
-Measure = Callable[[EvaluatedModel, TransferSet], Transferred]
+Measure = Callable[[EvaluatedModel, TransferSet], Result]
+"""`linear_transfer` or `grid.finetune_transfer` with its settings."""
 
 
 def transfer(
@@ -59,12 +39,18 @@ def transfer(
     measure: Measure,
     *,
     progress: Callable[[str], None],
-) -> list[Transferred]:
+) -> list[Result]:
     """Measure every subject on every set.
 
     Args:
-        measure: `linear_transfer` or `grid.finetune_transfer` with its settings; a ledger makes it resumable.
-        progress: Told what is being done.
+        measure: With a store of results it is resumable.
+        progress: Called with what is being done.
+
+    Returns:
+        Results with the metrics score, on the test images, and validation: that of the chosen settings on the
+        validation images before they were trained on too, None where nothing was chosen. Both are shares in [0, 1] by
+        `data["metric"]`. Details: what was "chosen" on the validation images, the "credits" of the test images
+        (`score_and_credits`), and of logistic regression whether every fit "converged".
 
     Raises:
         UserError: Two subjects or two sets of the same name, which one table cannot tell apart.
@@ -86,9 +72,9 @@ def linear_transfer(
     *,
     seed: int,
     strengths: Sequence[float] = L2_PATH,
-    ledger: ResultStore | None = None,
+    store: ResultStore | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Transferred:
+) -> Result:
     """Logistic regression on frozen features, without augmentation; one for each class where an image may show several.
 
     The encoder sees the whole central square of each image, as in the paper (B.8.1: shorter side resized to the
@@ -97,39 +83,46 @@ def linear_transfer(
     Args:
         seed: Noted with the result, which does not depend on it: the optimum is one, and the parts are given.
         strengths: The l2 strengths to choose among; the paper's are 45 from 1e-6 to 1e5.
-        ledger: Where results are kept and looked up.
+        store: Where results are kept and looked up.
         progress: Called with (done, total) thousandths of a fit.
 
     Raises:
         UserError: The images do not fit the subject, features are not finite, or there is no image to choose by.
     """
 
-    def measure() -> dict[str, Any]:
+    def measure() -> Measured:
         features = partial(subject.features, crop=CROP)
         train, test = features(data.train), features(data.test)  # (n, F), (m, F)
-        held = None if data.validation is None else (features(data.validation), shown(data.validation))
+        held = None if data.validation is None else (features(data.validation), true_labels(data.validation))
+
+        def metric(scores: np.ndarray, truth: np.ndarray) -> float:
+            return score_and_credits(scores, np.arange(scores.shape[1]), truth, data.metric)[0]
+
         probe = logistic_probe(
-            train, shown(data.train), test, validation=held, seed=seed, strengths=strengths, progress=progress,
-            metric=lambda scores, truth: judge(scores, np.arange(scores.shape[1]), truth, data.metric)[0],
-            device=subject.world.device,
+            train, true_labels(data.train), test, validation=held, seed=seed, strengths=strengths, progress=progress,
+            metric=metric, device=subject.world.device,
         )  # fmt: skip
-        score, credits = judge(probe.scores, probe.classes, shown(data.test), data.metric)
-        return {
-            "score": score,
-            "validation": probe.validation_scores.get(probe.strength),
-            "chosen": {"l2": probe.strength},
-            "credits": credits,
-            "converged": probe.converged,
-        }
+        score, credits = score_and_credits(probe.scores, probe.classes, true_labels(data.test), data.metric)
+        return Measured(
+            metrics={"score": score, "validation": probe.validation_scores.get(probe.strength)},
+            details={"chosen": {"l2": probe.strength}, "credits": credits, "converged": probe.converged},
+        )
 
     key = linear_transfer_key(subject, data, seed, strengths=list(strengths), crop=CROP, version=TRANSFER_VERSION)
-    about = {"subject": subject.name, "images": data.name, "split": data.how}
-    found = (ledger or ResultStore(None)).get(key, measure, about=about)
-    return Transferred(subject=subject.name, data=data.name, metric=data.metric, seed=seed, **found)
+    return (store or ResultStore(None)).get(key, measure, about_transfer(subject, data))
 
 
-def judge(scores: np.ndarray, classes: np.ndarray, truth: np.ndarray, metric: Metric) -> tuple[float, list[float]]:
-    """The metric, and what each image brings, for the permutation test.
+def about_transfer(subject: EvaluatedModel, data: TransferSet) -> About:
+    """Names and counts of a result of transfer, for readers."""
+    return About(
+        subject=subject.name, data_name=data.name, split=data.how, num_train=len(data.train), num_test=len(data.test)
+    )
+
+
+def score_and_credits(
+    scores: np.ndarray, classes: np.ndarray, truth: np.ndarray, metric: Metric
+) -> tuple[float, list[float]]:
+    """The metric in [0, 1], and the (m,) credits: what each image contributes, for the permutation test.
 
     Credits are such that their mean is the score: 1 for an image told rightly, and for accuracy per class weighted so
     that all classes count alike. Average precision is no mean over images, and exchanging the outcomes of single images
@@ -154,24 +147,6 @@ def judge(scores: np.ndarray, classes: np.ndarray, truth: np.ndarray, metric: Me
     return mean_per_class(predicted, truth), (right * len(right) / (len(counts) * counts[members])).tolist()
 
 
-def rows(results: Sequence[Transferred]) -> dict[str, dict[str, list[float]]]:
-    """The summary table: subject -> set -> one score a seed, and "mean" over the sets at the end.
-
-    A subject that was not measured on all sets has no mean.
-    """
-    subjects, sets = (list(dict.fromkeys(names)) for names in zip(*((r.subject, r.data) for r in results), strict=True))
-    table: dict[str, dict[str, list[float]]] = {}
-    for subject in subjects:
-        by_seed: dict[int, dict[str, float]] = {}
-        for result in results:
-            if result.subject == subject:
-                by_seed.setdefault(result.seed, {})[result.data] = result.score
-        table[subject] = {name: [scores[name] for scores in by_seed.values() if name in scores] for name in sets}
-        if all(set(scores) == set(sets) for scores in by_seed.values()):
-            table[subject]["mean"] = [float(np.mean(list(scores.values()))) for scores in by_seed.values()]
-    return table
-
-
 @dataclass(frozen=True, kw_only=True)
 class Difference:
     """Whether two subjects differ on a set by more than chance."""
@@ -183,44 +158,33 @@ class Difference:
     difference: float
     """Of the scores, first - second."""
     p: float
-    """Of the permutation test; that of mAP is one of accuracy (`judge`)."""
+    """Of the permutation test; that of mAP is one of accuracy (`score_and_credits`)."""
     how: str
     """ "exact", or how many samples."""
 
 
-def differences(results: Sequence[Transferred], *, samples: int = PERMUTATIONS, seed: int = 0) -> list[Difference]:
+def differences(results: Sequence[Result], *, samples: int = PERMUTATIONS, seed: int = 0) -> list[Difference]:
     """The permutation test between any two subjects, for each set and each seed.
 
     It speaks of the images that happened to be tested on, not of what another training run would have given.
     """
-    found = []
+    tested = []
     for a, b in combinations(results, 2):
-        if (a.data, a.seed) == (b.data, b.seed):
-            p, how = permutation_test(np.array(a.credits), np.array(b.credits), samples=samples, seed=seed)
-            found.append(
-                Difference(
-                    data=a.data,
-                    first=a.subject,
-                    second=b.subject,
-                    seed=a.seed,
-                    difference=a.score - b.score,
-                    p=p,
-                    how=how,
-                )
+        if (a.data_name, a.seed) == (b.data_name, b.seed):
+            p, description = permutation_test(
+                np.array(a.details["credits"]), np.array(b.details["credits"]), samples=samples, seed=seed
             )
-    return found
+            tested.append(
+                Difference(
+                    data=a.data_name, first=a.subject, second=b.subject, seed=a.seed,
+                    difference=a.value("score") - b.value("score"), p=p, how=description,
+                )
+            )  # fmt: skip
+    return tested
 
 
-def summary(results: Sequence[Transferred]) -> dict[str, Any]:
-    """All of it as JSON can hold it, without the credits of single images."""
-    plain = [{name: value for name, value in asdict(result).items() if name != "credits"} for result in results]
-    return {
-        "table": rows(results), "results": plain, "differences": [asdict(found) for found in differences(results)],
-    }  # fmt: skip
-
-
-def shown(images: Images) -> np.ndarray:
+def true_labels(images: Images) -> np.ndarray:
     """(n,) labels, or (n, K) targets where an image may show several classes."""
-    found = images.labels if images.targets is None else images.targets
-    assert found is not None
-    return found
+    truth = images.labels if images.targets is None else images.targets
+    assert truth is not None
+    return truth

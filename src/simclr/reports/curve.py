@@ -1,4 +1,4 @@
-"""The label-efficiency curve as a table and as a picture (PNG bytes); nothing is shown or written here."""
+"""The label-efficiency curve as a table, as sentences and as a picture (PNG bytes)."""
 
 import io
 import itertools
@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from simclr.evaluation.curve import Curve, count_name
+from simclr.evaluation.curve import Count, Curve, Saved, count_name, labels_saved
 from simclr.evaluation.metrics import BASELINES, mean_and_spread
 from simclr.reports.table import Row, markdown_table, seeds_note, text_table
 
@@ -27,15 +27,65 @@ def curve_table(curve: Curve, *, markdown: bool = False) -> str:
         for source in curve.sources
     ]
     caption = (
-        f"Accuracy on {curve.num_test:,} test images in %, {seeds_note(rows)}; labels a class, "
+        f"Accuracy on {curve.num_test:,} test images in %, {seeds_note(rows)}; labels per class, "
         f"{curve.num_classes} classes, all = {curve.num_labels:,} labels."
     )
     as_text = markdown_table if markdown else text_table
-    return "\n".join([as_text(rows, corner="labels a class"), "", " ".join([caption, *curve.notes])])
+    return "\n".join([as_text(rows, corner="labels per class"), "", " ".join([caption, *curve.notes])])
+
+
+def when_it_pays(curve: Curve, *, source: str = "encoder", count: Count = 10) -> str:
+    """Two sentences: where the source is ahead of each baseline in every seed, and the labels that it saves.
+
+    Args:
+        count: Labels per class of the example; where the curve has no such point, its middle one.
+    """
+    saved = labels_saved(curve, source=source)
+    counts = list(dict.fromkeys(s.count for s in saved))
+    if not saved:
+        return f"The curve has no baseline beside {source}, so it cannot say when {source} pays."
+    baselines = list(dict.fromkeys(s.baseline for s in saved))
+    ahead = [f"of {baseline} {_ahead(curve, source, baseline)}" for baseline in baselines]
+    example = count if count in counts else counts[len(counts) // 2]
+    reached = next(s.accuracy for s in saved if s.count == example)
+    needs = ", ".join(f"{s.baseline} {needed_in_words(s)}" for s in saved if s.count == example)
+    return (
+        f"{source} is ahead {', and '.join(ahead)}. With {count_name(example)} labels per class it reaches "
+        f"{reached:.1%}; for that the others need, in labels per class: {needs}."
+    )
+
+
+def needed_in_words(saved: Saved) -> str:
+    """The number of labels per class that a baseline needs, as text."""
+    if saved.needed is None:
+        return "more than there are" if saved.most == "all" else f"more than {count_name(saved.most)}"
+    if saved.needed == saved.fewest:
+        return f"{saved.needed:,.0f} or fewer"
+    return f"{saved.needed:,.{0 if saved.needed >= 10 else 1}f}"
+
+
+def _ahead(curve: Curve, source: str, baseline: str) -> str:
+    """At which of the counts that both have the source beats the baseline in every common seed, in words."""
+    both, ahead = [], []
+    for count in curve.counts:
+        ours, theirs = curve.values(source, count), curve.values(baseline, count)
+        common = ours.keys() & theirs.keys()
+        if common:
+            both.append(count)
+            if all(ours[seed] > theirs[seed] for seed in common):
+                ahead.append(count)
+    if not ahead:
+        return "with no number of labels in every seed"
+    first = both.index(ahead[0])
+    if len(ahead) > 2 and both[first : first + len(ahead)] == ahead:
+        return f"in every seed with {count_name(ahead[0])} to {count_name(ahead[-1])} labels per class"
+    *before, last = map(count_name, ahead)
+    listed = f"{', '.join(before)} and {last}" if before else last
+    return f"in every seed with {listed} {'label' if ahead == [1] else 'labels'} per class"
 
 
 def draw_curve(curve: Curve) -> bytes:
-    """Mean accuracy and a band of ± one standard deviation over labels a class (log axis); above, labels in all."""
+    """Mean accuracy and a band of ± one standard deviation over labels per class (log axis); above, labels in all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
@@ -46,7 +96,7 @@ def draw_curve(curve: Curve) -> bytes:
     ends = []
     for source in curve.sources:
         colour = COLOURS.get(source) or next(others)
-        values = {curve.labels_a_class(count): list(curve.values(source, count).values()) for count in curve.counts}
+        values = {curve.labels_per_class(count): list(curve.values(source, count).values()) for count in curve.counts}
         measured = {place: mean_and_spread(accuracies) for place, accuracies in values.items() if accuracies}
         places = list(measured)
         means = np.array([100 * mean for mean, _ in measured.values()])
@@ -76,7 +126,7 @@ def draw_curve(curve: Curve) -> bytes:
     axes.set_xticks(list(ticks), list(ticks.values()))
     above.set_xlim(axes.get_xlim())
     above.set_xticks(list(ticks), [f"{round(place * curve.num_classes):,}" for place in ticks])
-    axes.set_xlabel("labels a class")
+    axes.set_xlabel("labels per class")
     above.set_xlabel(f"{curve.data}: labels in all {curve.num_classes} classes together")
     axes.set_ylabel(f"accuracy on {curve.num_test:,} test images, %")
     axes.grid(alpha=0.25)
@@ -98,7 +148,7 @@ def _apart(heights: list[float], gap: float) -> list[float]:
 
 def _ticks(curve: Curve) -> dict[float, str]:
     """Place on the axis -> its name; from the right, those that are not too near to the next."""
-    places = {curve.labels_a_class(count): count_name(count) for count in curve.counts}
+    places = {curve.labels_per_class(count): count_name(count) for count in curve.counts}
     gap = TICK_GAP * math.log(max(places) / min(places))
     kept: dict[float, str] = {}
     for place in sorted(places, reverse=True):

@@ -1,6 +1,6 @@
 """Accuracies that `simclr evaluate` left with a run, each checked to be of the very weights that are exported.
 
-Each line of RUN/evaluation/results.jsonl holds the digest of the weights that it is of, and the name of the images.
+Each line of RUN/evaluation/results.jsonl is a `Result`: it holds the digest of the weights and the name of the images.
 """
 
 import json
@@ -12,11 +12,11 @@ from simclr.config.encoder import TIMM, TORCHVISION
 from simclr.errors import UserError
 from simclr.evaluation.measure import TITLES
 from simclr.evaluation.metrics import BASELINES, SUPERVISED
-from simclr.evaluation.results import Entry, name_of, read_results
+from simclr.evaluation.results import Result, name_of, read_results
 from simclr.reports.table import Row
 from simclr.weights.folder import Model, digest_of
 
-OWN = "encoder"  # row of what was judged
+OWN = "encoder"  # row of the model under test
 
 
 @dataclass
@@ -49,9 +49,9 @@ def results_of(folder: Path, model: Model) -> list[Table]:
         return _tables(_accuracies(folder / "evaluation" / "results.jsonl"), digest_of(model.encoder))
     if reported := _reported(folder):
         return reported
-    records = _accuracies(folder.parent / "results.jsonl")
-    trained = [record for record in records if folder.name.endswith(f"-{name_of(record['key'])[:12]}")]
-    return _finetuned(records, trained[0]) if trained else []
+    results = _accuracies(folder.parent / "results.jsonl")
+    trained = [result for result in results if folder.name.endswith(f"-{name_of(result.key)[:12]}")]
+    return _finetuned(results, trained[0]) if trained else []
 
 
 def _reported(folder: Path) -> list[Table]:
@@ -70,54 +70,47 @@ def _reported(folder: Path) -> list[Table]:
     return [Table(data, split, {name: {"top-1": {0: value}} for name, value in rows.items()})]
 
 
-def _tables(records: list[Entry], weights: str) -> list[Table]:
+def _tables(results: list[Result], weights: str) -> list[Table]:
     """Every split on which the encoder itself was measured, with all rows of that split."""
-    own = [record["key"]["data"] for record in records if _is_of(record, weights)]
-    found: dict[str, Table] = {}
-    for record in records:
-        of_other_weights = record["about"]["subject"] == OWN and not _is_of(record, weights)
-        if record["key"]["data"] in own and not of_other_weights:
-            _add(found, record, weights)
-    return list(found.values())
+    own = [result.data for result in results if result.weights == weights]
+    tables: dict[str, Table] = {}
+    for result in results:
+        of_other_weights = result.subject == OWN and result.weights != weights
+        if result.data in own and not of_other_weights:
+            _add(tables, result, weights)
+    return list(tables.values())
 
 
-def _finetuned(records: list[Entry], trained: Entry) -> list[Table]:
+def _finetuned(results: list[Result], trained: Result) -> list[Table]:
     """The network's own accuracy, and that of the same network from scratch on the same labels."""
-    found: dict[str, Table] = {}
-    for record in records:
-        key, mine = record["key"], trained["key"]
-        from_scratch = key["protocol"] == SUPERVISED and (key["data"], key["seed"]) == (mine["data"], mine["seed"])
-        if record is trained or from_scratch:
-            _add(found, record, mine["model"]["weights"])
-    return list(found.values())
+    tables: dict[str, Table] = {}
+    for result in results:
+        from_scratch = result.protocol == SUPERVISED and (result.data, result.seed) == (trained.data, trained.seed)
+        if result is trained or from_scratch:
+            _add(tables, result, trained.weights)
+    return list(tables.values())
 
 
-def _add(found: dict[str, Table], record: Entry, weights: str) -> None:
-    key, about = record["key"], record["about"]
-    split = re.sub(r",? seed \d+", "", about["split"])
-    table = found.setdefault(split, Table(about["images"], split))
-    row = _row(record, weights)
+def _add(tables: dict[str, Table], result: Result, weights: str | None) -> None:
+    split = re.sub(r",? seed \d+", "", result.split)
+    table = tables.setdefault(split, Table(result.data_name, split))
+    row = _row_name(result, weights)
     if not row.startswith((TIMM, TORCHVISION)):
-        row = Path(row).name  # another run's folder: where it lies is nobody's business
-    column = table.values.setdefault(row, {}).setdefault(TITLES[key["protocol"]], {})
-    column[key["seed"]] = record["value"]["figures"]["top1"]
+        row = Path(row).name  # another run's folder: paths of this machine stay here
+    column = table.values.setdefault(row, {}).setdefault(TITLES[result.protocol], {})
+    column[result.seed] = result.value("top1")
 
 
-def _row(record: Entry, weights: str) -> str:
-    key = record["key"]
-    if key["protocol"] == SUPERVISED:
+def _row_name(result: Result, weights: str | None) -> str:
+    if result.protocol == SUPERVISED:
         return SUPERVISED
-    return OWN if _is_of(record, weights) else record["about"]["subject"]
+    return OWN if result.weights == weights else result.subject
 
 
-def _is_of(record: Entry, weights: str) -> bool:
-    return record["key"]["model"]["weights"] == weights
-
-
-def _accuracies(file: Path) -> list[Entry]:
+def _accuracies(file: Path) -> list[Result]:
     """The accuracies in a result file, in the order in which they were measured."""
     try:
-        records, _ = read_results(file)
+        results, _ = read_results(file)
     except (OSError, UserError):
         return []
-    return [record for record in records if record["key"].get("protocol") in TITLES]
+    return [result for result in results if result.protocol in TITLES]

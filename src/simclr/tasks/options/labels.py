@@ -62,7 +62,7 @@ class Evaluate:
     """Over the recipe that is named, such as --finetune.lr 0.01."""
 
     counts: tuple[int, ...] = ()
-    """Of the curve: labels a class; unset: 1, 2, 5, 10, 20, ... and all."""
+    """Of the curve: labels per class; unset: 1, 2, 5, 10, 20, ... and all."""
 
     transfer_by: Literal["linear", "finetune"] = "linear"
     """Transfer by logistic regression on frozen features, or by fine-tuning over the papers' grid."""

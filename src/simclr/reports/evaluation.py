@@ -1,0 +1,78 @@
+"""Accuracies of models by protocol and seed, from results: the main table of `simclr evaluate`, and values for JSON."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from simclr.evaluation.measure import TITLES
+from simclr.evaluation.metrics import BASELINES, mean_and_spread
+from simclr.evaluation.results import Result
+from simclr.reports.table import Row, error_note, seeds_note, text_table
+
+
+def accuracy_text(results: Sequence[Result]) -> str:
+    """A row for each subject, a column for each kind of classifier, and below them what was done."""
+    rows = accuracy_rows(results)
+    lines = [text_table(rows, corner="features"), f"Top-1 accuracy in %, {seeds_note(rows)}."]
+    for protocol in dict.fromkeys(result.protocol for result in results):
+        subjects_by_description: dict[str, dict[str, None]] = {}
+        for result in results:
+            if result.protocol == protocol:
+                subjects_by_description.setdefault(result.description, {})[result.subject] = None
+        for description, subjects in subjects_by_description.items():
+            whose = f" of {', '.join(subjects)}" if len(subjects_by_description) > 1 else ""
+            lines.append(f"{protocol}{whose}: {description}.")
+    num_test = results[0].num_test
+    if num_test is not None:
+        lines.append(f"Test images: {num_test:,}, so {error_note(num_test)}.")
+    return "\n".join(lines)
+
+
+def accuracy_rows(results: Sequence[Result]) -> list[Row]:
+    """Top-1 accuracies over seeds; fine-tuning and training from scratch share a column."""
+    columns = _top1_by(results, lambda result: TITLES[result.protocol])
+    return [Row(name, values, baseline=name in BASELINES) for name, values in columns.items()]
+
+
+def mean_accuracies(
+    results: Sequence[Result],
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float | None]]]:
+    """Subject -> protocol -> mean top-1 accuracy in [0, 1]; and its sample standard deviation, None of one seed."""
+    means: dict[str, dict[str, float]] = {}
+    spreads: dict[str, dict[str, float | None]] = {}
+    for name, row in _top1_by(results, lambda result: result.protocol).items():
+        means[name], spreads[name] = {}, {}
+        for protocol, values in row.items():
+            means[name][protocol], spreads[name][protocol] = mean_and_spread(values)
+    return means, spreads
+
+
+def accuracy_summary(results: Sequence[Result]) -> dict[str, Any]:
+    """Plain JSON values: means by name at the top level, "spread", and every single result under "results"."""
+    means, spreads = mean_accuracies(results)
+    return {
+        **means,
+        "spread": spreads,
+        "results": [
+            {
+                "features": result.subject,
+                "protocol": result.protocol,
+                "seed": result.seed,
+                **result.metrics,
+                "how": result.description,
+            }
+            for result in results
+        ],
+    }
+
+
+def records(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Results as plain JSON values, without details such as the outcomes of single images."""
+    return [{name: value for name, value in one.to_dict().items() if name != "details"} for one in results]
+
+
+def _top1_by(results: Sequence[Result], column: Callable[[Result], str]) -> dict[str, dict[str, list[float]]]:
+    """Subject -> column -> top-1 accuracies in [0, 1]."""
+    accuracies: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        accuracies.setdefault(result.subject, {}).setdefault(column(result), []).append(result.value("top1"))
+    return accuracies

@@ -1,0 +1,276 @@
+"""What an evaluation works on: opened images, models under test, caches and stores.
+
+`simclr evaluate` measures on it; `simclr finetune` opens its images and its encoder in the same way.
+"""
+
+import os
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simclr.config.encoder import TIMM, TORCHVISION, EncoderConfig
+from simclr.config.recipes import choose_recipe, fit_recipe
+from simclr.data.fingerprint import SCHEME, first_scheme
+from simclr.data.images import Images
+from simclr.data.presets import TransferSet, open_transfer_set
+from simclr.data.readers.files import Reading
+from simclr.distributed import DistributedContext
+from simclr.errors import UserError
+from simclr.evaluation.cache import FeatureCache, cache_of
+from simclr.evaluation.measure import ACCURACIES, EvaluationContext, Protocol, Settings, makes_sense, measure
+from simclr.evaluation.metrics import SUPERVISED
+from simclr.evaluation.results import Result, ResultStore
+from simclr.evaluation.split import Split, split_data
+from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel, open_subject, subject_of
+from simclr.tasks.opening import open_parts, require_writable, side_of
+from simclr.training.progress import counting, say
+from simclr.training.run import open_run
+from simclr.views.policy import AugmentationPreset
+from simclr.weights.folder import load_quietly
+from simclr.weights.training_progress import TrainingProgress
+
+if TYPE_CHECKING:
+    from simclr.tasks.options.labels import Evaluate
+
+ENCODER = "encoder"
+"""Name of the row of RUN itself."""
+LONG = {"finetune", SUPERVISED, "curve", "probe", "transfer"}
+"""Protocols that take minutes or more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """The opened images, and the models that are evaluated on them."""
+
+    args: "Evaluate"
+    protocols: list[str]
+    train: Images
+    test: Images | None
+    """The data's own test part, if any."""
+    like: EncoderConfig
+    """Configuration of the encoder under test, or of the network that its name stands for."""
+    preprocessing: AugmentationPreset
+    cache: FeatureCache
+    store: ResultStore
+    world: DistributedContext
+    folder: Path | None = None
+    """Where results are kept for a second call."""
+    _opened: dict[tuple[str, int | None], EvaluatedModel] = field(default_factory=dict)
+    """By name and, where the weights depend on it, seed."""
+    _first: TransferSet | None = None
+    """The first set to transfer to, split by the first seed."""
+    failed: list[UserError] = field(default_factory=list)
+    """Why results are missing."""
+
+    @classmethod
+    def open(cls, args: "Evaluate", protocols: list[str], world: DistributedContext) -> "Session":
+        """Open images and model.
+
+        Raises:
+            UserError: One of them cannot be opened, or has no labels where it needs them.
+        """
+        run = Path(args.run)
+        model = load_quietly(run) if _is_folder(args.run) else None
+        first = None
+        if protocols == ["transfer"]:
+            first = _transfer_set(args, args.data[0], args.seed, world)
+            train, test = first.learn, first.test
+        else:
+            source = args.data[0]
+            side = side_of(run, source, args.pack_side)
+            train, test = open_parts(source, world, labels=args.labels_file, pack=args.pack, side=side)
+        cache, opened = cache_of(args.cache), {}
+        if model is not None:
+            like, preprocessing = model.encoder.config, model.preprocessing
+            opened[args.run, None] = subject_of(model, args.run, cache=cache, world=world)
+        else:
+            like, preprocessing = _shape(args, train, world)
+        if test is None:
+            _warn_if_seen(run, train, world)
+        folder = results_folder(args)
+        store = ResultStore(folder / "results.jsonl" if folder else None, world)
+        if folder is not None and not world.broadcast(_can_be_made(folder, world)):
+            say(f"{folder} cannot be written: nothing is kept there; --out names another folder.", main=world.is_main)
+            folder = None
+        return cls(
+            args=args, protocols=protocols, train=train, test=test, like=like, preprocessing=preprocessing,
+            cache=cache, store=store, world=world, folder=folder, _opened=opened, _first=first,
+        )  # fmt: skip
+
+    @property
+    def seeds(self) -> range:
+        return range(self.args.seed, self.args.seed + self.args.seeds)
+
+    @property
+    def flip(self) -> float | None:
+        """Probability of a left-right flip in training on labels: that of pretraining; None: RUN is no run."""
+        run = Path(self.args.run)
+        return open_run(run).config.flip if (run / "run.json").is_file() else None
+
+    def check(self) -> None:
+        """Raise, or warn, before the work begins.
+
+        Raises:
+            UserError: The images do not fit a subject, or a protocol trains a network and there is none.
+        """
+        self.tell_unfinished()
+        if self.protocols != ["transfer"]:
+            subjects = self.subjects()
+            for subject in subjects:
+                subject.fitted(self.train)
+            for protocol in self.protocols:
+                if protocol in ACCURACIES and not any(
+                    makes_sense(protocol, subject, subjects[0]) for subject in subjects
+                ):
+                    raise UserError(
+                        f"The protocol {protocol} trains a network, and {self.args.run} brings none to train; give a "
+                        "run's folder, timm/NAME or torchvision/NAME (supervised takes random too)."
+                    )
+        if self.folder is None and set(self.protocols) & LONG:
+            self.tell("Results are kept for a second call only with --out FOLDER, or where RUN is a pretraining run.")
+
+    def unfinished(self) -> dict[str, TrainingProgress]:
+        """The subjects whose training had not reached its end, by name."""
+        subjects = {subject.name: subject.progress for subject in self.subjects()}
+        return {name: known for name, known in subjects.items() if known is not None and not known.finished}
+
+    def tell_unfinished(self) -> None:
+        """Warn about each subject whose training had not reached its end."""
+        for name, progress in self.unfinished().items():
+            self.tell(progress.warning(self.args.run if name == ENCODER else name))
+
+    def tell(self, sentence: str) -> None:
+        """Print a sentence once, whatever the number of processes."""
+        say(sentence, main=self.world.is_main)
+
+    def split(self, seed: int, *, every: bool = False) -> Split:
+        """The images of a seed; with `every`, all labels whatever --labels says."""
+        labels = None if every else self.args.labels
+        return split_data(self.train, self.test, seed=seed, labels=labels, leave_one_out=self.args.leave_one_out)
+
+    def sets(self, seed: int) -> list[TransferSet]:
+        """The sets to transfer to."""
+        args = self.args
+        known = [self._first] if self._first is not None and seed == args.seed else []
+        sets = known + [_transfer_set(args, source, seed, self.world) for source in args.data[len(known) :]]
+        for data in sets:
+            self.tell(f"{data.name}: {data.how}.")
+            for note in dict.fromkeys([*data.train.notes, *data.test.notes]):
+                self.tell(f"{data.name}: {note}")
+        return sets
+
+    def subjects(self, seed: int | None = None) -> list[EvaluatedModel]:
+        """The model under test, and then those of --compare; `random` has the weights of the seed."""
+        seed = self.args.seed if seed is None else seed
+        names = list(dict.fromkeys([self.args.run, *self.args.compare]))
+        opened = [self._subject(name, seed) for name in names]
+        return [replace(opened[0], name=ENCODER), *opened[1:]] if _is_folder(self.args.run) else opened
+
+    def _subject(self, name: str, seed: int) -> EvaluatedModel:
+        """Opened once; only random weights depend on the seed."""
+        pretrained = self.protocols != [SUPERVISED]
+        foreign = name.startswith((TIMM, TORCHVISION))
+        key = name, seed if name == RANDOM or (foreign and not pretrained) else None
+        if key not in self._opened:
+            self._opened[key] = open_subject(
+                name, like=self.like, preprocessing=self.preprocessing, seed=seed, cache=self.cache, world=self.world,
+                size=self.args.size, pretrained=pretrained,
+            )  # fmt: skip
+        return self._opened[key]
+
+    @property
+    def context(self) -> EvaluationContext:
+        """What every protocol is given."""
+        return EvaluationContext(store=self.store, world=self.world, folder=self.folder, say=self.tell)
+
+    def measure(self, protocols: list[Protocol], settings: Settings) -> list[Result]:
+        """The accuracies of these protocols, some of which an earlier call may have left.
+
+        Raises:
+            UserError: None of them could be measured.
+        """
+
+        def split_of(seed: int) -> Split:
+            split = self.split(seed)
+            self.tell(f"Evaluating on {self.train.name}: {split.how}.")
+            return split
+
+        if not protocols:
+            return []
+
+        def failed(what: str, error: UserError) -> None:
+            if self.world.size > 1:  # the others may not have failed, and would wait
+                raise error
+            self.failed.append(error)
+            self.tell(f"  {what} is left out: {error}")
+
+        results = list(
+            measure(
+                protocols, self.seeds, subjects_of=self.subjects, split_of=split_of, settings=settings,
+                context=self.context, failed=failed,
+            )
+        )  # fmt: skip
+        if not results:
+            raise self.failed[0]
+        if self.store.reused:
+            self.tell(f"Taken from {self.store.file}: {self.store.reused}; without that file, all are measured.")
+        return results
+
+
+def _transfer_set(args: "Evaluate", source: str, seed: int, world: DistributedContext) -> TransferSet:
+    side = side_of(Path(args.run), source, args.pack_side)
+    with counting("Reading images", main=world.is_main) as progress:
+        reading = Reading(
+            workers=os.cpu_count() or 1, progress=progress, pack=args.pack, side=side,
+            say=partial(say, main=world.is_main),
+        )  # fmt: skip
+        return open_transfer_set(source, seed=seed, labels=args.labels_file, how=reading)
+
+
+def _is_folder(run: str) -> bool:
+    return run not in (RANDOM, PIXELS) and not run.startswith((TIMM, TORCHVISION))
+
+
+def results_folder(args: "Evaluate") -> Path | None:
+    """Where results are kept for a second call; None: nowhere."""
+    if args.out is not None:
+        return args.out
+    return Path(args.run) / "evaluation" if (Path(args.run) / "run.json").is_file() else None
+
+
+def _can_be_made(folder: Path, world: DistributedContext) -> bool:
+    """Whether files can be made there; the main process looks."""
+    try:
+        if world.is_main:
+            require_writable(folder / "results.jsonl")
+    except UserError:
+        return False
+    return True
+
+
+def _shape(args: "Evaluate", images: Images, world: DistributedContext) -> tuple[EncoderConfig, AugmentationPreset]:
+    """The shape of the network that a name stands for: the recipe's for `random` and `pixels`."""
+    if args.run in (RANDOM, PIXELS):
+        recipe, _ = choose_recipe(images, on_gpu=world.device.type == "cuda")
+        config, _ = fit_recipe(recipe, images)
+        shape = EncoderConfig(
+            name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=images.channels,
+            size=config.size,
+        )  # fmt: skip
+        return shape, config.augmentation
+    return EncoderConfig(name=args.run, channels=3, size=args.size), "torchvision"
+
+
+def _warn_if_seen(run: Path, images: Images, world: DistributedContext) -> None:
+    """Say so where images that are about to be split took part, unlabelled, in pretraining."""
+    if not (run / "run.json").is_file():
+        return
+    began = open_run(run).origin["data"]
+    seen = replace(images, channels=began.get("channels", images.channels))
+    is_first = not str(began["fingerprint"]).startswith(SCHEME)
+    if began["fingerprint"] == (first_scheme(seen) if is_first else seen.fingerprint):
+        say(
+            "The encoder saw these test images, without labels, while it was pretrained; new images may do worse.",
+            main=world.is_main,
+        )
