@@ -9,7 +9,7 @@ import pytest
 
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.evaluation.cache import FeatureCache, cache_of
+from simclr.evaluation.cache import FeatureCache, open_cache
 
 KEY = {"protocol": "features", "model": {"weights": "ab"}}
 FEATURES = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
@@ -140,7 +140,7 @@ def test_a_user_without_a_home_has_features_in_memory(monkeypatch, capsys):
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    assert cache_of("auto").folder is None
+    assert open_cache("auto").folder is None
     assert "no folder for features" in capsys.readouterr().err
 
 
@@ -152,7 +152,7 @@ def test_what_killed_processes_left_goes_and_so_does_what_is_oldest(tmp_path, mo
     os.utime(old, (1, 1))
     (tmp_path / "of-an-earlier-version.npy").write_bytes(b"x" * 100)
     os.utime(tmp_path / "of-an-earlier-version.npy", (2, 2))
-    monkeypatch.setattr("simclr.evaluation.cache.MOST_BYTES", 100)
+    monkeypatch.setattr("simclr.evaluation.cache.MAX_BYTES", 100)
     get(tmp_path, Maker(), key={"new": 1})
     assert len(list(tmp_path.iterdir())) == 1 and not old.exists()
 

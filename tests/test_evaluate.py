@@ -32,13 +32,14 @@ def features(digits):
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (5, 1.0)])
-def test_knn_equals_scikit_learn(digits, features, k, temperature):
+def test_knn_equals_scikit_learn(digits, features, k, temperature, monkeypatch):
+    monkeypatch.setattr("simclr.evaluation.knn.CHUNK", 100)
     train, test = features
     labels = digits[0].labels
     other = KNeighborsClassifier(
         k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / temperature)
     ).fit(train.astype(np.float64), labels)
-    ours = knn(train, labels, test, k=k, temperature=temperature, chunk=100)
+    ours = knn(train, labels, test, k=k, temperature=temperature)
     assert np.array_equal(ours, other.predict(test.astype(np.float64)))
 
 

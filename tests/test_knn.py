@@ -29,24 +29,26 @@ def naive_scores(train, labels, row, k, temperature):
 
 
 @pytest.mark.parametrize("k", [1, 7, 20])
-def test_scores_equal_scikit_learns(clouds, k):
+def test_scores_equal_scikit_learns(clouds, k, monkeypatch):
+    monkeypatch.setattr("simclr.evaluation.knn.CHUNK", 32)
     train, labels, test = (x.astype(np.float64) if x.dtype == np.float32 else x for x in clouds)
     other = KNeighborsClassifier(
         k, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / KNN_TEMPERATURE)
     ).fit(train, labels)
-    votes = knn_votes(train, labels, test, k=k, chunk=32)
+    votes = knn_votes(train, labels, test, k=k)
     assert np.array_equal(votes.classes, other.classes_)
     np.testing.assert_allclose(votes.scores, other.predict_proba(test), atol=1e-9)
     assert np.array_equal(votes.predicted, other.predict(test))
     assert np.array_equal(knn(*clouds, k=k), other.predict(test))  # float32 features
 
 
-def test_leave_one_out_equals_asking_the_rest(clouds):
+def test_leave_one_out_equals_asking_the_rest(clouds, monkeypatch):
+    monkeypatch.setattr("simclr.evaluation.knn.CHUNK", 7)
     train, labels, _ = clouds
     train = train[:100].copy()
     train[1] = train[0]  # a duplicate votes, and with the largest weight
     labels = labels[:100]
-    votes = knn_votes(train, labels, train, leave_one_out=True, k=9, chunk=7)
+    votes = knn_votes(train, labels, train, leave_one_out=True, k=9)
     for i in range(100):
         rest = np.delete(np.arange(100), i)
         np.testing.assert_allclose(
@@ -111,7 +113,8 @@ def test_lengths_that_do_not_go_together_are_said(labels, test, leave_one_out):
         knn(np.eye(5), np.arange(labels), np.eye(5)[:test], leave_one_out=leave_one_out)
 
 
-def test_progress_counts_the_rows_that_are_classified():
+def test_progress_counts_the_rows_that_are_classified(monkeypatch):
+    monkeypatch.setattr("simclr.evaluation.knn.CHUNK", 4)
     rows, told = np.eye(10, dtype=np.float32), []
-    knn_votes(rows, np.arange(10), rows, chunk=4, progress=lambda *done: told.append(done))
+    knn_votes(rows, np.arange(10), rows, progress=lambda *done: told.append(done))
     assert told == [(4, 10), (8, 10), (10, 10)]

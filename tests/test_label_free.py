@@ -17,8 +17,9 @@ from simclr.errors import UserError
 from simclr.evaluation import duplicates as copies
 from simclr.evaluation.duplicates import find_duplicates
 from simclr.evaluation.label_free import LabelFree, label_free, view_features
+from simclr.evaluation.registration import SMOOTHING, blurred
 from simclr.models.encoder import build_encoder
-from simclr.reports.pictures import draw_copies, draw_misfits, draw_neighbours
+from simclr.reports.pictures import draw_copies, draw_neighbours, draw_outliers
 from simclr.views.policy import Policy
 
 SIDE = 48
@@ -125,7 +126,7 @@ def test_the_nearest_sketches_are_the_nearest():
     sketches = copies._sketch(thumbnails)
     nearness, nearest = copies._nearest(thumbnails[:3], sketches, 5)
     assert nearest[:, 0].tolist() == [0, 1, 2]
-    gray = copies._smooth(thumbnails[:1, 0].float(), copies.SMOOTHING)[0].numpy().astype(np.float64)
+    gray = blurred(thumbnails[:1, 0].float(), SMOOTHING)[0].numpy().astype(np.float64)
     down, right = np.gradient(gray)
     line = (np.arange(32) + 0.5) / 16 - 1
     span = [gray, right, down, right * line, down * line[:, None]]
@@ -140,7 +141,7 @@ def test_the_nearest_sketches_are_the_nearest():
 def test_blur_equals_scipy():
     x = torch.from_numpy(scenes(2, 0, 1)[:, :32, :32, 0].astype(np.float32))
     expected = gaussian_filter(x.numpy(), (0, 1.7, 1.7), mode="nearest", radius=(0, 5, 5))
-    np.testing.assert_allclose(copies._smooth(x, 1.7), expected, rtol=1e-5)
+    np.testing.assert_allclose(blurred(x, 1.7), expected, rtol=1e-5)
 
 
 def test_flat_images_and_small_sets():
@@ -220,7 +221,7 @@ def test_pictures_show_what_was_found(measured):
         draw_neighbours(images, result.neighbours[:1]),
         draw_copies(replace(result.across, pairs=result.across.pairs[:3]), images, images),
         draw_copies(result.within, images),
-        draw_misfits(images, result.outliers[:3]),
+        draw_outliers(images, result.outliers[:3]),
     ):
         assert min(Image.open(io.BytesIO(picture)).size) > 100
 

@@ -13,6 +13,7 @@ from simclr.data.images import Images, array_images
 from simclr.errors import UserError
 from simclr.evaluation import probe as probing
 from simclr.evaluation.probe import TASKS, fit_predict, layers_of, probe, sobel, transformed
+from simclr.evaluation.subjects import EvaluatedModel
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.views.views import eval_images
@@ -41,6 +42,10 @@ class MeanColour(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, S, S) -> (B, C)."""
         return self.scale * x.mean((2, 3))
+
+
+def subject(encoder: Encoder, head: ProjectionHead | None = None) -> EvaluatedModel:
+    return EvaluatedModel(name="tested", encoder=encoder, head=head, size=SIZE, channels=encoder.config.channels)
 
 
 def batches(images, task, seed=0, chunk=256):
@@ -95,7 +100,7 @@ def test_a_transformation_depends_on_seed_and_index_alone(task):
 
 def test_mean_colour_tells_colour_from_gray_but_no_rotation():
     encoder = Encoder(EncoderConfig("small", channels=3, size=SIZE), MeanColour(), 3)
-    result = probe(encoder, None, colourful(1500, 3), colourful(500, 4), tasks=["colour", "rotation"])
+    result = probe(subject(encoder), colourful(1500, 3), colourful(500, 4), tasks=["colour", "rotation"])
     assert list(result.table) == ["h"] and not result.notes
     assert result.chance == {"colour": 0.8, "rotation": 0.25}
     assert result.table["h"]["colour"] > 0.97
@@ -112,7 +117,7 @@ def test_layers_are_those_of_a_forward_pass_and_hooks_are_removed():
     assert layers_of(encoder, ProjectionHead(encoder.num_features, kind="linear")) == [*names[:6], "z"]
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     images = colourful(20, 5)
-    features, _ = probing._features(encoder, head, images, "rotation", names, 0, "google")
+    features, _ = probing._features(subject(encoder, head), images, "rotation", names, 0)
     assert encoder.training and head.training
     assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())
     assert not any(module._forward_hooks for module in encoder.modules())
@@ -130,7 +135,7 @@ def test_layers_are_those_of_a_forward_pass_and_hooks_are_removed():
 def test_layers_of_a_timm_model():
     encoder = build_encoder(EncoderConfig("timm/test_vit", channels=3, size=32))
     names = layers_of(encoder, None)
-    features, _ = probing._features(encoder, None, colourful(4, 6), "sobel", names, 0, "google")
+    features, _ = probing._features(subject(encoder), colourful(4, 6), "sobel", names, 0)
     assert len(names) > 2 and names[0] == "stage0" and names[-1] == "h"
     assert all(features[name].shape == (4, 64) for name in names)
 
@@ -138,7 +143,7 @@ def test_layers_of_a_timm_model():
 def test_layers_of_a_torchvision_model():
     encoder = build_encoder(EncoderConfig("torchvision/resnet18", channels=3, size=32))
     assert layers_of(encoder, None) == ["layer1", "layer2", "layer3", "layer4", "h"]
-    features, _ = probing._features(encoder, None, colourful(3, 6), "sobel", ["layer4", "h"], 0, "google")
+    features, _ = probing._features(subject(encoder), colourful(3, 6), "sobel", ["layer4", "h"], 0)
     np.testing.assert_allclose(features["layer4"], features["h"], atol=1e-5)  # h is its average
 
 
@@ -146,14 +151,14 @@ def test_hooks_are_removed_after_an_error_too(monkeypatch):
     encoder = build_encoder(EncoderConfig("small", channels=3, size=SIZE))
     monkeypatch.setattr(probing, "transformed", lambda *_, **__: iter([(torch.zeros(2, 1, SIZE, SIZE), np.zeros(2))]))
     with pytest.raises(UserError, match="channels"):
-        probing._features(encoder, None, colourful(2, 0), "sobel", ["stem"], 0, "google")
+        probing._features(subject(encoder), colourful(2, 0), "sobel", ["stem"], 0)
     assert not any(module._forward_hooks for module in encoder.modules())
 
 
 def test_poisoned_test_answers_change_nothing_but_the_figure(monkeypatch):
     encoder = build_encoder(EncoderConfig("small", channels=3, size=SIZE), seed=0)
     train, test = colourful(200, 7), replace(colourful(100, 8), name="test")
-    clean = probe(encoder, None, train, test, tasks=["corrupted"], layers=["stem", "h"])
+    clean = probe(subject(encoder), train, test, tasks=["corrupted"], layers=["stem", "h"])
     true = transformed
 
     def poisoned(images, task, seed, **settings):
@@ -161,7 +166,7 @@ def test_poisoned_test_answers_change_nothing_but_the_figure(monkeypatch):
             yield pixels, 1 - answers if images.name == "test" else answers
 
     monkeypatch.setattr(probing, "transformed", poisoned)
-    other = probe(encoder, None, train, test, tasks=["corrupted"], layers=["stem", "h"])
+    other = probe(subject(encoder), train, test, tasks=["corrupted"], layers=["stem", "h"])
     for layer in ("stem", "h"):  # of two answers: the same predictions are right where they were wrong
         assert other.table[layer]["corrupted"] == pytest.approx(1 - clean.table[layer]["corrupted"])
     assert clean.table["stem"]["corrupted"] > 0.7
@@ -182,21 +187,21 @@ def test_the_probe_is_not_linear_and_does_not_touch_the_global_generator():
 def test_gray_images_are_not_asked_for_their_colour():
     encoder = build_encoder(EncoderConfig("small", channels=1, size=SIZE))
     gray = colourful(60, 9, channels=1)
-    result = probe(encoder, None, gray, gray, tasks=["colour", "sobel"], layers=["h"])
+    result = probe(subject(encoder), gray, gray, tasks=["colour", "sobel"], layers=["h"])
     assert list(result.table["h"]) == ["sobel"] and "gray" in result.notes[0]
     in_three = replace(gray, channels=3)
     encoder = build_encoder(EncoderConfig("small", channels=3, size=SIZE))
-    assert probe(encoder, None, in_three, in_three, tasks=["colour"], layers=["h"]).table == {"h": {}}
+    assert probe(subject(encoder), in_three, in_three, tasks=["colour"], layers=["h"]).table == {"h": {}}
 
 
 def test_what_cannot_be_probed_is_said():
     encoder = build_encoder(EncoderConfig("small", channels=3, size=SIZE))
     images = colourful(30, 0)
     with pytest.raises(UserError, match=r"no layer 'group9'.*group1"):
-        probe(encoder, None, images, images, layers=["group9"])
+        probe(subject(encoder), images, images, layers=["group9"])
     with pytest.raises(UserError, match="no task 'flip'"):
-        probe(encoder, None, images, images, tasks=["flip"])
+        probe(subject(encoder), images, images, tasks=["flip"])
     with pytest.raises(UserError, match="too few"):
-        probe(encoder, None, images.subset([0, 1]), images)
+        probe(subject(encoder), images.subset([0, 1]), images)
     with pytest.raises(UserError, match="expects 3-channel"):
-        probe(encoder, None, colourful(30, 0, channels=1), images)
+        probe(subject(encoder), colourful(30, 0, channels=1), images)

@@ -1,11 +1,11 @@
-"""Feature cache: features of a model on images are made once and kept on the disk, a file for each key.
+"""Feature cache: features of a model on images are computed once and kept on the disk, one file per key.
 
-A file begins with one line of JSON: the key (all that decides the features, `keys.py`), shape, and the CRC-32 of the
-numbers, which follow as little-endian float32 in C order. What does not fit what is asked for, in any of these, counts
-as missing and is replaced. CRC-32 is the cheapest checksum at hand (1.2 GB/s here, SHA-256 without the CPU's help half
-of that) and enough against damage: the key, not the checksum, says what the numbers belong to.
+A file begins with one line of JSON: the key (all that determines the features, `keys.py`), shape, and the CRC-32 of the
+numbers, which follow as little-endian float32 in C order. A file that does not have the expected key, shape and
+checksum counts as missing and is replaced. CRC-32 is the cheapest checksum at hand (1.2 GB/s; SHA-256 without hardware
+support reaches half of that) and enough against damage: the key, not the checksum, says what the numbers belong to.
 
-Files appear whole or not at all. The oldest go when all together grow beyond `MOST_BYTES`.
+Files appear whole or not at all. The least recently used ones are removed when all together grow beyond `MAX_BYTES`.
 """
 
 import json
@@ -27,7 +27,7 @@ from simclr.files import open_regular, reason_of, replacing, sweep
 from simclr.models.inference import require_finite
 from simclr.training.progress import say
 
-MOST_BYTES = 20 << 30
+MAX_BYTES = 20 << 30
 FORMAT = "simclr-features-1"
 SUFFIX = ".features"
 MAX_HEADER = 1 << 16  # bytes of the first line
@@ -35,7 +35,7 @@ MAX_HEADER = 1 << 16  # bytes of the first line
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder of arrays. `FeatureCache(None)` keeps them as long as it lives, in memory.
+    """A folder of arrays. `FeatureCache(None)` keeps them in memory, as long as the object lives.
 
     A folder that cannot be written loses no features: a warning is printed once, and they stay in memory.
     """
@@ -49,9 +49,9 @@ class FeatureCache:
         """The features kept under `key`, else what `make` gives, which are kept from now on.
 
         Args:
-            key: All that decides the features, as JSON can hold it.
-            shape: (n, F), of the features that are asked for.
-            make: Called by every process, or by none; gives float32.
+            key: All that determines the features, as JSON can hold it (`features_key`).
+            shape: (n, F) of the features.
+            make: Called by every process, or by none; returns float32.
             world: The processes that call, of which the main one keeps the features.
 
         Raises:
@@ -61,19 +61,19 @@ class FeatureCache:
         if name in self._memory:
             return self._memory[name]
         path = None if self.folder is None else self.folder / f"{name}{SUFFIX}"
-        found = None if path is None else _read(path, key, shape)
-        if world.any_rank(found is None):
-            found = make()
-            assert found.shape == shape and found.dtype == np.float32, (found.shape, shape, found.dtype)
-            require_finite(found, "encoder's")
-            kept = path is not None and (not world.is_main or self._keep(path, key, found))
+        features = None if path is None else _read(path, key, shape)
+        if world.any_rank(features is None):
+            features = make()
+            assert features.shape == shape and features.dtype == np.float32, (features.shape, shape, features.dtype)
+            require_finite(features, "encoder's")
+            kept = path is not None and (not world.is_main or self._keep(path, key, features))
             if world.any_rank(not kept):
-                self._memory[name] = found
-        assert found is not None
-        return found
+                self._memory[name] = features
+        assert features is not None
+        return features
 
     def _keep(self, path: Path, key: Entry, features: np.ndarray) -> bool:
-        """Write the file, or say why it cannot be written: whether it was."""
+        """Write the file, or print why it cannot be written; whether it was written."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -90,8 +90,8 @@ class FeatureCache:
         return True
 
 
-def cache_of(setting: str) -> FeatureCache:
-    """The cache that a user asks for: auto (in the user's cache folder), off, or a folder."""
+def open_cache(setting: str) -> FeatureCache:
+    """The cache that `--cache` names: auto (in the user's cache folder), off, or a folder."""
     if setting == "off":
         return FeatureCache(None)
     try:
@@ -115,7 +115,7 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 
 def _read(path: Path, key: Entry, shape: tuple[int, int]) -> np.ndarray | None:
-    """The features in a file, or None where they are not exactly what is asked for."""
+    """The features in a file; None where key, shape or checksum are not the expected ones."""
     num_bytes = 4 * shape[0] * shape[1]
     try:
         with open_regular(path) as file:
@@ -152,6 +152,6 @@ def _prune(newest: Path) -> None:
     total = 0
     for path in sorted(sizes, key=lambda path: sizes[path][0], reverse=True):
         total += sizes[path][1]
-        if total > MOST_BYTES and path != newest:
+        if total > MAX_BYTES and path != newest:
             with suppress(OSError):
                 path.unlink()

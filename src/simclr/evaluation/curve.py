@@ -101,9 +101,9 @@ class Saved:
     """What the source reaches: the mean over seeds."""
     needed: float | None
     """Labels per class that the baseline needs, interpolated; None: more than were tried."""
-    fewest: float
+    min_labels: float
     """The fewest labels per class that the baseline was tried with; where it is there already, `needed` is that."""
-    most: Count
+    max_count: Count
     """The most labels per class that it was tried with."""
 
 
@@ -126,13 +126,13 @@ def labels_curve(
         sources: Name -> function from n images to their (n, F) features.
         split: Images to learn from (-1: no label, never used) and labelled images to test on.
         counts: Labels per class, integers and "all"; None: 1, 2, 5, 10, 20, ... as far as the smallest class has
-            them, then "all". Larger ones than the smallest class has are left out, with a word.
+            them, then "all". Larger ones than the smallest class has are left out, which `notes` say.
         seeds: Each draws its own labels by `label_subset`, and is handed to `classify` and `supervised`.
         classify: (train (n, F), labels (n,), test (m, F), seed=seed) -> (m,) predicted labels; None: the exact optimum
             of the linear probe (`optimum_probe`), whose strength is chosen among the few labels too.
         supervised: (training images, test images, seed) -> accuracy of the network trained on those alone.
-        keep: Given a result's key and what measures it; whoever wants to resume answers from what is there already. A
-            source of which nothing is measured is not asked for features.
+        keep: Called with the key of a point and what measures it; a store answers from what it holds. A
+            source of which nothing is measured computes no features.
         progress: Called with what is being done.
 
     Raises:
@@ -183,13 +183,13 @@ def labels_saved(curve: Curve, *, source: str = "encoder", baselines: Sequence[s
     saved = []
     for baseline in baselines:
         points = _means(curve, baseline)
-        most = max((count for count in curve.counts if curve.values(baseline, count)), key=_order)
+        max_count = max((count for count in curve.counts if curve.values(baseline, count)), key=_order)
         for count in curve.counts:
             values = curve.values(source, count)
             if values:
                 target = mean_and_spread(list(values.values()))[0]
                 needed = _first_crossing(points, target)
-                saved.append(Saved(baseline, count, target, needed, fewest=points[0][0], most=most))
+                saved.append(Saved(baseline, count, target, needed, min_labels=points[0][0], max_count=max_count))
     return saved
 
 

@@ -1,6 +1,6 @@
-"""Images that a data set has twice, or in both of its parts: a leak that makes every other figure a lie.
+"""Images that a data set has twice, or in both of its parts: copies across parts make every accuracy too high.
 
-Found from pixels alone, so that no encoder matters:
+They are detected from pixels alone, whatever the encoder:
 
     1. Identical pixels, by hash.
     2. Candidates: the rows whose sketch (8 x 8 cells) is nearest to the query's after the best small shift and
@@ -18,9 +18,8 @@ Shapes: n rows to search in, m queries, C channels, S = 32 pixels, D = 64 cells,
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +28,10 @@ from torch import Tensor
 
 from simclr.data.images import Images
 from simclr.errors import UserError
+from simclr.evaluation.registration import SIDE, SMOOTHING, blurred, gray_pixels, overlay, positions
 from simclr.views import cpu
 from simclr.views.resize import image_sizes
 
-SIDE = 32  # pixels of a thumbnail's side
 SKETCH = 8  # cells of a sketch's side
 CANDIDATES = 8  # rows that are verified for each query
 NEAREST_SKETCH = 0.6  # of 1: candidates below are not verified
@@ -43,15 +42,9 @@ SIMILARITY = {
 # JPEG keeps colour at half the resolution, and colour is more to differ in
 SIMILARITY_RESIZED = 0.975  # where one image has fewer pixels than a thumbnail and than the other
 GAIN = (0.6, 1.65)  # contrast of one copy against the other's
-LARGEST_WARP = 0.06  # shift and stretch: a twentieth of a side, and a little for whole pixels
 FLAT = 2 / 255  # standard deviation of a thumbnail below which there is no structure to compare
-STEPS = 5  # of Gauss-Newton
-SMOOTHING = 1.0  # pixels, before thumbnails are compared: what JPEG changes most is finest
-STRUCTURE = 2.0  # pixels: fine structure is what a blur of this width takes away
 RESIZING_BLUR = 0.6  # of an image's pixel: what shrinking to it and enlarging again blurs
 QUERY_BLOCK, ROW_BLOCK, PAIR_BLOCK = 256, 4096, 256
-
-LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -85,13 +78,13 @@ class Duplicates:
 
     @property
     def sentence(self) -> str:
-        """What to say aloud."""
-        found = self.num_identical + self.num_near
+        """The outcome, and what to do about it."""
+        number = self.num_identical + self.num_near
         if self.searched == self.asked:
-            what = f"{found:,} of {self.num_asked:,} images of {self.asked} are copies of others of them, or nearly"
+            what = f"{number:,} of {self.num_asked:,} images of {self.asked} are copies of others of them, or nearly"
         else:
-            what = f"{found:,} of {self.num_asked:,} images of {self.asked} are in {self.searched} too, or nearly"
-        if not found:
+            what = f"{number:,} of {self.num_asked:,} images of {self.asked} are in {self.searched} too, or nearly"
+        if not number:
             return f"{what}."
         advice = "look at them" if self.searched == self.asked else "look at them: accuracy on a copy is memory"
         return f"{what} ({self.num_identical:,} identical, {self.num_near:,} near); {advice}."
@@ -117,7 +110,7 @@ def find_duplicates(
 
     Args:
         images: To search in, such as the training part.
-        test: Others, of as many channels.
+        test: Other images, with the same number of channels.
         progress: Called with (done, total) queries.
 
     Raises:
@@ -129,49 +122,77 @@ def find_duplicates(
             f"{images.channels} to look for copies."
         )
     within = test is None
-    asked = images if test is None else test
-    thumbnails, hashes = _read(images)
-    asked_thumbnails, asked_hashes = (thumbnails, hashes) if within else _read(asked)
-
-    first: dict[bytes, int] = {}
-    for row, digest in enumerate(hashes):
+    searched = _read(images)
+    asked = searched if test is None else _read(test)
+    first: dict[bytes, int] = {}  # hash -> first row
+    for row, digest in enumerate(searched.hashes):
         first.setdefault(digest, row)
     identical = [
         (row, first[digest])
-        for row, digest in enumerate(asked_hashes)
+        for row, digest in enumerate(asked.hashes)
         if digest in first and not (within and first[digest] == row)
     ]
     known = {row for row, _ in identical}
-    kept = np.array(sorted(first.values()), np.int64)  # (n,) one row for each distinct image
-    flat = _are_flat(asked_thumbnails)
-    queries = np.array([row for row in range(len(asked)) if row not in known and not flat[row]], np.int64)  # (m,)
+    distinct = np.array(sorted(first.values()), np.int64)  # (n,) one row for each distinct image
+    flat = _are_flat(asked.thumbnails)
+    queries = [row for row in range(len(asked.images)) if row not in known and not flat[row]]  # m of them
+    near = _near_copies(searched, distinct, asked, np.array(queries, np.int64), within=within, progress=progress)
 
-    best: dict[int, tuple[float, int]] = {}
-    sketches = torch.cat([_sketch(thumbnails[rows]) for rows in _blocks(kept, ROW_BLOCK)]) if len(kept) else None
+    names, asked_names = images.keys, asked.images.keys
+    pairs = [Pair(names[o], asked_names[c], o, c, 1.0, "identical") for c, o in identical]
+    pairs += [Pair(names[o], asked_names[c], o, c, round(value, 4), "near") for value, c, o in near]
+    return Duplicates(
+        searched=_part(images), asked=_part(asked.images), num_searched=len(images), num_asked=len(asked.images),
+        num_identical=len(identical), num_near=len(near), num_flat=int(flat.sum()), pairs=pairs,
+    )  # fmt: skip
+
+
+class _Read(NamedTuple):
+    """Images as they are compared."""
+
+    images: Images
+    thumbnails: Tensor
+    """(n, C, S, S) uint8, stretched to a square without aliasing."""
+    hashes: list[bytes]
+    """SHA-256 of the pixels of each image."""
+
+
+def _near_copies(
+    searched: _Read,
+    distinct: np.ndarray,
+    asked: _Read,
+    queries: np.ndarray,
+    *,
+    within: bool,
+    progress: Callable[[int, int], None] | None,
+) -> list[tuple[float, int, int]]:
+    """Similarity, row of the copy and row of the original of each copy that is not identical; most alike first.
+
+    Args:
+        distinct: (n,) rows to search in.
+        queries: (m,) rows of the images asked about.
+        within: Whether the two are the same images.
+    """
+    best: dict[int, tuple[float, int]] = {}  # copy -> similarity, original
+    blocks = [_sketch(searched.thumbnails[rows]) for rows in _blocks(distinct, ROW_BLOCK)]
+    sketches = torch.cat(blocks) if blocks else torch.empty(0, SKETCH**2)
     for done, rows in enumerate(_blocks(queries, QUERY_BLOCK)):
-        assert sketches is not None
-        nearness, nearest = _nearest(asked_thumbnails[rows], sketches, CANDIDATES + within)  # a query finds itself too
-        candidates = kept[nearest.numpy()]
+        count = CANDIDATES + within  # a query within the images finds itself too
+        nearness, nearest = _nearest(asked.thumbnails[rows], sketches, count)
+        candidates = distinct[nearest.numpy()]
         worth = (nearness >= NEAREST_SKETCH).numpy()
         if within:
             worth &= candidates != rows[:, None]
         query, original = np.broadcast_to(rows[:, None], candidates.shape)[worth], candidates[worth]  # (P,)
-        sides = asked.sizes[query].min(1), images.sizes[original].min(1)
-        similarity = _verify(asked_thumbnails, query, thumbnails, original, sides)
+        sides = asked.images.sizes[query].min(1), searched.images.sizes[original].min(1)
+        similarity = _verify(asked.thumbnails, query, searched.thumbnails, original, sides)
         for row, other, value in zip(query.tolist(), original.tolist(), similarity.tolist(), strict=True):
             copy, source = (max(row, other), min(row, other)) if within else (row, other)
             if value > 0 and value > best.get(copy, (0.0, 0))[0]:
                 best[copy] = (value, source)
         if progress is not None:
             progress(min((done + 1) * QUERY_BLOCK, len(queries)), len(queries))
-
-    pairs = [Pair(images.keys[o], asked.keys[c], o, c, 1.0, "identical") for c, o in identical]
-    near = sorted(((value, copy, source) for copy, (value, source) in best.items()), reverse=True)
-    pairs += [Pair(images.keys[o], asked.keys[c], o, c, round(value, 4), "near") for value, c, o in near]
-    return Duplicates(
-        searched=_part(images), asked=_part(asked), num_searched=len(images), num_asked=len(asked),
-        num_identical=len(identical), num_near=len(near), num_flat=int(flat.sum()), pairs=pairs,
-    )  # fmt: skip
+    return sorted(((value, copy, source) for copy, (value, source) in best.items()), reverse=True)
 
 
 def _part(images: Images) -> str:
@@ -183,8 +204,7 @@ def _blocks(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
         yield rows[begin : begin + size]
 
 
-def _read(images: Images, chunk: int = 1024) -> tuple[Tensor, list[bytes]]:
-    """Thumbnails (n, C, S, S) uint8, stretched to a square without aliasing, and a hash of the pixels of each image."""
+def _read(images: Images, chunk: int = 1024) -> _Read:
     thumbnails = torch.empty(len(images), images.channels, SIDE, SIDE, dtype=torch.uint8)
     hashes = []
     for rows in _blocks(np.arange(len(images)), chunk):
@@ -193,7 +213,7 @@ def _read(images: Images, chunk: int = 1024) -> tuple[Tensor, list[bytes]]:
         small = cpu.crop_resize(pixels, np.column_stack([np.zeros_like(sizes), sizes]), SIDE, "torchvision")
         thumbnails[torch.from_numpy(rows)] = small.mul_(255).round_().to(torch.uint8)
         hashes += [sha256(repr(image.shape).encode() + image.tobytes()).digest() for image in pixels]
-    return thumbnails, hashes
+    return _Read(images, thumbnails, hashes)
 
 
 def _are_flat(thumbnails: Tensor) -> np.ndarray:
@@ -206,7 +226,7 @@ def _are_flat(thumbnails: Tensor) -> np.ndarray:
 
 def _sketch(thumbnails: Tensor) -> Tensor:
     """(n, C, S, S) -> (n, D): cells of the smoothed gray thumbnail, without mean, of unit length."""
-    return _unit(_cells(_smooth(_gray(thumbnails), SMOOTHING)))
+    return _unit(_cells(blurred(gray_pixels(thumbnails), SMOOTHING)))
 
 
 def _nearest(queries: Tensor, sketches: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -215,8 +235,8 @@ def _nearest(queries: Tensor, sketches: Tensor, count: int) -> tuple[Tensor, Ten
     Nearness is the squared length of a sketch's projection on the space that the query and its four tangents span
     (shift and stretch along both sides), which absorbs a small misplacement.
     """
-    gray = _smooth(_gray(queries), SMOOTHING)  # (B, S, S)
-    along = _positions()
+    gray = blurred(gray_pixels(queries), SMOOTHING)  # (B, S, S)
+    along = positions()
     down, right = torch.gradient(gray, dim=(1, 2))
     spanning = [_unit(_cells(x)) for x in (gray, right, down, right * along, down * along[:, None])]
     basis = torch.linalg.qr(torch.stack(spanning, 2)).Q  # (B, D, 5)
@@ -248,83 +268,12 @@ def _verify(
         for thumbnails, sigmas in ((a, blur[0, pairs]), (b, blur[1, pairs])):
             for sigma in np.unique(sigmas[sigmas > 0]):
                 rows = torch.from_numpy(np.flatnonzero(sigmas == sigma))
-                thumbnails[rows] = _smooth(thumbnails[rows], float(sigma))
-        alike, gain = _overlay(a, b)
-        least = np.where(blur[:, pairs].max(0) > 0, SIMILARITY_RESIZED, SIMILARITY[first.shape[1]])
-        same = (alike.numpy() >= least) & (gain.numpy() >= GAIN[0]) & (gain.numpy() <= GAIN[1])
+                thumbnails[rows] = blurred(thumbnails[rows], float(sigma))
+        alike, gain = overlay(a, b)
+        threshold = np.where(blur[:, pairs].max(0) > 0, SIMILARITY_RESIZED, SIMILARITY[first.shape[1]])
+        same = (alike.numpy() >= threshold) & (gain.numpy() >= GAIN[0]) & (gain.numpy() <= GAIN[1])
         similarity[pairs] = np.where(same, alike.numpy(), 0)
     return similarity
-
-
-def _overlay(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Lay the first over the second: correlation of their fine structure where they overlap, and gain, both (P,).
-
-    Args:
-        first, second: (P, C, S, S) floats in [0, 1].
-    """
-    warp = _register(_smooth(_gray(first), SMOOTHING), _smooth(_gray(second), SMOOTHING))
-    x, y = _warped(warp, _positions())
-    moved = F.grid_sample(first, torch.stack([x, y], 3), mode="bicubic", padding_mode="border", align_corners=False)
-    inside = _inside(x, y)[:, None]  # (P, 1, S, S)
-
-    def smooth(image: Tensor, sigma: float) -> Tensor:  # over the overlap alone: beyond it the two differ
-        return _smooth(image * inside, sigma) / _smooth(inside, sigma).clamp_min(1e-3)
-
-    fine, gains = [], []
-    for image in (moved, second):
-        image = smooth(image, SMOOTHING)
-        fine.append(((image - smooth(image, STRUCTURE)) * inside).flatten(1))
-        centred = (image - image.mean((1, 2, 3), keepdim=True)) * inside
-        gains.append(centred.flatten(1).norm(dim=1))
-    alike = (fine[0] * fine[1]).sum(1) / (fine[0].norm(dim=1) * fine[1].norm(dim=1)).clamp_min(1e-9)
-    return alike, gains[1] / gains[0].clamp_min(1e-9)
-
-
-def _register(first: Tensor, second: Tensor) -> Tensor:
-    """Shift and stretch (P, 4) that bring the first over the second, (P, S, S) each, up to gain and offset.
-
-    Both are smooth, so every other pixel along each side is enough.
-    """
-    down, right = torch.gradient(first, spacing=2 / SIDE, dim=(1, 2))
-    layers = torch.stack([first, right, down], 1)  # (P, 3, S, S)
-    line, target = _positions()[::2], second[:, ::2, ::2]
-    warp = torch.zeros(len(first), 4)  # shift right and down, stretch right and down; the side is 2
-    for _ in range(STEPS):
-        x, y = _warped(warp, line)
-        sampled = F.grid_sample(layers, torch.stack([x, y], 3), padding_mode="border", align_corners=False)
-        moved, right, down = sampled.unbind(1)  # (P, S / 2, S / 2) each
-        inside = _inside(x, y)
-        terms = (moved, torch.ones_like(moved), right, down, right * line, down * line[:, None], target)
-        columns = torch.stack([(term * inside).flatten(1) for term in terms], 1)  # (P, 7, S * S / 4)
-        products = columns @ columns.mT  # (P, 7, 7): normal equations, and their right-hand side
-        normal = products[:, :6, :6]
-        ridge = torch.diag_embed(1e-4 * normal.diagonal(dim1=1, dim2=2) + 1e-6)  # an image may be plain along a side
-        solution = torch.linalg.solve(normal + ridge, products[:, :6, 6])  # (P, 6)
-        warp = (warp + solution[:, 2:] / solution[:, :1].clamp_min(0.2)).clamp(-LARGEST_WARP, LARGEST_WARP)
-    return warp
-
-
-def _warped(warp: Tensor, line: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the pixels at `line` along both sides of the second lie in the first: x and y in [-1, 1]."""
-    grid = line.expand(len(line), -1)
-    right, down, wider, higher = (column[:, None, None] for column in warp.unbind(1))
-    return grid * (1 + wider) + right, grid.T * (1 + higher) + down
-
-
-def _inside(x: Tensor, y: Tensor) -> Tensor:
-    edge = 1 - 0.5 / SIDE  # beyond the centre of the last pixel by a quarter of it
-    return ((x.abs() <= edge) & (y.abs() <= edge)).float()
-
-
-def _positions() -> Tensor:
-    """Centres of the pixels along a side of length 2."""
-    return (torch.arange(SIDE) + 0.5) * (2 / SIDE) - 1
-
-
-def _gray(thumbnails: Tensor) -> Tensor:
-    """(n, C, S, S) -> (n, S, S) float."""
-    x = thumbnails.float()
-    return x[:, 0] if x.shape[1] == 1 else torch.einsum("nchw,c->nhw", x, torch.tensor(LUMA))
 
 
 def _cells(x: Tensor) -> Tensor:
@@ -334,19 +283,3 @@ def _cells(x: Tensor) -> Tensor:
 def _unit(x: Tensor) -> Tensor:
     x = x - x.mean(1, keepdim=True)
     return x / x.norm(dim=1, keepdim=True).clamp_min(1e-6)
-
-
-def _smooth(x: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of (..., S, S), the edge pixels repeated; as two matrix products, ten times faster than conv2d."""
-    blur = _blur_matrix(sigma)
-    return blur @ x @ blur.T
-
-
-@cache
-def _blur_matrix(sigma: float) -> Tensor:
-    """(S, S): row i holds what each pixel of a line gives to pixel i of its blurred self."""
-    radius = int(3 * sigma + 0.5)
-    offsets = torch.arange(-radius, radius + 1)
-    taps = torch.exp(-(offsets**2) / (2 * sigma**2))
-    sources = (torch.arange(SIDE)[:, None] + offsets).clamp(0, SIDE - 1)  # (S, taps)
-    return torch.zeros(SIDE, SIDE).scatter_add_(1, sources, (taps / taps.sum()).expand(SIDE, -1))

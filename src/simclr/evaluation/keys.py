@@ -33,10 +33,9 @@ if TYPE_CHECKING:
 
 
 def pixels_digest(images: Images) -> str:
-    """SHA-256 (hexadecimal) of what an encoder sees of the images: their contents, in order, and as how many channels.
+    """SHA-256 (hexadecimal) of images as an encoder sees them: contents, order, sizes and number of channels.
 
-    Labels may be part of the fingerprint that this builds on; what is made of pixels alone is then made again when
-    they change.
+    The fingerprint that this is made of may include labels; then features are computed again when labels change.
     """
     digest = sha256(f"{images.fingerprint} {len(images)} {images.channels}".encode())
     digest.update(images.sizes.astype("<i8").tobytes())
@@ -52,7 +51,7 @@ def labelled_digest(images: Images) -> str:
 
 
 def features_key(subject: "EvaluatedModel", images: Images, crop: float | None) -> Entry:
-    """Features of images by one model."""
+    """Key of the features of images by one model."""
     return {
         "protocol": "features",
         "version": {"features": FEATURES_VERSION},
@@ -65,23 +64,23 @@ def features_key(subject: "EvaluatedModel", images: Images, crop: float | None) 
 def accuracy_key(
     protocol: str, subject: "EvaluatedModel", split: "Split", seed: int, config: FinetuneConfig | None = None
 ) -> Entry:
-    """A result of `measure`.
+    """Key of a result of `measure`.
 
     Args:
-        config: Settings of a protocol that trains a network; None: it classifies frozen features.
+        config: Settings of a protocol that trains a network; None: the protocol classifies frozen features.
     """
     if config is not None:
-        versions, settings = {"training": TRAINING_VERSION}, _training(config, subject)
+        versions, settings = {"training": TRAINING_VERSION}, _training_settings(config, subject)
     elif protocol == "knn":
         versions = {"features": FEATURES_VERSION, "knn": KNN_VERSION}
         settings = {"k": KNN_K, "temperature": KNN_TEMPERATURE, "leave_one_out": split.test is split.train}
     else:
         versions = {"features": FEATURES_VERSION, "logistic": LOGISTIC_VERSION}
-        settings = _optimum() if protocol == "linear" else _logistic(L2_PATH)
+        settings = _linear_settings() if protocol == "linear" else _logistic_settings(L2_PATH)
     return {
         "protocol": protocol,
         "version": versions | {"metrics": METRICS_VERSION},
-        "model": _begins(subject, config, from_scratch=protocol == "supervised"),
+        "model": _initial_network(subject, config, from_scratch=protocol == "supervised"),
         "data": {"train": labelled_digest(split.train), "test": labelled_digest(split.test)},
         "settings": settings,
         "seed": seed,
@@ -95,7 +94,7 @@ def curve_key(subject: "EvaluatedModel", split: "Split", count: int | str, seed:
         "version": {"features": FEATURES_VERSION, "logistic": LOGISTIC_VERSION, "curve": CURVE_VERSION},
         "model": subject.model,
         "data": {"train": labelled_digest(split.train), "test": labelled_digest(split.test)},
-        "settings": {"labels_per_class": count, **_optimum()},
+        "settings": {"labels_per_class": count, **_linear_settings()},
         "seed": seed,
     }
 
@@ -111,15 +110,18 @@ def curve_from_scratch_key(
     return {
         "protocol": "curve, supervised",
         "version": {"training": TRAINING_VERSION, "curve": CURVE_VERSION},
-        "model": _begins(subject, None, from_scratch=True),
+        "model": _initial_network(subject, None, from_scratch=True),
         "data": {"train": labelled_digest(split.train), "test": labelled_digest(split.test)},
-        "settings": {"labels_per_class": count, "training": [_training(config, subject) for config in configs]},
+        "settings": {
+            "labels_per_class": count,
+            "training": [_training_settings(config, subject) for config in configs],
+        },
         "seed": seed,
     }
 
 
 def probe_key(subject: "EvaluatedModel", split: "Split", seed: int) -> Entry:
-    """What the layers of a model and its projection head know; labels take no part."""
+    """Probes of the layers of a model and its projection head; labels take no part."""
     return {
         "protocol": "probe",
         "version": {"probe": PROBE_VERSION, "features": FEATURES_VERSION},
@@ -157,7 +159,7 @@ def linear_transfer_key(
         },
         "model": subject.model,
         "data": transfer_data(data) | {"test": labelled_digest(data.test)},
-        "settings": {**_logistic(strengths), "crop": crop},
+        "settings": {**_logistic_settings(strengths), "crop": crop},
         "seed": seed,
     }  # fmt: skip
 
@@ -169,7 +171,7 @@ def grid_key(
     return {
         "protocol": "from scratch" if from_scratch else "fine-tuning",
         "version": {"training": TRAINING_VERSION, "metrics": METRICS_VERSION, "grid": version},
-        "model": _begins(subject, None, from_scratch=from_scratch),
+        "model": _initial_network(subject, None, from_scratch=from_scratch),
         "settings": {"steps": steps, "batch_size": batch_size},
         "seed": seed,
     }
@@ -178,18 +180,18 @@ def grid_key(
 def training_key(
     subject: "EvaluatedModel", learn: Images, seed: int, config: FinetuneConfig, *, from_scratch: bool
 ) -> Entry:
-    """One training of a grid search: what its checkpoints belong to."""
+    """One training of a grid search, which names the folder of its checkpoints."""
     return {
         "version": {"training": TRAINING_VERSION},
-        "model": _begins(subject, config, from_scratch=from_scratch),
+        "model": _initial_network(subject, config, from_scratch=from_scratch),
         "data": {"train": labelled_digest(learn)},
-        "settings": _training(config, subject),
+        "settings": _training_settings(config, subject),
         "seed": seed,
     }
 
 
 def transfer_data(data: "TransferSet") -> Entry:
-    """What the choices on a transfer set depend on: no test image is in it."""
+    """Images on which the settings of transfer are chosen: no test image is among them."""
     return {
         "train": labelled_digest(data.train),
         "validation": None if data.validation is None else labelled_digest(data.validation),
@@ -197,21 +199,22 @@ def transfer_data(data: "TransferSet") -> Entry:
     }
 
 
-def _begins(subject: "EvaluatedModel", config: FinetuneConfig | None, *, from_scratch: bool) -> Entry:
-    """The network that a training begins with; only its shape if from scratch, its head if used."""
+def _initial_network(subject: "EvaluatedModel", config: FinetuneConfig | None, *, from_scratch: bool) -> Entry:
+    """The network that a training starts from: only its shape if from scratch, and its head if that is used."""
     if from_scratch:
         return subject.model | {"weights": None}
     uses_head = config is not None and config.head_layer > 0
     return subject.model | {"head": subject.head_weights} if uses_head else subject.model
 
 
-def _training(config: FinetuneConfig, subject: "EvaluatedModel") -> Entry:
+def _training_settings(config: FinetuneConfig, subject: "EvaluatedModel") -> Entry:
+    """The settings that determine a training, and the precision of its device."""
     return config.result_fields() | {"precision": str(precision_of(config.precision, subject.world))}
 
 
-def _optimum() -> Entry:
+def _linear_settings() -> Entry:
     return {"strengths": list(OPTIMUM_STRENGTHS), "tolerance": TOL, "validation_rows": VALIDATION_ROWS}
 
 
-def _logistic(strengths: Any) -> Entry:
+def _logistic_settings(strengths: Any) -> Entry:
     return {"strengths": list(strengths), "tolerance": TOL}

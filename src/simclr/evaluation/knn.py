@@ -2,7 +2,7 @@
 
 Each of the k nearest rows votes for its class with weight exp(cosine / temperature).
 
-Shapes: n labelled rows, m rows to classify, F features, K classes.
+Shapes: n labelled rows, m queries, c of them in a chunk, F features, K classes.
 """
 
 from collections.abc import Callable
@@ -25,14 +25,14 @@ CHUNK = 256  # rows classified at a time; memory grows with CHUNK x n
 
 @dataclass(frozen=True)
 class Votes:
-    """How the neighbours voted."""
+    """Scores of the classes for each query."""
 
     classes: np.ndarray
     """(K,) the labels that occur, ascending."""
     scores: np.ndarray
     """(m, K) float64 share of the weight that went to each class."""
     k: int
-    """Neighbours that voted: what was asked for, or all there are."""
+    """Neighbours that voted: at most the number of labelled rows."""
 
     @property
     def predicted(self) -> np.ndarray:
@@ -49,11 +49,10 @@ def knn(
     temperature: float = KNN_TEMPERATURE,
     leave_one_out: bool = False,
     device: torch.device | str = "cpu",
-    chunk: int = CHUNK,
 ) -> np.ndarray:
     """(m,) labels predicted by the neighbours' votes; arguments and errors as for `knn_votes`."""
     return knn_votes(
-        train, labels, test, k=k, temperature=temperature, leave_one_out=leave_one_out, device=device, chunk=chunk
+        train, labels, test, k=k, temperature=temperature, leave_one_out=leave_one_out, device=device
     ).predicted
 
 
@@ -66,7 +65,6 @@ def knn_votes(
     temperature: float = KNN_TEMPERATURE,
     leave_one_out: bool = False,
     device: torch.device | str = "cpu",
-    chunk: int = CHUNK,
     progress: Callable[[int, int], None] | None = None,
 ) -> Votes:
     """Votes of each test row's k nearest training rows.
@@ -74,11 +72,10 @@ def knn_votes(
     Args:
         train: (n, F) features of the labelled rows.
         labels: (n,) integers, of any values.
-        test: (m, F) features to classify.
-        k: Fewer vote where there are fewer rows; `Votes.k` says how many.
-        leave_one_out: `test` is `train`, row by row, and no row votes for itself. Its duplicates do.
+        test: (m, F) features of the queries.
+        k: Number of neighbours; with fewer rows all of them vote (`Votes.k`).
+        leave_one_out: `test` is `train`, row by row, and no row votes for itself (its duplicates do).
         device: Where the similarities are computed, in float32, or in float64 if the features are.
-        chunk: Test rows at a time.
         progress: Called with (done, total) test rows.
 
     Raises:
@@ -103,21 +100,21 @@ def knn_votes(
     bank = unit_rows(train)  # (n, F)
     votes_for = torch.from_numpy(targets).to(device)
     scores = np.empty((len(test), len(classes)))
-    for begin in range(0, len(test), chunk):
-        cosine = unit_rows(test[begin : begin + chunk]) @ bank.T  # (chunk, n)
+    for begin in range(0, len(test), CHUNK):
+        cosine = unit_rows(test[begin : begin + CHUNK]) @ bank.T  # (c, n)
         if leave_one_out:
             cosine.diagonal(begin).fill_(-torch.inf)
-        nearest, rows = cosine.topk(k, dim=1)  # (chunk, k)
-        scores[begin : begin + chunk] = _shares(nearest, votes_for[rows], temperature, len(classes)).cpu().numpy()
+        nearest, rows = cosine.topk(k, dim=1)  # (c, k)
+        scores[begin : begin + CHUNK] = _shares(nearest, votes_for[rows], temperature, len(classes)).cpu().numpy()
         if progress is not None:
-            progress(min(begin + chunk, len(test)), len(test))
+            progress(min(begin + CHUNK, len(test)), len(test))
     return Votes(classes, scores, k)
 
 
 def _shares(cosine: Tensor, votes_for: Tensor, temperature: float, num_classes: int) -> Tensor:
-    """(chunk, K) share of each class in the neighbours' weight."""
+    """(c, K) share of each class in the weight of the neighbours (c, k)."""
     cosine = cosine.double()
-    weights = ((cosine - cosine[:, :1]) / temperature).exp()  # (chunk, k) relative to the nearest: cannot overflow
+    weights = ((cosine - cosine[:, :1]) / temperature).exp()  # (c, k) relative to the nearest: cannot overflow
     votes = weights.new_zeros(len(cosine), num_classes).scatter_add_(1, votes_for, weights)
     return votes / weights.sum(1, keepdim=True)
 

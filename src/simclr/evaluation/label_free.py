@@ -1,4 +1,4 @@
-"""What can be said of features without any label: geometry, neighbours, clusters, and copies that spoil every figure.
+"""Measures of features that need no labels: geometry, neighbours, clusters, and copies that spoil every accuracy.
 
     alignment, uniformity   Wang and Isola 2020 (arXiv:2005.10242), on unit rows; alpha = 2, t = 2
     effective rank          RankMe (arXiv:2210.02885), with the spectrum that it sums up
@@ -37,8 +37,8 @@ SPECTRUM = 256  # largest singular values that are kept
 QUERIES, NEIGHBOURS = 6, 7  # of the picture
 SILHOUETTE_ROWS = 5_000  # its cost is their square
 WORST = 24
-CLUSTER_NEIGHBOURS = 10  # nearest rows that are asked for their cluster
-MOST_CLUSTERS = 50
+CLUSTER_NEIGHBOURS = 10  # nearest rows whose clusters are compared
+MAX_CLUSTERS = 50
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Neighbours:
 
 
 @dataclass(frozen=True)
-class Misfit:
+class Outlier:
     """An image that does not fit its cluster."""
 
     key: str
@@ -86,7 +86,7 @@ class LabelFree:
     silhouette: float
     """Mean over the sample."""
     silhouette_rows: int
-    outliers: list[Misfit]
+    outliers: list[Outlier]
     """The worst silhouettes, the worst first."""
     within: Duplicates | None
     """Copies within the images; None where they were not looked for."""
@@ -104,14 +104,14 @@ class LabelFree:
         """Everything else, as JSON can hold it."""
         copies = {"within": self.within, "across": self.across}
         plain = {name: value for name, value in asdict(self).items() if name not in METRICS}
-        return plain | {name: None if found is None else found.to_dict() for name, found in copies.items()}
+        return plain | {name: None if part is None else part.to_dict() for name, part in copies.items()}
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> "LabelFree":
         """From metrics and details together, as JSON gives them."""
         plain: dict[str, Any] = dict(values)
         plain["neighbours"] = [Neighbours(**each) for each in values["neighbours"]]
-        plain["outliers"] = [Misfit(**each) for each in values["outliers"]]
+        plain["outliers"] = [Outlier(**each) for each in values["outliers"]]
         for name in ("within", "across"):
             plain[name] = None if values[name] is None else Duplicates.from_dict(values[name])
         return cls(**plain)
@@ -128,17 +128,17 @@ def label_free(
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> LabelFree:
-    """Everything that features and pixels say without labels.
+    """All measures of features and images that need no labels.
 
     Args:
         features: (n, F), a row for each image.
-        images: Theirs; their labels are not read.
+        images: The n images; their labels are not read.
         views: (m, F) features of two views of each of m images, from `view_features`.
         test: Other images: which of them are copies?
         duplicates: Whether to look for copies; they depend on the images alone, so once is enough.
-        clusters: K; None: the root of n / 2, at most MOST_CLUSTERS.
+        clusters: K; None: the square root of n / 2, at most MAX_CLUSTERS.
         seed: Of the samples and of k-means.
-        progress: Told what is being done.
+        progress: Called with what is being done.
 
     Raises:
         UserError: Fewer than 4 images, features that are not finite or all zero, or more clusters than images.
@@ -153,8 +153,8 @@ def label_free(
     singular = torch.linalg.svdvals(rows)  # (min(rows, F),)
     unit = _unit(features)
     progress("neighbours and clusters")
-    k = clusters or int(np.clip(round((len(features) / 2) ** 0.5), 2, MOST_CLUSTERS))
-    assigned, judged, silhouettes = _cluster(unit, k, seed)
+    k = clusters or int(np.clip(round((len(features) / 2) ** 0.5), 2, MAX_CLUSTERS))
+    assigned, sampled, silhouettes = _cluster(unit, k, seed)
     return LabelFree(
         alignment=None if views is None else float(alignment(_double(views[0]), _double(views[1]))),
         alignment_rows=0 if views is None else len(views[0]),
@@ -167,8 +167,8 @@ def label_free(
         neighbours=nearest_neighbours(features, images),
         num_clusters=len(np.unique(assigned)),
         silhouette=float(silhouettes.mean()),
-        silhouette_rows=len(judged),
-        outliers=_misfits(unit, images, assigned, judged, silhouettes),
+        silhouette_rows=len(sampled),
+        outliers=_outliers(unit, images, assigned, sampled, silhouettes),
         within=_copies("copies within", images, None, progress) if duplicates else None,
         across=_copies("copies across", images, test, progress) if duplicates and test is not None else None,
         seed=seed,
@@ -217,19 +217,20 @@ def view_features(
         policy = make_policy(config.size, channels=config.channels, jitter=0, gray=0, blur=0)
     device = device_of(encoder)
     chosen = _sample(len(images), rows, seed)
-    first, second = [], []
+    first: list[np.ndarray] = []
+    second: list[np.ndarray] = []
     with inference(encoder):
         for begin in range(0, len(chosen), batch_size):
             indices = chosen[begin : begin + batch_size]
             views = make_views(
                 images.read(indices, copy=False), policy, seed=seed, epoch=0, indices=indices, device=device
             )
-            for found, view in zip((first, second), views, strict=True):
-                found.append(encoder(view).float().cpu().numpy())
-    views = np.concatenate(first), np.concatenate(second)
-    for features in views:
+            for features, view in zip((first, second), views, strict=True):
+                features.append(encoder(view).float().cpu().numpy())
+    pairs = np.concatenate(first), np.concatenate(second)
+    for features in pairs:
         require_finite(features, "views'")
-    return views
+    return pairs
 
 
 def _check(features: np.ndarray, clusters: int | None) -> None:
@@ -254,25 +255,25 @@ def _cluster(unit: np.ndarray, clusters: int, seed: int) -> tuple[np.ndarray, np
     from sklearn.metrics import silhouette_samples
 
     assigned = MiniBatchKMeans(clusters, random_state=seed, n_init=3, batch_size=2048).fit_predict(unit)
-    judged = _sample(len(unit), SILHOUETTE_ROWS, seed)
-    num_found = len(np.unique(assigned[judged]))
-    if not 2 <= num_found < len(judged):  # all rows alike, or none like another: there is nothing to judge
-        return assigned, judged, np.zeros(len(judged))
-    return assigned, judged, silhouette_samples(unit[judged], assigned[judged], metric="cosine")
+    sampled = _sample(len(unit), SILHOUETTE_ROWS, seed)
+    num_clusters = len(np.unique(assigned[sampled]))
+    if not 2 <= num_clusters < len(sampled):  # all rows alike, or none like another: no silhouette is defined
+        return assigned, sampled, np.zeros(len(sampled))
+    return assigned, sampled, silhouette_samples(unit[sampled], assigned[sampled], metric="cosine")
 
 
-def _misfits(
-    unit: np.ndarray, images: Images, assigned: np.ndarray, judged: np.ndarray, silhouettes: np.ndarray
-) -> list[Misfit]:
+def _outliers(
+    unit: np.ndarray, images: Images, assigned: np.ndarray, sampled: np.ndarray, silhouettes: np.ndarray
+) -> list[Outlier]:
     order = np.argsort(silhouettes, kind="stable")[:WORST]
-    rows = judged[order]
+    rows = sampled[order]
     cosine = unit[rows] @ unit.T  # (W, n)
     cosine[np.arange(len(rows)), rows] = -np.inf
     count = min(CLUSTER_NEIGHBOURS, len(unit) - 1)
     nearest = np.argpartition(-cosine, count - 1, axis=1)[:, :count]
     disagree = (assigned[nearest] != assigned[rows][:, None]).mean(1)
     return [
-        Misfit(images.keys[row], int(row), int(assigned[row]), round(float(s), 4), float(d))
+        Outlier(images.keys[row], int(row), int(assigned[row]), round(float(s), 4), float(d))
         for row, s, d in zip(rows, silhouettes[order], disagree, strict=True)
     ]
 
@@ -282,7 +283,7 @@ def _double(features: np.ndarray) -> torch.Tensor:
 
 
 def _sample(n: int, at_most: int, seed: int) -> np.ndarray:
-    """Sorted rows, all where there are no more than asked for."""
+    """Sorted rows drawn with the seed; all rows where there are no more than `at_most`."""
     return np.arange(n) if n <= at_most else np.sort(shuffled(n, seed, 0)[:at_most])
 
 

@@ -44,7 +44,7 @@ TITLES: dict[str, str] = {
     SUPERVISED: "fine-tuned",
 }
 QUIET_SECONDS = 10.0
-"""Of a fit, after which its progress is printed where there is no terminal."""
+"""Duration of a fit after which its progress is printed where there is no terminal."""
 SMALL = 20_000
 """Labelled images up to which the recipes for small data are taken."""
 
@@ -55,9 +55,9 @@ class Settings:
 
     linear: Literal["auto", "sgd", "optimum"] = "auto"
     recipe: str | None = None
-    """How to fine-tune; None: by the number of labels and the encoder's head."""
+    """Recipe of fine-tuning; None: by the number of labels and the encoder's head."""
     over: Callable[[FinetuneConfig], FinetuneConfig] = lambda config: config
-    """Puts what a user asks for on top of that recipe."""
+    """Returns the recipe with the settings that a user gives."""
     flip: float | None = None
     """Probability of a left-right flip in all training on labels, as in pretraining; None: the recipe's."""
 
@@ -80,7 +80,7 @@ def about_split(subject: str, split: Split) -> About:
     labels = split.train.labels
     assert labels is not None
     return About(
-        subject=subject, data_name=split.train.name, split=split.how, num_train=int((labels >= 0).sum()),
+        subject=subject, data_name=split.train.name, split=split.description, num_train=int((labels >= 0).sum()),
         num_test=len(split.test), num_classes=len(np.unique(labels[labels >= 0])),
     )  # fmt: skip
 
@@ -141,7 +141,11 @@ def _measure(
 
 
 def makes_sense(protocol: str, subject: EvaluatedModel, first: EvaluatedModel) -> bool:
-    """Pixels have no network; a random one is trained once, as the supervised baseline."""
+    """Whether a protocol applies: pixels have no network, and a random one is trained once, as the supervised baseline.
+
+    Args:
+        first: The model under test, whose shape the supervised baseline has.
+    """
     if protocol == SUPERVISED:
         return subject is first and subject.encoder is not None
     return protocol != "finetune" or (subject.encoder is not None and subject.name != RANDOM)
@@ -156,11 +160,12 @@ def _classify(
     train, test = subject.features(split.train), subject.features(split.test)  # (n, F), (m, F)
     of_pixels = "" if subject.encoder is not None else f", on {subject.size} x {subject.size} pixels"
     if protocol == "knn":
-        alone = split.test is split.train
+        leave_one_out = split.test is split.train
         with fitting("neighbours", world, unit="image") as progress:
-            votes = knn_votes(train, labels, test, leave_one_out=alone, device=world.device, progress=progress)
-        leave_one_out = ", leave-one-out" if alone else ""
-        description = f"k {votes.k}, temperature {KNN_TEMPERATURE}, cosine{leave_one_out}{of_pixels}"
+            votes = knn_votes(train, labels, test, leave_one_out=leave_one_out, device=world.device, progress=progress)
+        description = (
+            f"k {votes.k}, temperature {KNN_TEMPERATURE}, cosine{', leave-one-out' if leave_one_out else ''}{of_pixels}"
+        )
         return Measured(metrics=_accuracies(votes.scores, votes.classes, truth), description=description)
     classes, targets = np.unique(labels, return_inverse=True)  # (K,), (n,)
     probe, solver = (optimum_probe, "exact optimum") if protocol == "linear" else (logistic_probe, "best of 45 l2")
@@ -223,7 +228,7 @@ def _by_sgd(protocol: Protocol, subject: EvaluatedModel, split: Split, settings:
 
 
 def _training(protocol: Protocol, subject: EvaluatedModel, split: Split, settings: Settings) -> FinetuneConfig | None:
-    """The settings by which a protocol trains a network; None where it trains none."""
+    """Settings of the training of a protocol; None where it trains no network."""
     num_images = len(split.train)
     if _by_sgd(protocol, subject, split, settings):
         return _flipped(FINETUNE_RECIPES[_sized("linear", num_images)], settings.flip)
@@ -232,11 +237,12 @@ def _training(protocol: Protocol, subject: EvaluatedModel, split: Split, setting
         return supervised_recipe(subject.encoder, num_images, settings.flip)
     if protocol != "finetune":
         return None
-    return how_to_finetune(subject, split, settings)
+    return choose_finetune_config(subject, split, settings)
 
 
-def how_to_finetune(subject: EvaluatedModel, split: Split, settings: Settings) -> FinetuneConfig:
-    """What a user asks for, over the recipe that is named, else over the one for these weights and so many labels."""
+def choose_finetune_config(subject: EvaluatedModel, split: Split, settings: Settings) -> FinetuneConfig:
+    """Settings of a fine-tuning: those that a user gives, on top of the recipe that is named, else of the one for these
+    weights and this number of labels."""
     num_images = len(split.train)
     if settings.recipe is not None:
         config = _flipped(find_finetune_recipe(settings.recipe), settings.flip)
@@ -250,7 +256,7 @@ def how_to_finetune(subject: EvaluatedModel, split: Split, settings: Settings) -
 
 
 def supervised_recipe(network: nn.Module, num_images: int, flip: float | None) -> FinetuneConfig:
-    """How a network of this kind is trained from scratch on so many labelled images.
+    """The recipe by which a network of this kind is trained from scratch on this number of labelled images.
 
     The papers' SGD with a rate of 0.1 is made for networks with batch norm; others learn by AdamW. (AlexNet by SGD
     stays at chance for hundreds of steps, and sometimes for good.)
@@ -263,7 +269,7 @@ def supervised_recipe(network: nn.Module, num_images: int, flip: float | None) -
 
 
 def _sized(protocol: str, num_images: int) -> str:
-    """The name of a protocol's recipe for so many labelled images."""
+    """Name of a protocol's recipe for this number of labelled images."""
     return f"small-{protocol}" if num_images <= SMALL else protocol
 
 
@@ -272,7 +278,7 @@ def _flipped(config: FinetuneConfig, flip: float | None) -> FinetuneConfig:
 
 
 def _papers_recipe(subject: EvaluatedModel, split: Split) -> str:
-    """By the number of layers of the head (3 in SimCLR v2) and the share of the labels that is used."""
+    """Name of the papers' recipe for this head (3 layers in SimCLR v2) and the share of the labels that is used."""
     version = "v2" if subject.head is not None and len(subject.head.layers) > 2 else "v1"
     share = len(split.train) / split.num_labelled
     return f"{version}-{'1%' if share <= 0.03 else '10%' if share <= 0.3 else '100%'}"

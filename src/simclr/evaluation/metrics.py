@@ -1,9 +1,9 @@
-"""What a protocol reports: accuracies, average precision, and whether two encoders differ by more than chance.
+"""Accuracies, average precision, and the permutation test for a difference between two encoders.
 
 The transfer tables of SimCLR (section B.8) use top-1 accuracy, mean accuracy per class or 11-point mean average
 precision, by data set, and a permutation test between two encoders.
 
-Shapes: n images, K classes. Every figure is a share in [0, 1].
+Shapes: n images, K classes. All metrics are shares in [0, 1].
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from simclr.errors import UserError
 
 METRICS_VERSION = 1
-"""Raise it when the same scores and labels give another figure."""
+"""Raise it when the same scores and labels give another metric."""
 SUPERVISED = "supervised"
 """Name of the network that is trained on the labels alone."""
 BASELINES = ("random", "pixels", SUPERVISED)
@@ -28,10 +28,10 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """Share of labels met.
+    """Share of labels that are predicted.
 
     Raises:
-        UserError: There is nothing to judge.
+        UserError: There are no labels.
     """
     _require_some(labels)
     return float((predicted == labels).mean())
@@ -42,7 +42,7 @@ def top_k(scores: np.ndarray, targets: np.ndarray, k: int) -> float:
 
     Args:
         scores: (n, K), higher is likelier; -inf is allowed.
-        targets: (n,) classes 0 .. K-1. One outside, such as a class that the scores do not know, is never met.
+        targets: (n,) classes 0 .. K-1. One outside, such as a class that the scores do not know, counts as wrong.
 
     Raises:
         UserError: NaN scores, no images, or k < 1.
@@ -62,7 +62,7 @@ def mean_per_class(predicted: np.ndarray, labels: np.ndarray) -> float:
     """Accuracy within each class, averaged over the classes that occur in `labels`.
 
     Raises:
-        UserError: There is nothing to judge.
+        UserError: There are no labels.
     """
     _require_some(labels)
     _, members, counts = np.unique(labels, return_inverse=True, return_counts=True)
@@ -96,11 +96,11 @@ def mean_average_precision_11(scores: np.ndarray, relevant: np.ndarray) -> float
 
 
 def _average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
-    found = np.cumsum(relevant[np.argsort(-scores, kind="stable")])  # (n,) relevant ones among the first 1 .. n
-    precision = found / np.arange(1, len(found) + 1)
+    hits = np.cumsum(relevant[np.argsort(-scores, kind="stable")])  # (n,) relevant ones among the first 1 .. n
+    precision = hits / np.arange(1, len(hits) + 1)
     best_from = np.maximum.accumulate(precision[::-1])[::-1]  # (n,) highest precision at this rank or a later one
-    # recall reaches j/10 at the first rank with 10 * found >= j * all, in integers: no rounding of 0.1 * 3
-    ranks = np.searchsorted(10 * found, np.arange(11) * found[-1])
+    # recall reaches j/10 at the first rank with 10 * hits >= j * all, in integers: no rounding of 0.1 * 3
+    ranks = np.searchsorted(10 * hits, np.arange(11) * hits[-1])
     return float(best_from[ranks].mean())
 
 
@@ -118,7 +118,7 @@ def permutation_test(
         correct_a, correct_b: (n,) outcomes of the same images: booleans, or any score of an image.
 
     Returns:
-        p in (0, 1], and how it was found: "exact", or "100,000 samples", where it is (hits + 1) / (samples + 1).
+        p in (0, 1], and the method: "exact", or "100,000 samples", where it is (hits + 1) / (samples + 1).
 
     Raises:
         UserError: NaN outcomes, no images, or different numbers of them.
@@ -153,7 +153,7 @@ def _binomial_p(heads: int, tosses: int) -> float:
 
 def _require_some(labels: np.ndarray) -> None:
     if not len(labels):
-        raise UserError("There is no labelled image to judge by; give data with some.")
+        raise UserError("There is no labelled image to measure an accuracy on; give data with some.")
 
 
 def _require_numbers(scores: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""What do the features know? Transformations read from h, the projection head and the backbone (SimCLR, table 3).
+"""Probes: transformations of images read from h, the projection head and the layers of the backbone (SimCLR, table 3).
 
 The paper asks of h and of z = g(h): was the image colour or gray, how was it rotated, was it corrupted, was it
 filtered? An MLP reads the answer from frozen features of transformed images. h keeps what the contrastive loss lets z
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from simclr.random import shuffled, uniforms
 from simclr.views.policy import AugmentationPreset
 from simclr.views.views import eval_images
 
+if TYPE_CHECKING:
+    from simclr.evaluation.subjects import EvaluatedModel
+
 PROBE_VERSION = 1
 """Raise it when the same network, images and settings (`probe_settings`) give other accuracies: transformations,
 layers, or the training of the MLP."""
@@ -41,7 +44,7 @@ TASKS = {
     "corrupted": (0.5, 0.5),  # original, with Gaussian noise
     "sobel": (0.5, 0.5),  # original, Sobel filtered
 }
-"""Questions, and how often each answer is right; the largest share is chance, as in the paper."""
+"""Task -> share of images with each answer; the largest share is chance, as in the paper."""
 
 NOISE = 0.1  # standard deviation of the corruption, white is 1; the paper's is not published
 LUMA = (0.2989, 0.587, 0.114)  # of the authors' grayscale
@@ -83,38 +86,37 @@ class Probes:
 
 
 def probe(
-    encoder: Encoder,
-    head: ProjectionHead | None,
+    subject: "EvaluatedModel",
     train: Images,
     test: Images,
     *,
     tasks: Sequence[str] = tuple(TASKS),
     layers: Sequence[str] | None = None,
     seed: int = 0,
-    preset: AugmentationPreset = "google",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Probes:
     """Train an MLP for each task on each layer's features of `train`, and test it on `test`.
 
-    No label of the data takes part. The features of all layers come out of one pass a task.
+    No label of the data takes part. The features of all layers come out of one pass per task.
 
     Args:
-        encoder: On the device where the work is to be done; frozen, its mode is restored.
-        head: The projection head that was trained with it, on the same device; None: only the encoder's layers.
+        subject: A model with a network, on the device where the work is to be done; frozen, its mode is restored. The
+            layers of its projection head are probed too, if it has one.
         tasks: Some of TASKS.
         layers: Some of `layers_of(encoder, head)`; None: all.
         seed: Of the transformations, of the rows where there are more than TRAIN_ROWS, and of the probes.
-        preset: Whose evaluation preprocessing comes before the transformation.
+        progress: Called with what is being done.
 
     Raises:
-        UserError: An unknown task or layer, too few images, or images of other channels than the encoder's.
+        UserError: No network, an unknown task or layer, too few images, or images of other channels than the encoder's.
     """
-    known = layers_of(encoder, head)
+    encoder = subject.encoder
+    if encoder is None:
+        raise UserError("The protocol probe looks at the layers of a network, and pixels have none; give an encoder.")
+    known = layers_of(encoder, subject.head)
     layers = known if layers is None else list(layers)
-    for what, asked, allowed in (("layer", layers, known), ("task", tasks, list(TASKS))):
-        for name in asked:
-            if name not in allowed:
-                raise UserError(f"There is no {what} {name!r} to probe; give some of {', '.join(allowed)}.")
+    _require_known("layer", layers, known)
+    _require_known("task", tasks, list(TASKS))
     for part in (train, test):
         require_channels(encoder.config.channels, part)
     train, test = _at_most(train, TRAIN_ROWS, seed), _at_most(test, TEST_ROWS, seed)
@@ -128,20 +130,26 @@ def probe(
         tasks = [task for task in tasks if task != "colour"]
 
     table: dict[str, dict[str, float]] = {layer: {} for layer in layers}
+    device = device_of(encoder)
     for task in tasks:
         progress(f"{task}: features")
-        learn, answers = _features(encoder, head, train, task, layers, seed, preset)
-        asked_of, right = _features(encoder, head, test, task, layers, seed, preset)
-        device = device_of(encoder)
+        learn, answers = _features(subject, train, task, layers, seed)
+        queries, truth = _features(subject, test, task, layers, seed)
         for layer in layers:
             progress(f"{task}: probing {layer}")
-            predicted = fit_predict(learn[layer], answers, asked_of[layer], seed=seed, device=device)
-            table[layer][task] = float((predicted == right).mean())
+            predicted = fit_predict(learn[layer], answers, queries[layer], seed=seed, device=device)
+            table[layer][task] = float((predicted == truth).mean())
     return Probes(table, {task: max(TASKS[task]) for task in tasks}, len(train), len(test), notes)
 
 
+def _require_known(what: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"There is no {what} {name!r} to probe; give some of {', '.join(known)}.")
+
+
 def layers_of(encoder: Encoder, head: ProjectionHead | None) -> list[str]:
-    """What can be probed, from the pixels upwards: "stem", "group1", ..., "h", "head.0", ..., "z".
+    """Names of the layers that can be probed, from the pixels upwards: "stem", "group1", ..., "h", "head.0", ..., "z".
 
     Models of timm have the stages that timm names ("stage0", ...), torchvision's ResNets theirs ("layer1", ...), its
     other models h alone.
@@ -215,23 +223,18 @@ def fit_predict(
 
 
 def _features(
-    encoder: Encoder,
-    head: ProjectionHead | None,
-    images: Images,
-    task: str,
-    layers: Sequence[str],
-    seed: int,
-    preset: AugmentationPreset,
+    subject: "EvaluatedModel", images: Images, task: str, layers: Sequence[str], seed: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """(n, F) features of each layer, averaged over positions where it has them, and (n,) answers."""
+    encoder, head = subject.encoder, subject.head
+    assert encoder is not None
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, channels: int | None, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         seen[name] = _pooled(output, channels)
 
-    found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    batches: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     answers = []
-    device = device_of(encoder)
     with ExitStack() as stack:
         stack.enter_context(inference(encoder))
         if head is not None:
@@ -239,14 +242,16 @@ def _features(
         for name, (module, channels) in _stages(encoder).items():
             if name in layers:
                 stack.callback(module.register_forward_hook(partial(keep, name, channels)).remove)
-        for pixels, targets in transformed(images, task, seed, size=encoder.config.size, preset=preset, device=device):
+        for pixels, targets in transformed(
+            images, task, seed, size=encoder.config.size, preset=subject.preprocessing, device=device_of(encoder)
+        ):
             h = encoder(pixels)
             above = [h] if head is None else head.hiddens(h)
             seen |= dict(zip(layers_of(encoder, head)[-len(above) :], above, strict=True))
             for layer in layers:
-                found[layer].append(seen[layer].float().cpu())
+                batches[layer].append(seen[layer].float().cpu())
             answers.append(targets)
-    features = {layer: torch.cat(parts).numpy() for layer, parts in found.items()}
+    features = {layer: torch.cat(parts).numpy() for layer, parts in batches.items()}
     for layer, rows in features.items():
         require_finite(rows, f"{layer} layer's")
     return features, np.concatenate(answers)

@@ -13,7 +13,6 @@ from functools import partial
 
 from simclr.data.images import Images
 from simclr.data.presets import TransferSet
-from simclr.errors import UserError
 from simclr.evaluation.curve import Count, Key, labels_curve
 from simclr.evaluation.finetune import supervised
 from simclr.evaluation.grid import Grid, finetune_transfer
@@ -85,15 +84,12 @@ def probe_result(subject: EvaluatedModel, split: Split, seed: int, context: Eval
     Raises:
         UserError: The subject has no network, or too few images.
     """
-    if subject.encoder is None:
-        raise UserError("The protocol probe looks at the layers of a network, and pixels have none; give an encoder.")
-    encoder, train, test = subject.encoder, subject.fitted(split.train), subject.fitted(split.test)
+    train, test = subject.fitted(split.train), subject.fitted(split.test)
 
     def make() -> Measured:
         probes = probe(
-            encoder, subject.head, train, test, seed=seed, preset=subject.preprocessing,
-            progress=lambda text: context.say(f"  probe of {subject.name}: {text}"),
-        )  # fmt: skip
+            subject, train, test, seed=seed, progress=lambda text: context.say(f"  probe of {subject.name}: {text}")
+        )
         return Measured(metrics=probes.metrics, details=probes.details)
 
     return context.store.get(probe_key(subject, split, seed), make, about_split(subject.name, split))

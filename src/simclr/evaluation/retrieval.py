@@ -1,4 +1,4 @@
-"""Retrieval between two sets: of all gallery images, is the one that belongs to a query the nearest?
+"""Retrieval between two sets: the rank of the matching gallery images by cosine similarity to each query.
 
 For pairs that are known without a label, such as the same emoji drawn by two vendors (`examples/emoji_retrieval.py`).
 """
@@ -23,10 +23,10 @@ def retrieval(
     ks: Sequence[int] = (1, 5),
     chunk: int = 1024,
 ) -> dict[str, float]:
-    """How high the first matching gallery row stands when the gallery is sorted by cosine to a query.
+    """Shares of queries whose first matching gallery row is among the k most similar, and the mean reciprocal rank.
 
-    Its rank is 1 + the number of other rows that are at least as similar: ties count against the features, so that
-    features that are all equal find nothing. Queries without a match in the gallery take no part.
+    The rank of a match is 1 + the number of other rows that are at least as similar: ties count against the features,
+    so that features that are all equal find nothing. Queries without a match in the gallery take no part.
 
     Args:
         queries: (m, F) features.
@@ -56,12 +56,14 @@ def retrieval(
             f"None of {len(wanted):,} queries has a match among {len(offered):,} gallery images; retrieval needs keys "
             "that occur on both sides."
         )
-    asked = torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(queries))[paired], dim=1)  # (p, F)
+    unit_queries = torch.nn.functional.normalize(
+        torch.from_numpy(np.ascontiguousarray(queries))[paired], dim=1
+    )  # (p, F)
     bank = torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(gallery)), dim=1)  # (n, F)
     ranks = torch.cat(
         [
             _ranks(rows @ bank.T, mine[:, None] == offered)
-            for rows, mine in zip(asked.split(chunk), wanted[paired].split(chunk), strict=True)
+            for rows, mine in zip(unit_queries.split(chunk), wanted[paired].split(chunk), strict=True)
         ]
     )  # (p,)
     shares = {f"top{k}": float((ranks <= k).double().mean()) for k in ks}

@@ -16,8 +16,8 @@ class Split:
     train: Images
     test: Images
     """The very `train` where each image is left out in turn."""
-    how: str
-    """In words."""
+    description: str
+    """How the images were divided, in words."""
     num_labelled: int
     """Images to learn from before a part of the labels was chosen."""
 
@@ -31,22 +31,23 @@ def split_data(
         test: The data's own test images, if any.
         seed: Of the 80/20 split and of the choice of labelled images.
         labels: Which labels the classifiers may use: a share such as "1%", a number such as "10/class", or a file with
-            the names of the images, one a line, as the authors publish them for ImageNet. None: all.
-        leave_one_out: Each labelled image of `train` is to be judged by all the others; both parts are then one object.
+            the names of the images, one per line, as the authors publish them for ImageNet. None: all.
+        leave_one_out: Each labelled image of `train` is to be classified by all the others; both parts are then one
+            object.
 
     Raises:
         UserError: There are no labels, fewer than two classes, or a class of the test images that none teaches.
     """
     train, test = labelled(train), None if test is None else labelled(test)
     if leave_one_out:
-        test, how = train, f"each of {len(train):,} labelled images by the others"
+        test, description = train, f"each of {len(train):,} labelled images by the others"
     elif test is not None:
-        how = f"the data's fixed split, {len(train):,} to learn from and {len(test):,} to test"
+        description = f"the data's fixed split, {len(train):,} to learn from and {len(test):,} to test"
     else:
         assert train.labels is not None
         learn, hold = split_indices(train.labels, fraction=0.2, seed=seed)
         train, test = train.subset(learn), train.subset(hold)
-        how = f"80/20 by class, seed {seed}: {len(train):,} to learn from and {len(test):,} to test"
+        description = f"80/20 by class, seed {seed}: {len(train):,} to learn from and {len(test):,} to test"
     if not len(test):
         raise UserError(f"{train.name} leaves no labelled image to test with; give more images of each class.")
     num_labelled = len(train)
@@ -55,6 +56,6 @@ def split_data(
         drawn = labels if Path(labels).is_file() else f"{labels}, seed {seed}"
         train = train.subset(chosen_by(labels, train, seed=seed))
         test = train if leave_one_out else test
-        how += f", {len(train):,} labels used ({drawn})"
+        description += f", {len(train):,} labels used ({drawn})"
     require_classes(train, test)
-    return Split(train, test, how, num_labelled)
+    return Split(train, test, description, num_labelled)

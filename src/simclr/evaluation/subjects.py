@@ -1,4 +1,4 @@
-"""What is evaluated: a run, an encoder's folder, a pretrained model of timm or torchvision, random weights, pixels.
+"""Models under test: a run, an encoder's folder, a pretrained model of timm or torchvision, random weights, pixels.
 
 Each is an `EvaluatedModel`: a name, perhaps an encoder with its projection head, and the features of any images,
 computed once.
@@ -26,13 +26,13 @@ from simclr.weights.folder import Model, digest_of, load_quietly
 from simclr.weights.training_progress import TrainingProgress
 
 RANDOM, PIXELS = "random", "pixels"
-MOST_PIXELS = 64  # a side, for `pixels`: larger ones cost memory and tell hardly more
-FOREIGN_SIZE = 224  # pixels that nearly every pretrained model expects
+MAX_PIXELS_SIDE = 64  # for `pixels`: larger images cost memory and hardly change the accuracy
+EXTERNAL_SIZE = 224  # pixels that nearly every pretrained model expects
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedModel:
-    """Something that gives features."""
+    """A model under test, called subject: something that turns images into features."""
 
     name: str
     """As the user wrote it."""
@@ -41,7 +41,7 @@ class EvaluatedModel:
     head: ProjectionHead | None = None
     preprocessing: AugmentationPreset = "google"
     size: int
-    """Of the images that it sees, in pixels."""
+    """Side of the images that it sees, in pixels."""
     channels: int
     progress: TrainingProgress | None = None
     """How far its training had come; None where that is unknown."""
@@ -77,7 +77,7 @@ class EvaluatedModel:
 
     @cached_property
     def model(self) -> dict[str, Any]:
-        """All that decides its features, as JSON can hold it: weights, network, preprocessing, kind of device.
+        """All that determines its features, as JSON can hold it: weights, network, preprocessing, kind of device.
 
         Read once: the weights of a subject do not change while it lives.
         """
@@ -103,20 +103,20 @@ class EvaluatedModel:
 
 def open_subject(
     name: str, *, like: EncoderConfig, preprocessing: AugmentationPreset, seed: int, cache: FeatureCache,
-    world: DistributedContext, size: int = FOREIGN_SIZE, pretrained: bool = True,
+    world: DistributedContext, size: int = EXTERNAL_SIZE, pretrained: bool = True,
 ) -> EvaluatedModel:  # fmt: skip
-    """The subject that a user names.
+    """The model under test that a user names.
 
     Args:
         name: random, pixels, timm/NAME, torchvision/NAME, or the folder of a run or an encoder.
-        like: The encoder whose shape `random` takes, and whose image size `pixels` does.
-        preprocessing: Whose evaluation preprocessing those two see.
+        like: The encoder whose shape `random` has, and whose image size `pixels` has.
+        preprocessing: Preset of the evaluation preprocessing of these two.
         seed: Of the random weights.
         size: Of the images that a model of timm or torchvision is given, in pixels.
         pretrained: Whether such a model brings its weights; else it has random ones.
 
     Raises:
-        UserError: There is no such thing, or its weights cannot be had.
+        UserError: There is no such model, or its weights cannot be loaded.
     """
     shared = {"cache": cache, "world": world}
     if name == PIXELS:
@@ -124,7 +124,7 @@ def open_subject(
             name=name,
             encoder=None,
             preprocessing=preprocessing,
-            size=min(like.size, MOST_PIXELS),
+            size=min(like.size, MAX_PIXELS_SIDE),
             channels=like.channels,
             **shared,
         )
@@ -137,17 +137,17 @@ def open_subject(
 
 
 def subject_of(model: Model, name: str, *, cache: FeatureCache, world: DistributedContext) -> EvaluatedModel:
-    """What was loaded from a run, a folder or a file, by the name that the user gave it."""
+    """A loaded model as subject, under the name that the user gave it."""
     subject = _subject(name, model.encoder, model.head, model.preprocessing, cache=cache, world=world)
     return replace(subject, progress=model.progress)
 
 
 def random_encoder(config: EncoderConfig, *, seed: int) -> Encoder:
-    """The baseline of the same shape: random weights, at their strongest.
+    """The baseline of the same shape: random weights, with every residual branch on.
 
     Training begins with every residual branch switched off (its last gamma is 0), so that a ResNet is a chain of
-    strided 1x1 convolutions that see a few pixels: a straw man (17 % kNN on digits, where this one reaches 84 %).
-    Here the branches are on.
+    strided 1x1 convolutions that see a few pixels: too weak a baseline (17 % kNN on digits, where this one reaches
+    84 %).
     """
     encoder = build_encoder(config, seed=seed)
     for module in encoder.modules():

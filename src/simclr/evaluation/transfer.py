@@ -1,10 +1,10 @@
-"""Transfer: how well do encoders do on other data sets? SimCLR, appendix B.8, which follows Kornblith et al. 2019.
+"""Transfer of encoders to other data sets: SimCLR, appendix B.8, which follows Kornblith et al. 2019.
 
 Several subjects on several sets give one table. Each set has its metric; everything that is chosen is chosen on its
 validation images; the chosen settings are trained once more on training and validation images together, and that
 is tested. `grid.py` does so by fine-tuning, `linear_transfer` by logistic regression on frozen features.
 
-Shapes: m test images, K classes. Every figure is a share in [0, 1].
+Shapes: m test images, K classes. All scores are shares in [0, 1].
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +44,7 @@ def transfer(
 
     Args:
         measure: With a store of results it is resumable.
-        progress: Called with what is being done.
+        progress: Called with what is being measured.
 
     Returns:
         Results with the metrics score, on the test images, and validation: that of the chosen settings on the

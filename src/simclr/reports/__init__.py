@@ -1,1 +1,1 @@
-"""Reports: runs and results as tables, pictures and model cards; computes nothing."""
+"""Reports: runs and results as tables, pictures and model cards. They read results and measure nothing."""

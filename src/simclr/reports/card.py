@@ -1,7 +1,6 @@
-"""The model card of a hub folder, written from the run: data, settings, accuracies with their baselines, limits.
+"""Model card of a hub folder, made from the records of a run: data, settings, accuracies beside baselines, limits.
 
-Nothing is claimed that the run does not hold; what it does not hold is said to be missing. Paths of this machine stay
-here.
+The card states only what the records hold, and names what they lack. No path of this machine is in it.
 """
 
 import json
@@ -18,8 +17,7 @@ SETTINGS = (
     "flip", "jitter", "grayscale", "blur", "loss", "temperature", "optimizer", "lr", "lr_scaling", "weight_decay",
     "epochs", "batch_size", "global_bn", "seed",
 )  # fmt: skip
-"""Settings of pretraining that make a difference to the weights."""
-
+"""Settings of pretraining that the card lists."""
 
 BASELINE_MEANINGS = {
     "pixels": "are the images themselves as features",
@@ -43,11 +41,11 @@ def model_card(
 
     Args:
         name: Of the model.
-        preprocessing: Of `preprocessing_of`.
+        preprocessing: What `preprocessing_of` returns.
         origin: Facts about where the weights come from, as the encoder's folder has them.
         run, config: run.json and config.json of the pretraining, if it is one of ours.
-        tables: Of `results_of`.
-        licence: An identifier such as apache-2.0; None: the author has stated none.
+        tables: What `results_of` returns.
+        licence: An identifier such as apache-2.0; None: the author states none.
     """
     parts = [
         _front_matter(model, licence),
@@ -173,7 +171,7 @@ def _licence(licence: str | None) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """A JSON file's content; None if there is none or it is damaged."""
+    """The content of a JSON file; None if there is none or it is damaged."""
     try:
         return json.loads(file.read_bytes())
     except (OSError, ValueError):

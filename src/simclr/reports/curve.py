@@ -35,7 +35,7 @@ def curve_table(curve: Curve, *, markdown: bool = False) -> str:
 
 
 def when_it_pays(curve: Curve, *, source: str = "encoder", count: Count = 10) -> str:
-    """Two sentences: where the source is ahead of each baseline in every seed, and the labels that it saves.
+    """Two sentences: with which numbers of labels the source beats each baseline in every seed, and how many it saves.
 
     Args:
         count: Labels per class of the example; where the curve has no such point, its middle one.
@@ -58,14 +58,14 @@ def when_it_pays(curve: Curve, *, source: str = "encoder", count: Count = 10) ->
 def needed_in_words(saved: Saved) -> str:
     """The number of labels per class that a baseline needs, as text."""
     if saved.needed is None:
-        return "more than there are" if saved.most == "all" else f"more than {count_name(saved.most)}"
-    if saved.needed == saved.fewest:
+        return "more than there are" if saved.max_count == "all" else f"more than {count_name(saved.max_count)}"
+    if saved.needed == saved.min_labels:
         return f"{saved.needed:,.0f} or fewer"
     return f"{saved.needed:,.{0 if saved.needed >= 10 else 1}f}"
 
 
 def _ahead(curve: Curve, source: str, baseline: str) -> str:
-    """At which of the counts that both have the source beats the baseline in every common seed, in words."""
+    """The counts with which the source beats the baseline in every common seed, in words."""
     both, ahead = [], []
     for count in curve.counts:
         ours, theirs = curve.values(source, count), curve.values(baseline, count)

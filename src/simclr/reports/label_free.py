@@ -8,7 +8,7 @@ from simclr.evaluation.duplicates import Duplicates
 from simclr.evaluation.label_free import LabelFree
 from simclr.evaluation.metrics import BASELINES
 from simclr.evaluation.results import Result
-from simclr.reports.pictures import draw_copies, draw_misfits, draw_neighbours
+from simclr.reports.pictures import draw_copies, draw_neighbours, draw_outliers
 from simclr.reports.table import Row, text_table
 
 MAX_NAMED_PAIRS = 10
@@ -25,7 +25,7 @@ def label_free_text(results: Sequence[Result]) -> str:
             f"Alignment: of two crops of {first['alignment_rows']:,} images, lower is closer. Uniformity: of "
             f"{first['uniformity_rows']:,} images, lower is wider spread. Silhouette: of {first['num_clusters']} "
             "clusters.",
-            *(line for found in copies for line in _copies_lines(found)),
+            *(line for part in copies for line in _copies_lines(part)),
         ]
     )
 
@@ -44,7 +44,7 @@ def label_free_pictures(result: Result, images: Images, test: Images | None) -> 
     measured = LabelFree.from_plain(result.metrics | result.details)
     pictures = {
         "neighbours.png": draw_neighbours(images, measured.neighbours),
-        "worst-clustered.png": draw_misfits(images, measured.outliers),
+        "worst-clustered.png": draw_outliers(images, measured.outliers),
     }
     if measured.within is not None and measured.within.pairs:
         pictures["copies-within.png"] = draw_copies(measured.within, images)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from simclr.data.images import Images
 from simclr.evaluation.duplicates import Duplicates
-from simclr.evaluation.label_free import Misfit, Neighbours, nearest_neighbours
+from simclr.evaluation.label_free import Neighbours, Outlier, nearest_neighbours
 from simclr.evaluation.measure import TITLES
 from simclr.evaluation.split import Split
 from simclr.reports.curve import COLOURS
@@ -66,21 +66,21 @@ def draw_evaluation(
     _fill(neighbours, *_in_rows(split.test, nearest_neighbours(features, split.test)))
     neighbours.suptitle("test images and their nearest neighbours, with their cosine", fontsize=9)
     _draw_map(figure.add_subplot(grid[1, 1]), split.test, features)
-    figure.suptitle(f"{split.test.name}: {split.how}", fontsize=10)
+    figure.suptitle(f"{split.test.name}: {split.description}", fontsize=10)
     return _png(figure)
 
 
-def draw_neighbours(images: Images, found: list[Neighbours]) -> bytes:
+def draw_neighbours(images: Images, neighbours: list[Neighbours]) -> bytes:
     """Each row: an image, then those nearest to it by their features, with the cosine above."""
-    return _draw_images(f"{images.name}: nearest neighbours, by cosine", *_in_rows(images, found))
+    return _draw_images(f"{images.name}: nearest neighbours, by cosine", *_in_rows(images, neighbours))
 
 
 def draw_copies(copies: Duplicates, images: Images, test: Images | None = None) -> bytes:
     """The most alike pairs, original beside copy, the near ones first: identical ones hardly need a picture.
 
     Args:
-        images: What was searched.
-        test: What was asked about; None: the same images.
+        images: The images that were searched.
+        test: The images among which copies were looked for; None: the same.
     """
     pairs = sorted(copies.pairs, key=lambda pair: pair.kind == "identical")[:PAIRS]
     cells = []
@@ -91,17 +91,19 @@ def draw_copies(copies: Duplicates, images: Images, test: Images | None = None) 
     return _draw_images(copies.sentence, shown, lambda cell: parts[cell[0]].read([cell[1]])[0])
 
 
-def draw_misfits(images: Images, outliers: list[Misfit]) -> bytes:
+def draw_outliers(images: Images, outliers: list[Outlier]) -> bytes:
     """The images that fit their clusters worst, with their silhouettes."""
-    cells = [(misfit.row, f"{misfit.silhouette:.2f}") for misfit in outliers]
+    cells = [(outlier.row, f"{outlier.silhouette:.2f}") for outlier in outliers]
     shown = [cells[begin : begin + 8] for begin in range(0, len(cells), 8)]
     return _draw_images(
         f"{images.name}: images that fit their cluster worst, by silhouette", shown, lambda row: images.read([row])[0]
     )
 
 
-def _in_rows(images: Images, found: list[Neighbours]) -> tuple[list[list[Cell]], Pixels]:
-    rows = [[(n.query_row, "query"), *zip(n.nearest_rows, map("{:.2f}".format, n.cosine), strict=True)] for n in found]
+def _in_rows(images: Images, neighbours: list[Neighbours]) -> tuple[list[list[Cell]], Pixels]:
+    rows = [
+        [(n.query_row, "query"), *zip(n.nearest_rows, map("{:.2f}".format, n.cosine), strict=True)] for n in neighbours
+    ]
     return rows, lambda row: images.read([row])[0]
 
 

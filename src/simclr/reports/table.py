@@ -1,6 +1,6 @@
-"""Results over seeds as a table: mean ± sample standard deviation, for a terminal or for markdown.
+"""Values over seeds as a table: mean ± sample standard deviation, for a terminal or for markdown.
 
-A table is a list of rows, a row being a name and a list of values (one a seed) for each column. Columns stand in the
+A table is a list of rows, a row being a name and a list of values (one per seed) for each column. Columns stand in the
 order in which the rows first name them; a row may leave some out.
 """
 
@@ -13,13 +13,13 @@ from simclr.evaluation.metrics import mean_and_spread
 
 @dataclass(frozen=True)
 class Row:
-    """One row: what was measured, and its values."""
+    """One row of a table: what was measured, and its values."""
 
     name: str
     values: Mapping[str, Sequence[float]]
-    """Column -> one value a seed; empty: not measured."""
+    """Column -> one value per seed; empty: not measured."""
     baseline: bool = False
-    """Whether the row is there to be compared with; its name then says so."""
+    """Whether the row is a baseline; its name then says so."""
 
 
 def with_spread(values: Sequence[float], *, percent: bool = True, digits: int = 1) -> str:
@@ -40,7 +40,7 @@ def text_table(rows: Sequence[Row], *, corner: str = "", percent: bool = True, d
     """Aligned lines for a terminal.
 
     Args:
-        corner: What stands above the names.
+        corner: Text above the names.
         percent, digits: As in `with_spread`.
     """
     columns = _columns(rows)
@@ -74,7 +74,7 @@ def markdown_table(rows: Sequence[Row], *, corner: str = "", percent: bool = Tru
 
 
 def seeds_note(rows: Sequence[Row]) -> str:
-    """What the figures are: "mean ± sample standard deviation over 3 seeds"."""
+    """What the cells show: "mean ± sample standard deviation over 3 seeds"."""
     numbers = sorted({len(values) for row in rows for values in row.values.values() if len(values)})
     if not numbers or numbers == [1]:
         return "one seed, so no spread"
@@ -83,7 +83,7 @@ def seeds_note(rows: Sequence[Row]) -> str:
 
 
 def error_note(num_test: int, what: str = "an accuracy") -> str:
-    """How far chance alone may move an accuracy on so many test images: the binomial error at 50 %, its largest."""
+    """Standard error of an accuracy on this number of test images, in words: the binomial one at 50 %, its maximum."""
     return f"the standard error of {what} is at most {50 / num_test**0.5:.1f} points"
 
 

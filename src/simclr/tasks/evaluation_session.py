@@ -17,7 +17,7 @@ from simclr.data.presets import TransferSet, open_transfer_set
 from simclr.data.readers.files import Reading
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.evaluation.cache import FeatureCache, cache_of
+from simclr.evaluation.cache import FeatureCache, open_cache
 from simclr.evaluation.measure import ACCURACIES, EvaluationContext, Protocol, Settings, makes_sense, measure
 from simclr.evaluation.metrics import SUPERVISED
 from simclr.evaluation.results import Result, ResultStore
@@ -80,7 +80,7 @@ class Session:
             source = args.data[0]
             side = side_of(run, source, args.pack_side)
             train, test = open_parts(source, world, labels=args.labels_file, pack=args.pack, side=side)
-        cache, opened = cache_of(args.cache), {}
+        cache, opened = open_cache(args.cache), {}
         if model is not None:
             like, preprocessing = model.encoder.config, model.preprocessing
             opened[args.run, None] = subject_of(model, args.run, cache=cache, world=world)
@@ -193,7 +193,7 @@ class Session:
 
         def split_of(seed: int) -> Split:
             split = self.split(seed)
-            self.tell(f"Evaluating on {self.train.name}: {split.how}.")
+            self.tell(f"Evaluating on {self.train.name}: {split.description}.")
             return split
 
         if not protocols:

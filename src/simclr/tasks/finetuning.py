@@ -21,7 +21,7 @@ from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.finetune import Finetuned, Stopped, finetune, supervised
 from simclr.evaluation.knn import knn
-from simclr.evaluation.measure import Settings, how_to_finetune
+from simclr.evaluation.measure import Settings, choose_finetune_config
 from simclr.evaluation.metrics import mean_per_class, top_k
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel
@@ -66,9 +66,9 @@ def _finetune(args: Finetune, over: Callable[[FinetuneConfig], FinetuneConfig], 
     session = Session.open(_as_evaluation(args), ["finetune"], world)
     session.tell_unfinished()
     split = session.split(args.seed)
-    session.tell(f"{session.train.name}: {split.how}.")
+    session.tell(f"{session.train.name}: {split.description}.")
     subject, pixels = session.subjects()
-    config = how_to_finetune(subject, split, Settings(recipe=args.finetune_recipe, over=over, flip=session.flip))
+    config = choose_finetune_config(subject, split, Settings(recipe=args.finetune_recipe, over=over, flip=session.flip))
     session.tell(
         f"Training by {config.optimizer}, rate {config.lr:g}: {config.steps(len(split.train)):,} steps of "
         f"{config.batch_size} images (--epochs changes it)."
@@ -135,7 +135,7 @@ def _tell(
         print(f"  {name:<32}{100 * by_class[name]:5.1f}")
     print(f"Test images: {num_test:,}, so {error_note(num_test, 'top-1')}.")
     summary = {
-        "run": args.run, "data": args.data, "split": split.how, "labels": args.labels, "seed": args.seed,
+        "run": args.run, "data": args.data, "split": split.description, "labels": args.labels, "seed": args.seed,
         "images": len(split.train), "test_images": num_test, "steps": network.steps, "accuracy": accuracies,
         "encoder_progress": None if progress is None else progress.to_dict(), "baselines": baselines,
         "classes": network.classes, "by_class": by_class, "settings": asdict(network.config),
