@@ -5,10 +5,12 @@
 Makes 50,000 gray PNG files of 28 x 28 pixels (some 0.9 KB each) in a temporary folder, or opens `--folder`, and times
 each part in a fresh process, files in the page cache:
 
-    identity   which files there are, and the SHA-256 of each: hashed the first time, looked up later
-    opening    `open_data`, as every command calls it, with --pack auto: decoded the first time, from the pack later
+    identity   which files there are, and the SHA-256 and shape of each: hashed the first time, looked up later
+    opening    `open_data`, as every command calls it, with --pack auto: nothing is decoded
 
-The first time has an empty cache folder. Wall-clock seconds; the table has median and range over the rounds.
+The table also has the peak of resident memory above that of the interpreter with the package imported.
+
+The first time has an empty cache folder. Wall-clock seconds; median and range over the rounds.
 """
 
 import argparse

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from simclr.config.pretrain import PretrainConfig
-from simclr.data.images import array_images
+from simclr.data.images import MemoryStore, array_images
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.tasks import pretrain
@@ -233,7 +233,7 @@ def test_a_data_set_is_sent_in_shares(monkeypatch):
         np.zeros((5, 2, 2, 3), np.uint8), None, name="mixed", split="all", has_own_split=False, classes=None,
         channels="auto",
     )  # fmt: skip
-    data = replace(data, sizes=sizes, store=lambda rows: [images[row] for row in rows])
+    data = replace(data, sizes=sizes, store=MemoryStore(images))
     monkeypatch.setattr("simclr.views.device_images._SHARE_BYTES", 1000)
     resident = DeviceImages.of(data, DEVICE)
     assert torch.equal(resident.pixels.cpu(), torch.from_numpy(np.concatenate([image.ravel() for image in images])))

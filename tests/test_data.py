@@ -18,6 +18,7 @@ from simclr.data.readers.decode import decode_file, decode_image, to_pixels
 from simclr.data.readers.folder import open_folder
 from simclr.data.readers.idx import read_idx
 from simclr.data.readers.named import DEBIAN_FASHION_MNIST
+from simclr.data.readers.store import Reading
 from simclr.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -288,7 +289,7 @@ def test_beyond_the_memory_budget_files_are_decoded_again(tmp_path: Path, worker
     class_folder(tmp_path)
     save(GRAY, tmp_path / "cat" / "other.png")
     kept = open_folder(tmp_path)
-    again = open_folder(tmp_path, memory_budget=5 * 7 * 3 * 4, workers=workers)
+    again = open_folder(tmp_path, how=Reading(memory_budget=5 * 7 * 3 * 4, workers=workers))
     assert any("decoded again" in note for note in again.notes)
     assert again.fingerprint == kept.fingerprint
     order = [12, 3, 3, 4]

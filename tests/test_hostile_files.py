@@ -14,6 +14,7 @@ from PIL import Image
 from simclr.data import open_data
 from simclr.data.readers.decode import decode_file
 from simclr.data.readers.folder import open_folder
+from simclr.data.readers.store import Reading
 from simclr.errors import UserError
 from skips import NO_PIPES, ROOT
 
@@ -94,7 +95,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
 def test_two_hundred_hostile_files(hostile: tuple[Path, int], workers: int) -> None:
     root, num_files = hostile
     assert num_files >= 200
-    images = open_data(root, workers=workers)
+    opened = open_data(root, workers=workers)
+    images = opened.readable()
+    assert set(opened.skipped) < set(images.skipped) and len(opened) > len(images)
     assert len(images) + len(images.skipped) == num_files
     assert set(images.keys).isdisjoint(item.key for item in images.skipped)
     reasons = dict(images.skipped)
@@ -103,7 +106,8 @@ def test_two_hundred_hostile_files(hostile: tuple[Path, int], workers: int) -> N
     assert all(reasons[f"empty.{ending}"] == "empty file" for ending in FORMATS)
     assert reasons["script.jpg"] == reasons["text.png"] == "not a readable image"  # no Ghostscript
     assert {"png_in.jpg", "gif_in.png", "upper.PNG", "tail.jpg"} <= set(images.keys)
-    assert any(f"{len(images.skipped)} of {num_files} files left out: " in note for note in images.notes)
+    assert any(f"{len(opened.skipped)} of {num_files} files left out: " in note for note in images.notes)
+    assert any(f"{len(opened) - len(images)} of {len(opened)} images are damaged" in note for note in images.notes)
     assert not any("\n" in reason for _, reason in images.skipped)
     for i in range(len(images)):
         (pixels,) = images.read([i])
@@ -112,19 +116,21 @@ def test_two_hundred_hostile_files(hostile: tuple[Path, int], workers: int) -> N
 
 def test_strict_names_the_first_and_counts(hostile: tuple[Path, int]) -> None:
     root, num_files = hostile
-    broken = open_data(root).skipped
+    broken = open_data(root).skipped  # those whose header tells, before any is decoded
     said = rf"^{len(broken)} of {num_files} files in .* the first is {broken[0].key} \({broken[0].reason}\)"
     with pytest.raises(UserError, match=said):
         open_data(root, strict=True)
 
 
 def test_result_is_the_same_for_any_number_of_threads(hostile: tuple[Path, int]) -> None:
-    one, many = (open_folder(hostile[0], workers=workers) for workers in (1, 7))
+    one, many = (open_folder(hostile[0], how=Reading(workers=workers)) for workers in (1, 7))
+    assert one.skipped == many.skipped and one.fingerprint == many.fingerprint
+    one, many = one.readable(), many.readable()
     assert one.skipped == many.skipped and one.fingerprint == many.fingerprint
 
 
 def test_batches_from_many_threads_at_once(hostile: tuple[Path, int]) -> None:
-    images = open_folder(hostile[0], workers=2, memory_budget=0)
+    images = open_folder(hostile[0], how=Reading(workers=2, memory_budget=0))
     rows = np.flatnonzero((images.sizes == 24).all(axis=1))[:20]
     expected = images.read(rows)
     results: list[bool] = []

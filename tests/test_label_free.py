@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from sklearn.metrics import silhouette_samples
 
 from simclr.config.encoder import EncoderConfig
-from simclr.data.images import Images, array_images
+from simclr.data.images import Images, MemoryStore, array_images
 from simclr.errors import UserError
 from simclr.evaluation import duplicates as copies
 from simclr.evaluation.duplicates import find_duplicates
@@ -44,7 +44,7 @@ def images_of(pixels: np.ndarray | list[np.ndarray], name: str = "scenes") -> Im
         )  # fmt: skip
     base = images_of(np.zeros((len(pixels), 1, 1, pixels[0].shape[-1]), np.uint8), name)
     sizes = np.array([image.shape[:2] for image in pixels])
-    return replace(base, sizes=sizes, store=lambda rows: [pixels[row] for row in rows])
+    return replace(base, sizes=sizes, store=MemoryStore(pixels))
 
 
 def as_pil(image: np.ndarray) -> Image.Image:

@@ -9,25 +9,28 @@ import sys
 from collections import namedtuple
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from simclr.cli.main import main
-from simclr.data import Images, open_data
+from simclr.data import Images, digests, open_data
 from simclr.data.pack import pack as packing
 from simclr.data.pack import place
 from simclr.data.readers.folder import open_folder
+from simclr.data.readers.store import Reading
 from simclr.errors import UserError
 
 fcntl = pytest.importorskip("fcntl")
-NUM_GOOD, NUM_BROKEN = 24, 2
+NUM_GOOD = 24
+NUM_IMAGES = NUM_GOOD + 1  # by their headers
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Small photographs of several sizes, some gray, in two classes; two of the files are no images."""
+    """Small photographs of several sizes, some gray, in two classes; one file is damaged, and one is no image."""
     root = tmp_path / "photos"
     rng = np.random.default_rng(0)
     for i in range(NUM_GOOD):
@@ -35,23 +38,30 @@ def photos(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         shape = (20 + i, 41 - i) if i % 5 == 0 else (20 + i, 41 - i, 3)
         Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(path)
-    (root / "cat" / "cut.jpg").write_bytes((root / "dog" / "01.jpg").read_bytes()[:200])
+    (root / "cat" / "cut.jpg").write_bytes((root / "dog" / "01.jpg").read_bytes()[:-200])
     (root / "dog" / "text.png").write_text("<html>")
     return root
 
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that Pillow is asked to open, from here on."""
+    """Names of the files that are decoded, from here on."""
     names: list[str] = []
-    real = Image.open
+    real = digests.decode_file
 
-    def counting(file, *args, **options):
-        names.append(Path(file.name).name)
-        return real(file, *args, **options)
+    def counting(path, *args, **options):
+        names.append(path.name)
+        return real(path, *args, **options)
 
-    monkeypatch.setattr(Image, "open", counting)
+    monkeypatch.setattr(digests, "decode_file", counting)
     return names
+
+
+def open_packed(root: Path, **options: Any) -> Images:
+    """As `open_data`, with the pack complete."""
+    images = open_data(root, **options)
+    images.notes.extend(images.prepare())
+    return images
 
 
 @pytest.fixture
@@ -69,6 +79,7 @@ def same(one: Images, other: Images) -> bool:
         order = np.random.default_rng(1).permutation(len(one))
         for a, b in zip(one.read(order, copy=copy), other.read(order, copy=copy), strict=True):
             np.testing.assert_array_equal(a, b, strict=True)
+    assert one.replaced == other.replaced
     return one.fingerprint == other.fingerprint and one.skipped == other.skipped
 
 
@@ -80,28 +91,30 @@ def shards(packs: Path) -> list[Path]:
 def test_pack_gives_the_same_images(photos: Path, tmp_path: Path, workers: int) -> None:
     without = open_data(photos, pack="off")
     for _ in range(2):
-        images = open_data(photos, pack=str(tmp_path / "packs"), workers=workers)
+        images = open_packed(photos, pack=str(tmp_path / "packs"), workers=workers)
         assert same(images, without)
         assert set(without.notes) < set(images.notes)
         assert any("decoded from the pack" in note and "MiB" in note for note in images.notes)
-    assert len(images.skipped) == NUM_BROKEN
-    with pytest.raises(UserError, match=r"2 of 26 files .*cat/cut\.jpg \(truncated\)"):
-        open_data(photos, pack=str(tmp_path / "packs"), strict=True)
+    assert len(images) == NUM_IMAGES and len(images.skipped) == 1
+    assert images.replaced == [("cat/cut.jpg", "truncated")]
+    (photos / "dog" / "text.png").unlink()
+    with pytest.raises(UserError, match=r"1 of 25 files .*cat/cut\.jpg \(truncated\)"):
+        open_packed(photos, pack=str(tmp_path / "packs"), strict=True)
 
 
 def test_second_opening_decodes_nothing(photos: Path, tmp_path: Path, opened: list[str]) -> None:
     seen: list[tuple[int, int]] = []
-    open_data(photos, pack=str(tmp_path), progress=lambda *now: seen.append(now))
-    assert set(opened) == {path.name for path in photos.glob("*/*")}
-    assert seen == [(i + 1, 26) for i in range(26)]
+    open_packed(photos, pack=str(tmp_path), progress=lambda *now: seen.append(now))
+    assert set(opened) == {path.name for path in photos.glob("*/*")} - {"text.png"}
+    assert seen == [(i + 1, 26) for i in range(26)] + [(i + 1, 25) for i in range(25)]  # hashed, then decoded
     del opened[:], seen[:]
-    images = open_data(photos, pack=str(tmp_path), progress=lambda *now: seen.append(now))
+    images = open_packed(photos, pack=str(tmp_path), progress=lambda *now: seen.append(now))
     images.read(np.arange(len(images)))
-    assert opened == [] and seen == []
+    assert opened == [] and len(seen) == 26  # hashed: so few digests are not kept
 
 
 def test_arrays_of_a_pack_are_views_of_it_and_those_of_a_batch_the_callers(photos: Path, tmp_path: Path) -> None:
-    images = open_data(photos, pack=str(tmp_path))
+    images = open_packed(photos, pack=str(tmp_path))
     first, again = images.read([1], copy=False)[0], images.read([1], copy=False)[0]
     assert np.shares_memory(first, again) and not first.flags.writeable
     expected = first.copy()
@@ -119,10 +132,10 @@ def test_split_parts_share_a_pack(photos: Path, tmp_path: Path, opened: list[str
     (photos / "cat").rename(root / "train")
     (photos / "dog").rename(root / "test")
     for split in ("train", "test"):
-        open_data(root, split=split, pack=str(tmp_path / "packs"))
+        open_packed(root, split=split, pack=str(tmp_path / "packs"))
     del opened[:]
-    both = open_data(root, split="all", pack=str(tmp_path / "packs"))
-    assert len(both) == NUM_GOOD and len(both.skipped) == NUM_BROKEN and opened == []
+    both = open_packed(root, split="all", pack=str(tmp_path / "packs"))
+    assert len(both) == NUM_IMAGES and len(both.skipped) == 1 and opened == []
     assert len(list((tmp_path / "packs").iterdir())) == 1
 
 
@@ -142,9 +155,9 @@ def test_killed_packing_goes_on_where_it_was(photos: Path, tmp_path: Path, opene
     packs = tmp_path / "packs"
     code = """
 def progress(done, total):
-    if done == 15:
+    if (done, total) == (15, 25):
         os.kill(os.getpid(), signal.SIGKILL)
-open_data(sys.argv[1], pack=sys.argv[2], workers=2, progress=progress)
+open_data(sys.argv[1], pack=sys.argv[2], workers=2, progress=progress).prepare()
 """
     killed = python(code, photos, packs)
     killed.communicate()
@@ -152,15 +165,15 @@ open_data(sys.argv[1], pack=sys.argv[2], workers=2, progress=progress)
     before = shards(packs)
     assert before and len(list(packs.glob("*/*.partial"))) == 1
     del opened[:]
-    images = open_data(photos, pack=str(packs))
-    assert 11 <= len(set(opened)) < 26  # what was not done, and the half-written shard
+    images = open_packed(photos, pack=str(packs))
+    assert 11 <= len(set(opened)) < 25  # what was not done, and the half-written shard
     assert set(before) < set(shards(packs)) and not list(packs.glob("*/*.partial"))
     assert same(images, open_data(photos))
 
 
 def test_two_processes_at_once_decode_each_image_once(photos: Path, tmp_path: Path) -> None:
     packs = tmp_path / "packs"
-    open_data(photos, pack=str(packs))  # to learn the name
+    open_packed(photos, pack=str(packs))  # to learn the name
     (made,) = packs.iterdir()
     for path in shards(packs):
         path.unlink()
@@ -168,6 +181,7 @@ def test_two_processes_at_once_decode_each_image_once(photos: Path, tmp_path: Pa
 count, real = [], pack.decode_found
 pack.decode_found = lambda file, side: count.append(file) or real(file, side)
 images = open_data(sys.argv[1], pack=sys.argv[2], say=lambda text: print(text, flush=True))
+images.prepare()
 print(len(count), images.fingerprint)
 """
     with open(made / "lock") as lock:
@@ -180,7 +194,7 @@ print(len(count), images.fingerprint)
         out, error = process.communicate()
         assert process.returncode == 0, error
         results.append(out.split("\n")[-2].split())
-    assert sorted(int(count) for count, _ in results) == [0, NUM_GOOD + NUM_BROKEN]
+    assert sorted(int(count) for count, _ in results) == [0, NUM_IMAGES]
     assert {fingerprint for _, fingerprint in results} == {open_data(photos).fingerprint}
 
 
@@ -208,7 +222,7 @@ DAMAGES = {
 def test_damaged_shard_alone_is_made_anew(
     photos: Path, tmp_path: Path, opened: list[str], small_shards: None, damage: str
 ) -> None:
-    open_data(photos, pack=str(tmp_path / "packs"))
+    open_packed(photos, pack=str(tmp_path / "packs"))
     good = shards(tmp_path / "packs")
     assert len(good) > 3
     content, others = content_of(good[1]), good[:1] + good[2:]
@@ -218,7 +232,7 @@ def test_damaged_shard_alone_is_made_anew(
     DAMAGES[damage](good[1])
     del opened[:]
     said: list[str] = []
-    images = open_data(photos, pack=str(tmp_path / "packs"), say=said.append)
+    images = open_packed(photos, pack=str(tmp_path / "packs"), say=said.append)
     assert set(opened) == names
     assert sum("is damaged" in text and good[1].name in text for text in said) == 1
     assert [path.stat().st_mtime_ns for path in others] == times
@@ -228,7 +242,7 @@ def test_damaged_shard_alone_is_made_anew(
 def test_shard_that_cannot_be_read_is_not_removed(
     photos: Path, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    open_data(photos, pack=str(tmp_path / "packs"))
+    open_packed(photos, pack=str(tmp_path / "packs"))
     before = shards(tmp_path / "packs")
     said: list[str] = []
 
@@ -238,7 +252,7 @@ def test_shard_that_cannot_be_read_is_not_removed(
     with monkeypatch.context() as patch:
         patch.setattr(packing, "Shard", refuse)
         patch.setattr(packing.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(0))
-        images = open_data(photos, pack=str(tmp_path / "packs"), say=said.append)
+        images = open_packed(photos, pack=str(tmp_path / "packs"), say=said.append)
     assert len(said) == len(before) and all("cannot be read (too many open files)" in text for text in said)
     assert same(images, open_data(photos)) and shards(tmp_path / "packs") == before
 
@@ -247,17 +261,17 @@ def test_damaged_pixels_are_noticed_when_they_are_read(
     photos: Path, tmp_path: Path, opened: list[str], small_shards: None
 ) -> None:
     packs = str(tmp_path / "packs")
-    open_data(photos, pack=packs)
+    open_packed(photos, pack=packs)
     victim = shards(tmp_path / "packs")[2]
     flip(victim, 100)  # in the pixels of its first image
     said: list[str] = []
-    images = open_data(photos, pack=packs, say=said.append)
+    images = open_packed(photos, pack=packs, say=said.append)
     del opened[:]
     assert said == []
     assert same(images, open_data(photos, pack="off"))
     assert len(said) == 1 and "do not match their checksum" in said[0]
     del opened[:]
-    mended = open_data(photos, pack=packs, say=said.append)
+    mended = open_packed(photos, pack=packs, say=said.append)
     assert 0 < len(set(opened)) < 8 and "had damaged pixels" in said[1]
     del opened[:]
     mended.read(np.arange(len(mended)))
@@ -265,26 +279,26 @@ def test_damaged_pixels_are_noticed_when_they_are_read(
 
 
 def test_only_what_has_changed_is_decoded_anew(photos: Path, tmp_path: Path, opened: list[str]) -> None:
-    open_data(photos, pack=str(tmp_path / "packs"))
+    open_packed(photos, pack=str(tmp_path / "packs"))
     Image.new("RGB", (9, 9)).save(photos / "dog" / "03.png")
     Image.new("RGB", (8, 8)).save(photos / "cat" / "new.png")
     (photos / "cat" / "02.jpg").unlink()
     Image.new("RGB", (7, 7)).save(photos / "cat" / "cut.jpg")  # mended
     del opened[:]
-    images = open_data(photos, pack=str(tmp_path / "packs"))
+    images = open_packed(photos, pack=str(tmp_path / "packs"))
     assert set(opened) == {"03.png", "new.png", "cut.jpg"}
-    assert len(images) == NUM_GOOD + 1 and same(images, open_data(photos))
+    assert len(images) == NUM_IMAGES and same(images, open_data(photos))
     assert not any("delete it" in note for note in images.notes)
     for path in photos.glob("*/*"):
         os.utime(path, ns=(0, 0))
         path.rename(path.with_stem(path.stem + "-renamed"))
     del opened[:]
-    images = open_data(photos, pack=str(tmp_path / "packs"))
+    images = open_packed(photos, pack=str(tmp_path / "packs"))
     assert opened == [] and not any("delete it" in note for note in images.notes)
     for path in photos.glob("*/*"):
         with open(path, "ab") as file:
             file.write(b"more")
-    images = open_data(photos, pack=str(tmp_path / "packs"))
+    images = open_packed(photos, pack=str(tmp_path / "packs"))
     assert any("delete it" in note for note in images.notes) and same(images, open_data(photos))
 
 
@@ -294,11 +308,14 @@ def test_reasons_of_the_machine_are_not_remembered(
     def fail(*_args, **_options):
         raise MemoryError
 
+    images = open_data(photos, pack=str(tmp_path / "packs"))
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", fail)
         with pytest.raises(UserError, match="more memory than there is"):
-            open_data(photos, pack=str(tmp_path / "packs"))
-    assert same(open_data(photos, pack=str(tmp_path / "packs")), open_data(photos))
+            images.read([0])
+        with pytest.raises(UserError, match="more memory than there is"):
+            open_data(photos)
+    assert same(open_packed(photos, pack=str(tmp_path / "packs")), open_data(photos))
 
 
 # ---- where, and whether there is room
@@ -308,16 +325,16 @@ def test_auto_packs_what_is_slow_to_decode_in_the_users_cache(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    open_data(photos, pack="auto")
+    open_packed(photos, pack="auto")
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(place, "SLOW_SECONDS", 0.0)
     said: list[str] = []
-    open_data(photos, pack="auto", say=said.append)
+    open_packed(photos, pack="auto", say=said.append)
     (made,) = (tmp_path / "cache" / "simclr" / "packs").iterdir()
     assert made.name.startswith("photos-") and str(made) in said[0] and "MiB" in said[0]
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, as the XDG specification says
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    open_data(photos, pack="auto")
+    open_packed(photos, pack="auto")
     assert shards(tmp_path / "home" / ".cache" / "simclr" / "packs")
 
 
@@ -328,11 +345,11 @@ def test_pack_that_does_not_fit_is_not_begun(photos: Path, tmp_path: Path, monke
     usage = namedtuple("usage", "free")
     free = place.KEEP_FREE + int(small * 1.3)
     monkeypatch.setattr(place.shutil, "disk_usage", lambda _: usage(free))
-    images = open_data(photos, pack=str(tmp_path / "packs"))
+    images = open_packed(photos, pack=str(tmp_path / "packs"))
     (note,) = [note for note in images.notes if "no room for the pack" in note]
     assert "--pack-side 16 would fit" in note and "1.0 GiB free" in note
     assert same(images, open_data(photos)) and not shards(tmp_path / "packs")
-    smaller = open_data(photos, pack=str(tmp_path / "packs"), side=16)
+    smaller = open_packed(photos, pack=str(tmp_path / "packs"), side=16)
     assert shards(tmp_path / "packs") and not any("no room" in note for note in smaller.notes)
 
 
@@ -341,7 +358,7 @@ def test_disk_that_fills_up_leaves_the_rest_to_the_files(photos: Path, tmp_path:
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, ({12_500}, {12_500}))
 images = open_data(sys.argv[1], pack=sys.argv[2])
-print(images.notes)
+print(images.prepare())
 print(images.fingerprint, sum(int(image.sum()) for image in images.read(range(len(images)))))
 """
     process = python(code, photos, tmp_path / "packs")
@@ -356,7 +373,7 @@ print(images.fingerprint, sum(int(image.sum()) for image in images.read(range(le
 
 def test_place_that_cannot_be_written_is_said(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    images = open_data(photos, pack=str(tmp_path / "file" / "packs"))
+    images = open_packed(photos, pack=str(tmp_path / "file" / "packs"))
     assert any("cannot be written (not a directory)" in note for note in images.notes)
     assert same(images, open_data(photos))
 
@@ -383,8 +400,8 @@ def test_settings_that_cannot_be(photos: Path, options: dict, sentence: str) -> 
 def test_side_shrinks_the_larger_images_and_no_others(photos: Path, tmp_path: Path) -> None:
     native, small = open_data(photos), open_data(photos, side=24)
     for workers in (0, 2):
-        assert same(open_data(photos, side=24, pack=str(tmp_path / "packs"), workers=workers), small)
-    assert same(open_folder(photos, side=24, memory_budget=0), small)
+        assert same(open_packed(photos, side=24, pack=str(tmp_path / "packs"), workers=workers), small)
+    assert same(open_folder(photos, how=Reading(side=24, memory_budget=0)), small)
     assert small.fingerprint != native.fingerprint
     assert open_data(photos, side=64).fingerprint == native.fingerprint  # none is larger
     shrunk = 0

@@ -12,8 +12,8 @@ from torchvision import datasets
 
 from simclr.data.opening import open_data
 from simclr.data.presets import HELD_OUT, PRESETS, TransferSet, open_transfer_set
-from simclr.data.readers.files import Reading
 from simclr.data.readers.layouts import CALTECH_MARK, LAYOUTS, VOC_CLASSES
+from simclr.data.readers.store import Reading
 from simclr.errors import UserError
 
 

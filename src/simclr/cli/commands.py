@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from simclr.tasks.options.labels import Distill, Evaluate, Finetune
 from simclr.tasks.options.pretraining import Plan, Pretrain, Recipes, Resume, Views
-from simclr.tasks.options.using import Embed, Export, Import, Predict, Push
+from simclr.tasks.options.using import Check, Embed, Export, Import, Predict, Push
 
 
 class Command(NamedTuple):
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(Evaluate, "simclr.tasks.evaluate:evaluate", "finetune"),
     "finetune": Command(Finetune, "simclr.tasks.finetuning:finetune_run", "config"),
     "distill": Command(Distill, "simclr.tasks.distilling:distill", "config"),
+    "check": Command(Check, "simclr.tasks.check:check"),
     "predict": Command(Predict, "simclr.tasks.predicting:predict"),
     "embed": Command(Embed, "simclr.tasks.embed:embed"),
     "import": Command(Import, "simclr.tasks.importing:import_checkpoint"),

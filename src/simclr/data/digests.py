@@ -1,12 +1,14 @@
-"""SHA-256 of each file of a data set: computed once, then kept in the user's cache for as long as the file is the same.
+"""SHA-256 and shape of each image file: computed once, then kept in the user's cache while the file is the same.
 
-A table, one file for each folder of images, maps a file's path below the folder to its stamp (size, times, inode) and
-the SHA-256 of its content. One file for a folder, and not a database for all: it is read and written as a whole in a
-tenth of a second for 50,000 images, carries a checksum of all that it says (SQLite has none, so a flipped bit would
-become a wrong digest), appears by one rename, needs no lock on a network's file system, and is bounded by deleting
-old ones. Of two processes that write at once the later wins; what that loses is hashed again.
+A table, one file for each folder of images, maps a file's path below the folder to its stamp (size, times, inode), the
+SHA-256 of its content, and height, width and channels by its header. One file for a folder, and not a database for
+all: it is read and written as a whole in a tenth of a second for 50,000 images, carries a checksum of all that it says
+(SQLite has none, so a flipped bit would become a wrong digest), appears by one rename, needs no lock on a network's
+file system, and is bounded by deleting old ones. Of two processes that write at once the later wins; what that loses
+is hashed again.
 """
 
+import io
 import os
 import stat
 import struct
@@ -21,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from simclr.data.pack.place import size_text, user_cache
-from simclr.data.readers.decode import MAX_FILE_BYTES, Changed, decode_file
+from simclr.data.readers.decode import DECODER, MAX_FILE_BYTES, Changed, Passing, decode_file, hush_pillow
+from simclr.data.readers.header import parse_header
 from simclr.data.readers.scan import Found
 from simclr.errors import UserError
 from simclr.files import Stamp, open_regular, reason_of, stamp_of, sweep, write_atomically
@@ -40,32 +43,42 @@ _SAID_BYTES = 1 << 30
 _PIECE_BYTES = 1 << 20  # read at a time
 _READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # without waiting for a FIFO
 _CHUNK = 64  # files in a thread's portion
-_MAGIC = b"simclr digests 1"
-_HEADER = struct.Struct("<16sQQ")  # magic, number of files, bytes of their names
+_VERSION = b"simclr digests"
+_MAGIC = _VERSION + b" 2"
+_HEADER = struct.Struct("<16s32sQQ")  # magic, what reads headers, number of files, bytes of their names
 _STAMP = struct.Struct("<4Q")
+_SHAPE = struct.Struct("<3I")  # height, width, channels; zeros for a file without a usable header
 _DIGEST_BYTES = 32
-_RECORD_BYTES = _STAMP.size + _DIGEST_BYTES
+_RECORD_BYTES = _STAMP.size + _DIGEST_BYTES + _SHAPE.size
+_READER = sha256(f"{DECODER} headers 1".encode()).digest()  # what shapes depend on beside the file
 _ALL_BITS = (1 << 64) - 1
 
 Table = dict[bytes, bytes]
-"""Path below the folder -> packed stamp and digest."""
+"""Path below the folder -> packed stamp, digest and packed shape."""
 
 _unwritten: dict[Path, Table] = {}
 """Tables that could not be written, kept for this process."""
 
 
 def identify(
-    root: Path, files: Sequence[Found], *, workers: int, say: Callable[[str], None]
+    root: Path,
+    files: Sequence[Found],
+    *,
+    workers: int,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Found], list[str]]:
-    """The files with their digests, from the folder's table where they have not changed since.
+    """The files with their digests and shapes, from the folder's table where they have not changed since.
 
     Args:
         root: The folder, or one above all of the files.
         workers: Threads (0: the calling one).
         say: Told at once what takes long.
+        progress: Called with (done, total) of the files that have to be read.
 
     Returns:
-        The files, with an empty digest where one cannot be read (`decode_file` knows why); sentences for the user.
+        The files, with an empty digest and no shape where one cannot be read (`read_header` knows why); sentences for
+        the user.
     """
     root = root.resolve()
     names = list(_names(root, files))
@@ -78,9 +91,13 @@ def identify(
     num_bytes = sum(files[i].num_bytes for i in missing)
     if num_bytes > _SAID_BYTES:
         say(f"Hashing {len(missing):,} files ({size_text(num_bytes)}), once, to know them by their content.")
-    hashed = list(_hash_all([files[i] for i in missing], workers))
+    hashed = []
+    for result in _hash_all([files[i] for i in missing], workers):
+        hashed.append(result)
+        if progress is not None:
+            progress(len(hashed), len(missing))
     new = {
-        names[i]: _packed(file.stamp) + file.digest
+        names[i]: _packed(file.stamp) + file.digest + _SHAPE.pack(*(file.shape or (0, 0, 0)))
         for i, (file, is_lasting) in zip(missing, hashed, strict=True)
         if is_lasting
     }
@@ -111,13 +128,21 @@ def decode_found(file: Found, side: int | None) -> np.ndarray | str:
     another content.
     """
     pixels = decode_file(file.path, side, expected=file.stamp)
-    if isinstance(pixels, Changed):
+    if isinstance(pixels, Changed) or (isinstance(pixels, str) and _stamp_now(file) != file.stamp):
         now, _ = _hash(file)
         if now.digest == file.digest:
             return decode_file(file.path, side, expected=now.stamp)
-    elif isinstance(pixels, np.ndarray) and not file.digest:
+        return Changed(pixels)
+    if isinstance(pixels, np.ndarray) and not file.digest:
         return Changed("changed while it was opened")
     return pixels
+
+
+def _stamp_now(file: Found) -> Stamp | None:
+    try:
+        return stamp_of(os.stat(file.path))
+    except OSError:
+        return None
 
 
 def _names(root: Path, files: Sequence[Found]) -> Iterator[bytes]:
@@ -134,7 +159,9 @@ def _names(root: Path, files: Sequence[Found]) -> Iterator[bytes]:
 def _known(file: Found, record: bytes | None) -> Found | None:
     if record is None or record[: _STAMP.size] != _packed(file.stamp):
         return None
-    return file._replace(digest=record[_STAMP.size :])
+    shape = _SHAPE.unpack(record[_STAMP.size + _DIGEST_BYTES :])
+    digest = record[_STAMP.size : _STAMP.size + _DIGEST_BYTES]
+    return Found(file.key, file.root, file.below, file.stamp, digest, shape if shape[2] else None)
 
 
 def _packed(stamp: Stamp) -> bytes:
@@ -146,6 +173,7 @@ def _packed(stamp: Stamp) -> bytes:
 
 
 def _hash_all(files: Sequence[Found], workers: int) -> Iterator[tuple[Found, bool]]:
+    hush_pillow()
     portions = [files[begin : begin + _CHUNK] for begin in range(0, len(files), _CHUNK)]
     if workers < 2 or len(portions) < 2:
         yield from map(_hash, files)
@@ -155,7 +183,7 @@ def _hash_all(files: Sequence[Found], workers: int) -> Iterator[tuple[Found, boo
 
 
 def _hash(file: Found) -> tuple[Found, bool]:
-    """The file as it is now, with its digest, empty where it cannot be read; whether the digest may be kept.
+    """The file as it is now, with digest and shape, empty where it cannot be read; whether they may be kept.
 
     By calls of the operating system, which take 7 us for a small file, and `open_regular` with `file_digest` 44.
     """
@@ -166,9 +194,16 @@ def _hash(file: Found) -> tuple[Found, bool]:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
                 return file, False
-            digest = sha256()
+            digest, shape, size = sha256(), None, 0
             while piece := os.read(descriptor, _PIECE_BYTES):
                 digest.update(piece)
+                size += len(piece)
+                if size == len(piece) == status.st_size:  # the whole file, which need not be read again
+                    shape = parse_header(io.BytesIO(piece))
+            if shape is None:
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                with open(descriptor, "rb", closefd=False) as opened:
+                    shape = parse_header(opened)
             before, after = stamp_of(status), stamp_of(os.fstat(descriptor))
         finally:
             os.close(descriptor)
@@ -176,7 +211,9 @@ def _hash(file: Found) -> tuple[Found, bool]:
         return file, False
     if before != after:  # written to just now: no digest holds
         return file, False
-    return file._replace(stamp=after, digest=digest.digest()), max(after[1], after[2]) < begun - RACY_NS
+    is_lasting = max(after[1], after[2]) < begun - RACY_NS and not isinstance(shape, Passing)
+    shape = None if isinstance(shape, str) else shape
+    return file._replace(stamp=after, digest=digest.digest(), shape=shape), is_lasting
 
 
 # ---- the tables
@@ -199,6 +236,8 @@ def _load(place: Path | None, say: Callable[[str], None]) -> Table:
     try:
         with open_regular(place, MAX_TABLES_BYTES) as file:
             content = file.read()
+        if not content.startswith(_MAGIC) and content.startswith(_VERSION):
+            return {}  # of another version
         table = _parsed(content)
     except (OSError, UserError):
         return {}
@@ -214,10 +253,12 @@ def _parsed(content: bytes) -> Table | None:
     body = memoryview(content)[:-_DIGEST_BYTES]
     if len(content) < _HEADER.size + _DIGEST_BYTES or sha256(body).digest() != content[-_DIGEST_BYTES:]:
         return None
-    magic, count, names_bytes = _HEADER.unpack(body[: _HEADER.size])
+    magic, reader, count, names_bytes = _HEADER.unpack(body[: _HEADER.size])
     begin = _HEADER.size + names_bytes
     if magic != _MAGIC or len(body) != begin + count * _RECORD_BYTES:
         return None
+    if reader != _READER:
+        return {}  # shapes by another Pillow
     names = bytes(body[_HEADER.size : begin]).split(b"\0") if count else []
     records = (content[at : at + _RECORD_BYTES] for at in range(begin, len(body), _RECORD_BYTES))
     return dict(zip(names, records, strict=True)) if len(names) == count else None
@@ -232,7 +273,7 @@ def _keep(place: Path | None, new: Table, present: set[bytes], say: Callable[[st
         if len(table) > 4 * len(present) + SPARE_NAMES:
             table = {name: record for name, record in table.items() if name in present}
         names = b"\0".join(table)
-        body = _HEADER.pack(_MAGIC, len(table), len(names)) + names + b"".join(table.values())
+        body = _HEADER.pack(_MAGIC, _READER, len(table), len(names)) + names + b"".join(table.values())
         write_atomically(place, body + sha256(body).digest())
         _prune(place)
     except OSError as error:

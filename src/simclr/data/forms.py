@@ -9,7 +9,6 @@ Shapes: n images, H x W pixels, C = 1 (gray) or 3 (RGB) channels.
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Never
 
@@ -18,10 +17,19 @@ from PIL import Image
 from torch import Tensor
 
 from simclr.data.fingerprint import digest_of_arrays
-from simclr.data.images import Channels, Images, array_images, choose_channels, require_no_colour, with_channels
+from simclr.data.images import (
+    Channels,
+    Images,
+    MemoryStore,
+    array_images,
+    choose_channels,
+    require_no_colour,
+    with_channels,
+)
 from simclr.data.readers.decode import decode_image, in_order
-from simclr.data.readers.files import Labelling, Reading, open_files
+from simclr.data.readers.files import FileList, Labelling, open_files
 from simclr.data.readers.scan import Found
+from simclr.data.readers.store import Reading
 from simclr.errors import UserError
 from simclr.files import stamp_of
 
@@ -109,7 +117,7 @@ def open_images(images: ImagesLike, *, channels: Channels = "auto") -> Images:
         labels=None,
         classes=None,
         contents=digest_of_arrays(arrays),
-        store=partial(_take, arrays),
+        store=MemoryStore(arrays),
         rows=np.arange(len(arrays)),
         notes=notes,
     )
@@ -236,18 +244,17 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 def _open_paths(paths: Sequence[Path], channels: Channels) -> Images:
     files = [Found(str(path), path.parent, path.name, stamp_of(path.stat())) for path in paths]
     opened = open_files(
-        Path(os.path.commonpath([path.absolute().parent for path in paths])), files, unreachable=[], every=files,
-        label=lambda _: Labelling(), name="the list of files", split="all", has_own_split=False, notes=[],
-        how=Reading(channels=channels, workers=os.cpu_count() or 1),
+        FileList(
+            root=Path(os.path.commonpath([path.absolute().parent for path in paths])), files=files, every=files,
+            label=lambda _: Labelling(), name="the list of files", split="all", has_own_split=False,
+        ),
+        Reading(channels=channels, workers=os.cpu_count() or 1),
     )  # fmt: skip
-    if opened.skipped:  # rows of the result are to be those of the list
-        first = opened.skipped[0]
+    skipped = opened.skipped or opened.check()
+    if skipped:  # rows of the result are to be those of the list
+        first = skipped[0]
         raise UserError(
-            f"{len(opened.skipped):,} of {len(paths):,} files cannot be used, the first is {first.key} "
+            f"{len(skipped):,} of {len(paths):,} files cannot be used, the first is {first.key} "
             f"({first.reason}); leave them out of the list."
         )
     return opened
-
-
-def _take(arrays: Sequence[np.ndarray], rows: np.ndarray) -> list[np.ndarray]:
-    return [arrays[row] for row in rows]

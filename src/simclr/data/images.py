@@ -6,25 +6,78 @@ that everything above sees one kind of data.
 Shapes: n images, B of them in a batch, H x W pixels, C = 1 (gray) or 3 (RGB) channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import sha256
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
-from simclr.data.fingerprint import digest_of_array, fingerprint_of
-from simclr.data.source import Kind, Skipped
+from simclr.data.fingerprint import digest_of_array, digest_of_arrays, fingerprint_of
+from simclr.data.source import Kind, Skipped, some
 from simclr.errors import UserError
 
 Split = Literal["train", "test", "all"]
 Channels = Literal["auto", "1", "3"]
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
+
+class Store(Protocol):
+    """Where pixels come from: rows of a store are what `Images.rows` holds."""
+
+    @property
+    def damaged(self) -> Mapping[int, str]:
+        """Rows that were found to be undecodable so far, and why."""
+        ...
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray | Sequence[np.ndarray | None]:
+        """One fresh (B, H, W, 1 or 3) uint8 array, or the store's own (H, W, 1 or 3) arrays, None for a damaged one."""
+        ...
+
+    def prepare(self) -> list[str]:
+        """As `Images.prepare`."""
+        ...
+
+    def check(self, rows: np.ndarray, progress: Progress | None = None) -> Mapping[int, str]:
+        """Decode all of `rows`; those that cannot be decoded, and why."""
+        ...
+
+    def contents_of(self, rows: np.ndarray) -> str:
+        """Digest of the contents of some rows."""
+        ...
+
+
+class MemoryStore:
+    """Pixels in memory: (n, H, W, 1 or 3) uint8, or n arrays (H, W, 1 or 3)."""
+
+    def __init__(self, pixels: np.ndarray | Sequence[np.ndarray]) -> None:
+        self.damaged: dict[int, str] = {}
+        self._pixels = pixels
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray | list[np.ndarray]:
+        """As in `Store`; contiguous also where the pixels are a transposed view (STL-10)."""
+        if isinstance(self._pixels, np.ndarray):
+            return np.ascontiguousarray(self._pixels[rows])
+        return [self._pixels[row] for row in rows]
+
+    def prepare(self) -> list[str]:
+        """Nothing is to be done."""
+        return []
+
+    def check(self, rows: np.ndarray, progress: Progress | None = None) -> Mapping[int, str]:
+        """Nothing can be damaged."""
+        return {}
+
+    def contents_of(self, rows: np.ndarray) -> str:
+        """Digest of the pixels."""
+        return digest_of_arrays(self._pixels[row] for row in rows)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Images:
-    """Images that were all readable when they were opened. Made by `simclr.data.open_data`."""
+    """Images that are images by their headers, and are decoded when they are read. Made by `simclr.data.open_data`."""
 
     kind: ClassVar[Kind] = "image"
     name: str
@@ -44,14 +97,14 @@ class Images:
     """Names that the labels, or the columns of `targets`, index; None where there are none (.npz labels with gaps)."""
     contents: str
     """SHA-256 of what the pixels come from, in the order of the images: the files' bytes, or the array."""
-    store: Callable[[np.ndarray], np.ndarray | Sequence[np.ndarray]] = field(repr=False)
-    """Rows of the store -> its own (H, W, 1 or 3) uint8 arrays, or one fresh (B, H, W, 1 or 3) array."""
+    store: Store = field(repr=False)
     rows: np.ndarray = field(repr=False)
     """(n,) row in the store of each image."""
     targets: np.ndarray | None = None
     """(n, K) int8 where an image may show several of K classes, and `labels` is None: 1 it does, 0 it does not, -1 too
     hard to tell, which counts neither way."""
     skipped: list[Skipped] = field(default_factory=list)
+    """Files that are left out."""
     notes: list[str] = field(default_factory=list)
     """Sentences to say aloud once: what was left out, what was converted."""
 
@@ -64,6 +117,9 @@ class Images:
     def read(self, indices: np.ndarray | Sequence[int], *, copy: bool = True) -> np.ndarray | list[np.ndarray]:
         """Pixels of some images, in the order asked for.
 
+        In the place of an image that cannot be decoded, the next one that can be is read, counted on from it and from
+        the last to the first: a function of its index and of the files' contents alone. `items_read` says which.
+
         Args:
             copy: Whether the arrays are the caller's to change. Without a copy those of a pack or of separate images
                 in memory are only to be read; they stay valid for as long as anyone holds them.
@@ -73,18 +129,89 @@ class Images:
             Without a copy it may be a list even where they have one size.
 
         Raises:
-            UserError: A file that was readable at opening has changed or gone.
+            UserError: A file has changed or gone since it was opened, or no image can be decoded.
         """
         indices = np.asarray(indices, dtype=np.intp if len(indices) == 0 else None)
         pixels = self.store(self.rows[indices])
         if isinstance(pixels, np.ndarray):
             return with_channels(pixels, self.channels)
-        images = [with_channels(image, self.channels) for image in pixels]
+        images = [
+            with_channels(self._next_readable(int(i)) if image is None else image, self.channels)
+            for i, image in zip(indices, pixels, strict=True)
+        ]
         if not copy:
             return images
         if not self._one_size:
             return [image.copy() for image in images]
         return np.stack(images) if images else np.empty((0, *self.sizes[0], self.channels), np.uint8)
+
+    def items_read(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
+        """(B,) which images `read(indices)` has returned: `indices` but for those that cannot be decoded.
+
+        Labels and keys of what was read are those of these images. Known once they were read or checked.
+        """
+        indices = np.array(indices, np.int64) % max(1, len(self))
+        if self.store.damaged:
+            for position, i in enumerate(indices):
+                while int(self.rows[i]) in self.store.damaged:
+                    i = (i + 1) % len(self)
+                indices[position] = i
+        return indices
+
+    @property
+    def replaced(self) -> list[Skipped]:
+        """Images that could not be decoded so far, and were replaced where they were asked for."""
+        damaged = self.store.damaged
+        rows = enumerate(self.rows.tolist()) if damaged else ()
+        return [Skipped(self.keys[i], damaged[row]) for i, row in rows if row in damaged]
+
+    def prepare(self) -> list[str]:
+        """Complete the pack, where one is wanted; sentences for the user. Reading does it too, at the first time."""
+        return self.store.prepare()
+
+    def check(self, progress: Progress | None = None) -> list[Skipped]:
+        """Decode all images; those that cannot be decoded.
+
+        Args:
+            progress: Called with (done, total) of the images that were not decoded before.
+        """
+        return list(self._damaged(progress).values())
+
+    def readable(self, progress: Progress | None = None) -> "Images":
+        """The images that can be decoded, which all are now, for work that may see no image in another's place.
+
+        Raises:
+            UserError: None can be decoded.
+        """
+        damaged = self._damaged(progress)
+        if not damaged:
+            return self
+        items = list(damaged.values())
+        if len(damaged) == len(self):
+            raise UserError(_none_readable(self.name, len(self), items[0]))
+        named = some([f"{item.key} ({item.reason})" for item in items], most=10)
+        left = self.subset(np.delete(np.arange(len(self)), list(damaged)))
+        return replace(
+            left,
+            contents=self.store.contents_of(left.rows),
+            skipped=sorted([*self.skipped, *items]),
+            notes=[*self.notes, f"{len(items):,} of {len(self):,} images are damaged and left out: {named}."],
+        )
+
+    def read_readable(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | list[np.ndarray], list[Skipped]]:
+        """Those of `indices` that can be decoded, their pixels (only to be read), and the others."""
+        pixels = self.store(self.rows[indices])
+        if isinstance(pixels, np.ndarray):
+            return indices, with_channels(pixels, self.channels), []
+        good = [k for k, image in enumerate(pixels) if image is not None]
+        images = [with_channels(image, self.channels) for image in pixels if image is not None]
+        damaged = self.store.damaged
+        bad = [
+            Skipped(self.keys[int(i)], damaged[int(self.rows[i])])
+            for i, image in zip(indices, pixels, strict=True)
+            if image is None
+        ]
+        return indices[good], images, bad
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> "Images":
         """The images at `indices` (integers or a mask), in that order, as data of their own."""
@@ -122,6 +249,20 @@ class Images:
             self.contents, self.keys, self.sizes, [self.labels, self.targets], self.classes, self.channels
         )
 
+    def _damaged(self, progress: Progress | None) -> dict[int, Skipped]:
+        """By index, the images that cannot be decoded."""
+        found = self.store.check(self.rows, progress)
+        rows = enumerate(self.rows.tolist()) if found else ()
+        return {i: Skipped(self.keys[i], found[row]) for i, row in rows if row in found}
+
+    def _next_readable(self, index: int) -> np.ndarray:
+        for step in range(1, len(self)):
+            (pixels,) = self.store(self.rows[[(index + step) % len(self)]])
+            if pixels is not None:
+                return pixels
+        reason = self.store.damaged[int(self.rows[index])]
+        raise UserError(_none_readable(self.name, len(self), Skipped(self.keys[index], reason)))
+
     @cached_property
     def _one_size(self) -> bool:
         return len(self) > 0 and bool((self.sizes == self.sizes[0]).all())
@@ -153,7 +294,7 @@ def array_images(
         labels=labels,
         classes=classes,
         contents=digest_of_array(pixels),
-        store=partial(_take, pixels),
+        store=MemoryStore(pixels),
         rows=np.arange(len(pixels)),
         notes=[*notes, *said],
     )
@@ -223,5 +364,5 @@ def _joined(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray |
     return None if first is None or second is None else np.concatenate([first, second])
 
 
-def _take(pixels: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(pixels[rows])  # contiguous also where the store is a transposed view (STL-10)
+def _none_readable(name: str, count: int, first: Skipped) -> str:
+    return f"None of the {count:,} images of {name} can be decoded, the first is {first.key} ({first.reason})."

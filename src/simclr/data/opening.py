@@ -3,15 +3,16 @@
 import difflib
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
 
 from simclr.data.images import Channels, Images, Split
-from simclr.data.readers.files import Reading
 from simclr.data.readers.folder import open_folder
 from simclr.data.readers.layouts import open_layout
 from simclr.data.readers.named import ARRAYS, NAMES, open_named
 from simclr.data.readers.npz import open_npz
+from simclr.data.readers.store import Reading
 from simclr.errors import UserError
 
 
@@ -28,19 +29,20 @@ def open_data(
     side: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Images:
-    """Open images by name or by path.
+    """Open images by name or by path; files are decoded when they are read.
 
     Args:
         source: One of NAMES, or NAME:FOLDER for files in a folder of yours; a folder of images; an .npz
             file. A folder called like a name is written ./digits.
         split: "train", "test" or "all". Data without a split of its own is opened whole by "train" and "all".
         labels: CSV file of `path,label` lines for a folder.
-        strict: A broken file is an error; else it is left out, named in `notes` and counted in `skipped`.
+        strict: A broken file is an error, and all are decoded to find it. Else files that are no images by their
+            header are left out, named in `notes` and counted in `skipped`, and damaged ones replaced (`Images.read`).
         channels: "auto": 1 where every image is gray, else 3; "1" or "3" converts.
         workers: Decoding threads.
-        progress: Called with (files done, files in all) while a folder is opened.
-        pack: For a folder: "off", "auto" or a place for its pack (`open_folder`).
-        side: For a folder: largest shorter side of its images (`open_folder`).
+        progress: Called with (files done, files in all) while files are hashed, and while they are decoded.
+        pack: For a folder: "off", "auto" or a place for its pack (`Reading`).
+        side: For a folder: largest shorter side of its images (`Reading`).
         say: Told at once what takes long or has gone wrong.
 
     Returns:
@@ -50,9 +52,21 @@ def open_data(
         UserError: no such name or path, nothing usable in it, labels that do not fit, no test part, broken
             files with `strict`.
     """
+    how = Reading(
+        strict=strict, channels=channels, workers=workers, pack=pack, side=side, say=say,
+        counting=lambda _: nullcontext(progress),
+    )  # fmt: skip
+    return open_source(source, split=split, labels=labels, how=how)
+
+
+def open_source(
+    source: str | Path, *, split: Split = "train", labels: Path | None = None, how: Reading | None = None
+) -> Images:
+    """As `open_data`, with how files become pixels in one value."""
+    how = how or Reading()
     for setting, value, allowed in (
         ("split", split, get_args(Split)),
-        ("channels", channels, get_args(Channels)),
+        ("channels", how.channels, get_args(Channels)),
     ):
         if value not in allowed:
             raise UserError(f"{setting} is {value!r}: give one of {', '.join(allowed)}.")
@@ -61,7 +75,7 @@ def open_data(
     path = Path(source).expanduser()
     if labels is not None and (named or not path.is_dir()):
         raise UserError(f"A label file goes with a folder of images, and {source} is none; an .npz file carries y.")
-    if side is not None and (name in ARRAYS if named else not path.is_dir()):
+    if how.side is not None and (name in ARRAYS if named else not path.is_dir()):
         raise UserError(f"--pack-side goes with a folder of images, and {source} is none.")
     if named:
         folder = Path(place).expanduser() if place else None
@@ -69,31 +83,29 @@ def open_data(
             way_out = f"create it, or write '{name}' alone" if name in ARRAYS else "check the path"
             raise UserError(f"There is no folder {folder} for {name}: {way_out}.")
         if name in ARRAYS:
-            return open_named(name, folder, split=split, channels=channels)
-        how = Reading(
-            strict=strict, channels=channels, workers=workers, progress=progress, pack=pack, side=side, say=say
-        )
+            return open_named(name, folder, split=split, channels=how.channels)
         return open_layout(name, folder, split=split, how=how)
     if path.is_dir():
-        return open_folder(
-            path,
-            split=split,
-            labels=labels,
-            strict=strict,
-            channels=channels,
-            workers=workers,
-            progress=progress,
-            pack=pack,
-            side=side,
-            say=say,
-        )
+        return open_folder(path, split=split, labels=labels, how=how)
     if path.is_file():
         if path.suffix.lower() not in (".npz", ".npy"):
             raise UserError(
                 f"{source} is a file, but no .npz: give a folder of images, an .npz file with x, or a name."
             )
-        return open_npz(path, split=split, channels=channels)
+        return open_npz(path, split=split, channels=how.channels)
     raise UserError(_nothing_there(str(source)))
+
+
+def open_whole(source: str | Path, how: Reading) -> Images:
+    """Every image of a folder, whatever its sub-folders are called, or of an .npz file or named set, of all parts.
+
+    Raises:
+        UserError: as `open_data`.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() and not (str(source).partition(":")[0] in NAMES and not isinstance(source, Path)):
+        return open_folder(path, split="all", whole=True, how=how)
+    return open_source(source, split="all", how=how)
 
 
 def _nothing_there(source: str) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 
 from simclr.data.images import Images
 from simclr.data.labels import labelled, require_classes
-from simclr.data.opening import open_data
-from simclr.data.readers.files import Reading
+from simclr.data.opening import open_source
 from simclr.data.readers.layouts import LAYOUTS, open_parts
+from simclr.data.readers.store import Reading
 from simclr.data.splits import split_indices
 from simclr.errors import UserError
 
@@ -90,21 +90,24 @@ def open_transfer_set(
     name, _, place = str(source).partition(":")
     preset = PRESETS.get(name) if isinstance(source, str) else None
     if preset is not None and name in LAYOUTS:
-        images, parts = open_parts(name, Path(place).expanduser() if place else None, how=how)
+        opened, parts = open_parts(name, Path(place).expanduser() if place else None, how=how)
+        images = _readable(opened, how)
+        parts = parts[np.isin(np.array(opened.keys), np.array(images.keys))]
         learn = replace(images.subset(parts != "test"), split="train")
         test = replace(images.subset(parts == "test"), split="test")
         return _divide(learn, test, parts[parts != "test"] == "validation", preset, seed)
-    options = {
-        "labels": labels, "strict": how.strict, "channels": how.channels, "workers": how.workers,
-        "progress": how.progress, "pack": how.pack, "side": how.side, "say": how.say,
-    }  # fmt: skip
-    learn = labelled(open_data(source, split="train", **options))
+    learn = labelled(_readable(open_source(source, split="train", labels=labels, how=how), how))
     if learn.has_own_split:
-        test = labelled(open_data(source, split="test", **options))
+        test = labelled(_readable(open_source(source, split="test", labels=labels, how=how), how))
     else:
         keep, hold = split_indices(_labels(learn), HELD_OUT, seed)
         learn, test = replace(learn.subset(keep), split="train"), replace(learn.subset(hold), split="test")
     return _divide(learn, test, np.zeros(len(learn), dtype=bool), preset, seed)
+
+
+def _readable(images: Images, how: Reading) -> Images:
+    with how.counting("Checking images") as progress:
+        return images.readable(progress)
 
 
 def _divide(learn: Images, test: Images, official: np.ndarray, preset: Preset | None, seed: int) -> TransferSet:

@@ -64,3 +64,9 @@ class Source(Protocol):
     def subset(self, indices: np.ndarray | Sequence[int]) -> Self:
         """The items at `indices` (integers or a mask), in that order, as a source of their own."""
         ...
+
+
+def some(names: list[str], most: int = 5) -> str:
+    """The first few names for a sentence, unprintable characters escaped, and how many more there are."""
+    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"

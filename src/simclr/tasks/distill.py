@@ -282,6 +282,7 @@ def _report_end(
             "epochs": round(outcome.step * config.batch_size / len(images), 3),
             "images": len(images),
             "images_left_out": len(images.skipped),
+            "images_replaced": len(images.replaced),
             "seconds_of_this_call": round(outcome.seconds, 1),
             "steps_of_this_call": outcome.steps_run,
             "final": outcome.last,

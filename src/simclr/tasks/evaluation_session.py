@@ -14,7 +14,7 @@ from simclr.config.recipes import choose_recipe, fit_recipe
 from simclr.data.fingerprint import SCHEME, first_scheme
 from simclr.data.images import Images
 from simclr.data.presets import TransferSet, open_transfer_set
-from simclr.data.readers.files import Reading
+from simclr.data.readers.store import Reading
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache, open_cache
@@ -220,12 +220,11 @@ class Session:
 
 def _transfer_set(args: "Evaluate", source: str, seed: int, world: DistributedContext) -> TransferSet:
     side = side_of(Path(args.run), source, args.pack_side)
-    with counting("Reading images", main=world.is_main) as progress:
-        reading = Reading(
-            workers=os.cpu_count() or 1, progress=progress, pack=args.pack, side=side,
-            say=partial(say, main=world.is_main),
-        )  # fmt: skip
-        return open_transfer_set(source, seed=seed, labels=args.labels_file, how=reading)
+    reading = Reading(
+        workers=os.cpu_count() or 1, pack=args.pack, side=side, say=partial(say, main=world.is_main),
+        counting=partial(counting, main=world.is_main),
+    )  # fmt: skip
+    return open_transfer_set(source, seed=seed, labels=args.labels_file, how=reading)
 
 
 def _is_folder(run: str) -> bool:

@@ -10,8 +10,10 @@ from tempfile import TemporaryFile
 import torch
 
 from simclr.data.images import Channels, Images, Split
-from simclr.data.opening import open_data
+from simclr.data.opening import open_source
 from simclr.data.readers.named import NAMES
+from simclr.data.readers.store import Reading
+from simclr.data.source import Skipped, some
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.files import open_regular, reason_of, require_possible, write_atomically, writing
@@ -31,15 +33,28 @@ def open_aloud(
     pack: str = "auto",
     side: int | None = None,
     known: Sequence[str] = (),
+    readable: bool = False,
+    once: bool = False,
 ) -> Images:
-    """Open data and say aloud what there is to say, but for what is `known`."""
-    with counting("Reading images", main=world.is_main) as progress:
-        images = open_data(
-            source, split=split, channels=channels, strict=strict, labels=Path(labels) if labels else None,
-            workers=os.cpu_count() or 1, progress=progress, pack=pack, side=side,
-            say=partial(say, main=world.is_main),
-        )  # fmt: skip
-    for note in images.notes:
+    """Open data, complete its pack, and print the notes.
+
+    Args:
+        known: Notes that are not to be printed again.
+        readable: Leave out damaged images, which are all decoded to find them, for work on labels: an accuracy shall
+            count no image twice. Else they are replaced when they are read (`Images.read`).
+        once: Each image will be read once, so that none is kept decoded in memory.
+    """
+    how = Reading(
+        strict=strict, channels=channels, workers=os.cpu_count() or 1, pack=pack, side=side,
+        memory_budget=0 if once else None, say=partial(say, main=world.is_main),
+        counting=partial(counting, main=world.is_main),
+    )  # fmt: skip
+    images = open_source(source, split=split, labels=Path(labels) if labels else None, how=how)
+    prepared = images.prepare()
+    if readable:
+        with counting("Checking images", main=world.is_main) as progress:
+            images = images.readable(progress)
+    for note in [*images.notes, *prepared]:
         if note not in known:
             say(note, main=world.is_main)
     world.require_equal(
@@ -48,6 +63,36 @@ def open_aloud(
         "Give every process the same files.",
     )
     return images
+
+
+MAX_NAMED = 10
+"""Files left out that are named; the others are counted."""
+
+
+class LeftOut:
+    """Counts what cannot be read, and remembers the first few."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: list[str] = []
+
+    def add(self, skipped: Skipped) -> None:
+        """The first one is said at once, so that nobody waits for an hour to learn of it."""
+        if not self.count:
+            say(f"{some([skipped.key])} is left out ({skipped.reason}); others like it are counted at the end.")
+        self.count += 1
+        if len(self._first) < MAX_NAMED:
+            self._first.append(f"{skipped.key} ({skipped.reason})")
+
+    def named(self) -> str:
+        """For a sentence."""
+        more = self.count - len(self._first)
+        return some(self._first, most=MAX_NAMED) + (f" and {more:,} more" if more else "")
+
+    def tell(self, num_used: int) -> None:
+        """Say how many were left out beside those that were used."""
+        if self.count:
+            say(f"{self.count:,} of {self.count + num_used:,} files left out: {self.named()}.")
 
 
 def load_model(path: str | PathLike[str], *, device: str | torch.device = "cpu", main: bool = True) -> Model:
@@ -67,10 +112,13 @@ def open_parts(
 ) -> tuple[Images, Images | None]:
     """The images to learn from, and the data's own test part where it has one."""
     csv = str(labels) if labels else None
-    train = open_aloud(source, world, labels=csv, pack=pack, side=side)
+    train = open_aloud(source, world, labels=csv, pack=pack, side=side, readable=True)
     if not train.has_own_split:
         return train, None
-    return train, open_aloud(source, world, split="test", labels=csv, pack=pack, side=side, known=train.notes)
+    test = open_aloud(
+        source, world, split="test", labels=csv, pack=pack, side=side, known=train.notes, readable=True
+    )  # fmt: skip
+    return train, test
 
 
 def side_of(run: Path, source: str, asked: int | None) -> int | None:

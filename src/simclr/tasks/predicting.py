@@ -6,27 +6,27 @@ their names. The file appears at the end, whole.
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
-from simclr.data.readers.files import Reading
-from simclr.data.readers.scan import some
-from simclr.data.source import Skipped
+from simclr.data.images import Images, fit_channels
+from simclr.data.opening import open_whole
+from simclr.data.readers.store import Reading
+from simclr.data.source import some
 from simclr.errors import UserError
-from simclr.evaluation.streaming import Batch, View, stream_views
 from simclr.models.inference import device_of, inference, probabilities_of
-from simclr.tasks.opening import load_model, require_writable, tell_if_replaced
+from simclr.tasks.opening import LeftOut, load_model, require_writable, tell_if_replaced
 from simclr.tasks.tables import open_table, require_table
 from simclr.training.progress import counting, say
+from simclr.views.stream import stream_views
 from simclr.weights.folder import Model
 
 if TYPE_CHECKING:
     from simclr.tasks.options.using import Predict
-
-NAMED = 10
-"""Files left out that are named; the others are counted."""
 
 
 def predict(args: "Predict") -> None:
@@ -44,22 +44,35 @@ def predict(args: "Predict") -> None:
             "images."
         )
     columns = _columns(args, model.classes)
-    config = model.encoder.config
-    view = View(channels=config.channels, size=config.size, preset=model.preprocessing)
-    bad, classified = _LeftOut(), 0
+    bad, classified = LeftOut(), 0
+    images = _open_images(args, model.encoder.config.channels, bad)
     with counting("Predicting") as progress:
-        how = Reading(workers=os.cpu_count() or 1, side=args.pack_side, progress=progress, say=say)
-        batches = stream_views(args.images, view, batch_size=args.batch_size, how=how, leave_out=bad.add)
+        batches = stream_views(
+            images, size=model.encoder.config.size, preset=model.preprocessing, batch_size=args.batch_size,
+            leave_out=bad.add, progress=progress,
+        )  # fmt: skip
         first = next(batches, None)  # before a file is made: what is wrong with the images is mostly known now
         if first is None:
             raise UserError(f"None of the {bad.count:,} image files in {args.images} can be used: {bad.named()}.")
         with open_table(args.out, columns) as add:
             for batch in chain([first], batches):
-                add(_rows(args, model, batch))
-                classified += len(batch.keys)
-    if bad.count:
-        say(f"{bad.count:,} of {bad.count + classified:,} files left out: {bad.named()}.")
+                add(_rows(args, model, [images.keys[i] for i in batch.indices.tolist()], batch.views))
+                classified += len(batch.indices)
+    bad.tell(classified)
     say(f"The classes of {classified:,} images are in {args.out}.")
+
+
+def _open_images(args: "Predict", channels: int, bad: LeftOut) -> Images:
+    how = Reading(
+        channels="3" if channels == 3 else "auto", workers=os.cpu_count() or 1, side=args.pack_side, memory_budget=0,
+        allow_empty=True, say=say, counting=counting,
+    )  # fmt: skip
+    images = open_whole(args.images, how)
+    for note in images.notes:
+        say(note)
+    for skipped in images.skipped:
+        bad.add(skipped)
+    return fit_channels(images, channels, who="The model")
 
 
 def _check(args: "Predict") -> None:
@@ -92,35 +105,14 @@ def _columns(args: "Predict", classes: list[str]) -> dict[str, Any]:
     return columns
 
 
-def _rows(args: "Predict", model: Model, batch: Batch) -> list[Any]:
+def _rows(args: "Predict", model: Model, keys: Sequence[str], views: Tensor) -> list[Any]:
     """The values of each column."""
     network = model.classifier
     assert network is not None
     with inference(network):
-        probabilities = probabilities_of(network(batch.views.to(device_of(network))))  # (B, K)
+        probabilities = probabilities_of(network(views.to(device_of(network))))  # (B, K)
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, : args.top]  # (B, top), of equal ones the first
-    values: list[Any] = [batch.keys]
+    values: list[Any] = [keys]
     for place in best.T:
         values += [[model.classes[k] for k in place], np.take_along_axis(probabilities, place[:, None], 1)[:, 0]]
     return [*values, *probabilities.T] if args.probabilities else values
-
-
-class _LeftOut:
-    """Counts what cannot be read, and remembers the first few."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._first: list[str] = []
-
-    def add(self, skipped: Skipped) -> None:
-        """The first one is said at once, so that nobody waits for an hour to learn of it."""
-        if not self.count:
-            say(f"{some([skipped.key])} is left out ({skipped.reason}); others like it are counted at the end.")
-        self.count += 1
-        if len(self._first) < NAMED:
-            self._first.append(f"{skipped.key} ({skipped.reason})")
-
-    def named(self) -> str:
-        """For a sentence."""
-        more = self.count - len(self._first)
-        return some(self._first, most=NAMED) + (f" and {more:,} more" if more else "")

@@ -271,6 +271,7 @@ def _report_end(
         "epochs": round(outcome.step / steps_per_epoch, 3),
         "images": len(images),
         "images_left_out": len(images.skipped),
+        "images_replaced": len(images.replaced),
         "seconds_of_this_call": round(seconds, 1),
         "steps_of_this_call": outcome.steps_run,
         "views_per_second": round(outcome.steps_run * views_per_step / max(outcome.seconds, 1e-9), 1),

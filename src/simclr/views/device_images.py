@@ -45,14 +45,19 @@ class DeviceImages:
         pixels = torch.empty(int(ends[-1]), dtype=torch.uint8, device=device)
 
         def send(first: int, last: int) -> None:
-            packed = _packed(images.read(np.arange(first, last)), device)
+            rows = np.arange(first, last)
+            read, are_own = list(images.read(rows, copy=False)), images.items_read(rows) == rows
+            for i in np.flatnonzero(~are_own):  # damaged: the image in its place may have another size
+                read[i] = np.zeros((*images.sizes[first + i], images.channels), np.uint8)
+            packed = _packed(read, device)
             pixels[ends[first] : ends[last]].copy_(packed, non_blocking=True)
 
         marks = np.searchsorted(ends, np.arange(0, ends[-1], _SHARE_BYTES))
         marks = np.unique(np.append(marks, len(images)))
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             list(pool.map(send, marks[:-1], marks[1:]))
-        return cls(pixels, ends[:-1], images.sizes, images.channels)
+        rows = images.items_read(np.arange(len(images)))
+        return cls(pixels, ends[:-1][rows], images.sizes[rows], images.channels)
 
     def __len__(self) -> int:
         return len(self.offsets)

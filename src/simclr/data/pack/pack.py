@@ -24,13 +24,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import PIL
-from PIL import features
 
 from simclr.data.digests import decode_found
 from simclr.data.pack.place import KEEP_FREE, room_for, size_text
 from simclr.data.pack.shard import ENDING, Shard, ShardWriter
-from simclr.data.readers.decode import Passing, in_order
+from simclr.data.readers.decode import DECODER, Passing, in_order
 from simclr.data.readers.scan import Found
 from simclr.files import FileLock, reason_of
 
@@ -61,11 +59,6 @@ class Spot(NamedTuple):
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape)
-
-
-DECODER = f"{PIL.__version__}/{features.version('jpg')}/1"
-"""What decides an image's pixels beside its file: Pillow, its JPEG library, and the rules of `decode.py`, whose number
-goes up with any change of them."""
 
 
 def stamp(file: Found) -> str:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from simclr.data.readers.decode import peek_shape, shrunk_size
 from simclr.data.readers.scan import Found
 from simclr.errors import UserError
 
@@ -23,7 +22,6 @@ KEEP_FREE = 1 << 30
 """Bytes of the disk that a pack leaves to others, such as the checkpoints of the run."""
 UNKNOWN_FREE = 4 * 10**9
 """Bytes taken as free where the operating system does not say: what a small machine has to spare."""
-_SAMPLE = 200  # headers read to estimate the size of a pack
 
 
 def pack_place(setting: str, root: Path, files: Sequence[Found], side: int | None) -> Path | None:
@@ -71,14 +69,14 @@ def user_cache() -> Path:
 
 
 def room_for(place: Path, files: Sequence[Found], side: int | None) -> tuple[int, str | None]:
-    """Bytes that the pixels of `files` take, judging by some of them, and what to do where they do not fit."""
+    """Bytes that the pixels of `files` take, judging by their headers, and what to do where they do not fit."""
     free = shutil.disk_usage(place).free
-    shapes = _sample_shapes(files)
-    needed = _estimate(shapes, len(files), side)
+    shapes = np.array([file.shape or (0, 0, 0) for file in files], np.int64).reshape(-1, 3)
+    needed = _num_bytes(shapes, side)
     if needed + KEEP_FREE <= free:
         return needed, None
     smaller = [s for s in SIDES if side is None or s < side]
-    fitting = [s for s in smaller if _estimate(shapes, len(files), s) + KEEP_FREE <= free]
+    fitting = [s for s in smaller if _num_bytes(shapes, s) + KEEP_FREE <= free]
     proposal = f"--pack-side {fitting[0]} would fit, or " if fitting else ""
     return needed, (
         f"There is no room for the pack: it needs about {size_text(needed)}, and {place} has {size_text(free)} free. "
@@ -96,19 +94,12 @@ def size_text(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
-def _sample_shapes(files: Sequence[Found]) -> np.ndarray:
-    """(k, 3) heights, widths and channels of some of the files, spread over all of them."""
-    chosen = np.linspace(0, len(files) - 1, min(len(files), _SAMPLE)).astype(int)
-    shapes = [shape for i in chosen if (shape := peek_shape(files[i].path)) is not None]
-    return np.array(shapes, np.int64).reshape(-1, 3)
-
-
-def _estimate(shapes: np.ndarray, num_files: int, side: int | None) -> int:
-    """Bytes that the pixels of all files take, judging by the sample."""
-    if not len(shapes):
-        return 0
-    sizes = [shrunk_size(h, w, side) if side is not None else (h, w) for h, w, _ in shapes.tolist()]
-    return int((np.array(sizes).prod(axis=1) * shapes[:, 2]).mean() * num_files)
+def _num_bytes(shapes: np.ndarray, side: int | None) -> int:
+    """Bytes that the pixels of images take; shapes are (n, 3) heights, widths and channels before shrinking."""
+    sizes = shapes[:, :2]
+    if side is not None:
+        sizes = sizes * np.minimum(1, side / np.maximum(1, sizes.min(axis=1, keepdims=True, initial=1 << 30)))
+    return int((sizes.prod(axis=1) * shapes[:, 2]).sum())
 
 
 def _machine_free() -> int:

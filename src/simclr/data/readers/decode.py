@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+import PIL
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from PIL.JpegImagePlugin import JpegImageFile
 
 from simclr.errors import UserError
@@ -44,6 +45,9 @@ ENDINGS = frozenset([
     ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".avif",
 ])
 # fmt: on
+DECODER = f"{PIL.__version__}/{features.version('jpg')}/1"
+"""What decides an image's pixels beside its file: Pillow, its JPEG library, and the rules of this file, whose number
+goes up with any change of them."""
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]", re.DOTALL)
 """Neither a byte that was escaped within a scan nor a restart marker."""
 
@@ -64,7 +68,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
 
     Pillow lets go of the interpreter lock while it decodes, so threads suffice.
     """
-    _hush_pillow()
+    hush_pillow()
     if workers < 1:
         yield from map(work, items)
         return
@@ -84,8 +88,8 @@ def decode_image(source: Path | Image.Image) -> np.ndarray:
     Raises:
         UserError: it cannot be read; the sentence says why.
     """
-    _hush_pillow()
-    pixels = _guarded(source) if isinstance(source, Image.Image) else decode_file(source)
+    hush_pillow()
+    pixels = (refusal(source) or decoded(source)) if isinstance(source, Image.Image) else decode_file(source)
     if isinstance(pixels, str):
         raise UserError(f"{source} cannot be used as an image: {pixels}.")
     return pixels
@@ -102,28 +106,16 @@ def decode_file(path: Path, side: int | None = None, expected: Stamp | None = No
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             return "not a regular file"  # opening a FIFO would wait for ever
-        if found.st_size == 0:
-            return "empty file"
-        if found.st_size > MAX_FILE_BYTES:
-            return f"file of {found.st_size:,} bytes, more than {MAX_FILE_BYTES:,}"
-        with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
+        if problem := too_large(found.st_size):
+            return problem
+        with open(path, "rb") as file, Image.open(file, formats=allowed_formats()) as image:
             before = stamp_of(os.fstat(file.fileno()))
-            pixels = _too_many_scans(image, file) or _guarded(image)
+            pixels = refusal(image, file) or decoded(image)
             if expected is not None and not (before == expected == stamp_of(os.fstat(file.fileno()))):
                 return Changed("changed while it was read")
         return pixels if side is None or isinstance(pixels, str) else shrink(pixels, side)
     except Exception as error:  # Pillow's readers raise nearly every kind of error on damaged bytes
-        return _reason(error)
-
-
-def peek_shape(path: Path) -> tuple[int, int, int] | None:
-    """Height, width and channels that a file's header claims (before any turn); None where it cannot be read."""
-    _hush_pillow()
-    try:
-        with open(path, "rb") as file, Image.open(file, formats=_formats()) as image:
-            return image.height, image.width, 1 if image.mode in ("1", "L", "LA", "I", "I;16", "F") else 3
-    except Exception:  # as in decode_file
-        return None
+        return reason_of_damage(error)
 
 
 def shrunk_size(height: int, width: int, side: int) -> tuple[int, int]:
@@ -186,17 +178,35 @@ def composite(pixels: np.ndarray) -> np.ndarray:
     return result
 
 
-def _guarded(image: Image.Image) -> np.ndarray | str:
-    """Pixels of an opened image whose header claims a sane size, or the reason why there are none."""
+def too_large(num_bytes: int) -> str | None:
+    """Why a file of this size is no image; None where it may be one."""
+    if num_bytes == 0:
+        return "empty file"
+    if num_bytes > MAX_FILE_BYTES:
+        return f"file of {num_bytes:,} bytes, more than {MAX_FILE_BYTES:,}"
+    return None
+
+
+def refusal(image: Image.Image, file: BinaryIO | None = None) -> str | None:
+    """Why an opened image is not to be decoded, judging by its header; None where it may be.
+
+    Args:
+        file: Where it comes from, to count the scans of a progressive JPEG.
+    """
     width, height = image.size
     if width * height > MAX_PIXELS:
         return f"decompression bomb: {width} x {height} pixels, more than {MAX_PIXELS:,}"
     if width * height == 0:
         return f"no pixels: {width} x {height}"
+    return None if file is None else _too_many_scans(image, file)
+
+
+def decoded(image: Image.Image) -> np.ndarray | str:
+    """Pixels of an image that `refusal` has passed, or the reason why there are none."""
     try:
         return to_pixels(image)
     except Exception as error:  # as in decode_file
-        return _reason(error)
+        return reason_of_damage(error)
 
 
 def _too_many_scans(image: Image.Image, file: BinaryIO) -> str | None:
@@ -252,7 +262,8 @@ def _from_floats(values: np.ndarray) -> np.ndarray:
     return np.rint(scaled).astype(np.uint8)[..., None]
 
 
-def _reason(error: Exception) -> str:
+def reason_of_damage(error: Exception) -> str:
+    """A few words for what Pillow or the system raised."""
     text = str(error).strip().split("\n")[0][:100]
     text = text if text.isprintable() else ascii(text)
     if isinstance(error, UnidentifiedImageError):
@@ -269,12 +280,13 @@ def _reason(error: Exception) -> str:
 
 
 @cache
-def _formats() -> list[str]:
+def allowed_formats() -> list[str]:
+    """Those of FORMATS that this Pillow reads."""
     Image.init()  # all readers, once: Pillow imports them at the first use, which threads would do together
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _hush_pillow() -> None:
+def hush_pillow() -> None:
     """Ignore the warnings that Pillow's readers give on odd files, which `-W error` would turn into refusals.
 
     The filter is never taken back: `warnings.catch_warnings` swaps a list of the whole process, and with
@@ -284,4 +296,4 @@ def _hush_pillow() -> None:
     wanted = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
     if wanted not in warnings.filters:
         warnings.filterwarnings("ignore", module=r"PIL\.")
-    _formats()
+    allowed_formats()

@@ -3,15 +3,16 @@
 `files.py` opens the files.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from simclr.data.images import Channels, Images, Split, part_of
+from simclr.data.images import Images, Split, part_of
 from simclr.data.labels import index_labels, read_label_file
-from simclr.data.readers.files import Labelling, Reading, open_files
+from simclr.data.readers.files import FileList, Labelling, open_files
 from simclr.data.readers.scan import Found, scan_folder, some
+from simclr.data.readers.store import Reading
 from simclr.errors import UserError
 
 TEST_FOLDERS = ("test", "val")
@@ -23,14 +24,8 @@ def open_folder(
     *,
     split: Split = "train",
     labels: Path | None = None,
-    strict: bool = False,
-    channels: Channels = "auto",
-    workers: int = 2,
-    progress: Callable[[int, int], None] | None = None,
-    memory_budget: int | None = None,
-    pack: str = "off",
-    side: int | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    whole: bool = False,
+    how: Reading | None = None,
 ) -> Images:
     """Open the images of a folder, at any depth.
 
@@ -40,53 +35,48 @@ def open_folder(
 
     Args:
         labels: CSV file of `path,label` lines instead of sub-folders.
-        strict: A broken file is an error, not left out.
-        workers: Decoding threads, here and in `Images.batch`; 0 decodes in the calling thread.
-        progress: Called with (files done, files in all).
-        memory_budget: Bytes of decoded pixels to keep; by default MEMORY_SHARE and MEMORY_MOST decide.
-        pack: "off"; "auto": where decoding takes long, pixels are kept in the user's cache folder for all
-            processes and runs; or the folder to keep them in. It changes no pixel.
-        side: Images whose shorter side is longer are shrunk to it (`decode.shrink`), with a pack or without.
-        say: Told at once what takes long or has gone wrong, while `notes` wait until the images are open.
+        whole: Take every image, also where there are train/ and test/, and no labels from sub-folders.
+        how: How files become pixels.
 
     Raises:
-        UserError: nothing usable, a label file that does not fit, with `strict` a broken file, a `side` too
-            small, a pack among the images.
+        UserError: nothing usable, a label file that does not fit, a broken file where `how` is strict, a pack among
+            the images.
     """
-    how = Reading(
-        strict=strict, channels=channels, workers=workers, progress=progress, memory_budget=memory_budget, pack=pack,
-        side=side, say=say,
-    )  # fmt: skip
+    how = how or Reading()
     scan = scan_folder(root, besides=labels)
     if not scan.files and not scan.skipped:
         raise UserError(f"There are no images in {root}: give a folder with .jpg, .png or other image files in it.")
-    parts = _parts(scan.files)
+    parts = [] if whole else _parts(scan.files)
     part = part_of(split, len(parts) > 0, str(root))
     prefixes = {"train": parts[:1], "test": parts[1:], "all": parts}[part] or [""]
     files = [file for file in scan.files if file.key.startswith(tuple(prefixes))]
     outside = len(scan.files) - sum(file.key.startswith(tuple(parts)) for file in scan.files) if parts else 0
     given = None
-    if labels is not None:  # before the decoding, which may take long
+    if labels is not None:  # before files are read, which may take long
         known = [item.key for item in (*scan.files, *scan.skipped)]
         given = index_labels(read_label_file(labels, root, [file.key for file in files], known))
 
     def label(rows: list[int]) -> Labelling:
+        if whole:
+            return Labelling()
         if given is None:
             return _labels_from_folders([files[row] for row in rows], scan.files, parts)
         known = given[0][rows]
         return Labelling(known, given[1]) if (known >= 0).any() else Labelling()
 
     return open_files(
-        root,
-        files,
-        unreachable=[item for item in scan.skipped if item.key.startswith(tuple(prefixes))],
-        every=scan.files,
-        label=label,
-        name=root.resolve().name or str(root),
-        split=part,
-        has_own_split=len(parts) > 0,
-        notes=[*scan.notes, *([f"{outside:,} images outside {' and '.join(parts)} ignored."] if outside else [])],
-        how=how,
+        FileList(
+            root=root,
+            files=files,
+            unreachable=[item for item in scan.skipped if item.key.startswith(tuple(prefixes))],
+            every=scan.files,
+            label=label,
+            name=root.resolve().name or str(root),
+            split=part,
+            has_own_split=len(parts) > 0,
+            notes=[*scan.notes, *([f"{outside:,} images outside {' and '.join(parts)} ignored."] if outside else [])],
+        ),
+        how,
     )
 
 

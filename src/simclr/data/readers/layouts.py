@@ -17,8 +17,9 @@ import numpy as np
 
 from simclr.data.images import Images, Split
 from simclr.data.readers.decode import ENDINGS
-from simclr.data.readers.files import Labelling, Reading, open_files
+from simclr.data.readers.files import FileList, Labelling, open_files
 from simclr.data.readers.scan import Found
+from simclr.data.readers.store import Reading
 from simclr.data.source import Skipped
 from simclr.data.splits import label_subset
 from simclr.errors import UserError
@@ -87,16 +88,17 @@ def open_parts(
         return Labelling(shown.astype(np.int64), classes)
 
     images = open_files(
-        place,
-        [file for _, file in chosen],
-        unreachable=[file for _, file in asked if isinstance(file, Skipped)],
-        every=every,
-        label=label,
-        name=name,
-        split=split,
-        has_own_split=True,
-        notes=[],
-        how=how or Reading(),
+        FileList(
+            root=place,
+            files=[file for _, file in chosen],
+            unreachable=[file for _, file in asked if isinstance(file, Skipped)],
+            every=every,
+            label=label,
+            name=name,
+            split=split,
+            has_own_split=True,
+        ),
+        how or Reading(),
     )
     return images, np.array(parts)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from simclr.data.readers.decode import ENDINGS
-from simclr.data.source import Skipped
+from simclr.data.source import Skipped, some
 from simclr.files import Stamp, reason_of, stamp_of
 
 
@@ -28,6 +28,8 @@ class Found(NamedTuple):
     """Its size in bytes, times and inode when it was looked at."""
     digest: bytes = b""
     """SHA-256 of its content (`digests.identify`), empty where it is not known."""
+    shape: tuple[int, int, int] | None = None
+    """Height, width and channels by its header, before shrinking; None where it has no usable one."""
 
     @property
     def path(self) -> Path:
@@ -109,12 +111,6 @@ def _notes(endings: Counter[str], hidden: list[str]) -> list[str]:
     if hidden:
         notes.append(f"Hidden folders left out: {some(hidden)}.")
     return notes
-
-
-def some(names: list[str], most: int = 5) -> str:
-    """The first few names for a sentence, unprintable characters escaped, and how many more there are."""
-    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Flags of the commands that put weights to use or pass them on: predict, embed, import, export, push."""
+"""Flags of the commands that put weights to use or pass them on: check, predict, embed, import, export, push."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,14 @@ class Predict:
 
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Decode every image of a data set and name the damaged files; exit code 1 if there are any."""
+
+    data: Positional[Annotated[str, arg(metavar="DATA")]]
+    """Images: folder, .npz file or name; all parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
