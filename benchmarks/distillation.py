@@ -36,7 +36,7 @@ from simclr.evaluation.split import Split, split_data
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import build_encoder
 from simclr.models.inference import pixels_of
-from simclr.reports.probe import results_by_subject
+from simclr.reports.evaluation import results_by_subject
 from simclr.reports.table import Row, markdown_table, seeds_note
 from simclr.tasks.distill import distill
 from simclr.training.run import describe_machine, open_run

@@ -70,6 +70,14 @@ def records(results: Sequence[Result]) -> list[dict[str, Any]]:
     return [{name: value for name, value in one.to_dict().items() if name != "details"} for one in results]
 
 
+def results_by_subject(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Subject -> its results, both in the order in which they come."""
+    by_subject: dict[str, list[Result]] = {}
+    for result in results:
+        by_subject.setdefault(result.subject, []).append(result)
+    return by_subject
+
+
 def _top1_by(results: Sequence[Result], column: Callable[[Result], str]) -> dict[str, dict[str, list[float]]]:
     """Subject -> column -> top-1 accuracies in [0, 1]."""
     accuracies: dict[str, dict[str, list[float]]] = {}

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from simclr.evaluation.results import Result
+from simclr.reports.evaluation import results_by_subject
 from simclr.reports.table import Row, seeds_note, text_table
 
 
@@ -29,14 +30,6 @@ def probe_summary(results: Sequence[Result]) -> dict[str, Any]:
     }
     first = next(iter(tables))
     return {"seeds": tables.pop(first), "compared": tables}
-
-
-def results_by_subject(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Subject -> its results, both in the order in which they come."""
-    by_subject: dict[str, list[Result]] = {}
-    for result in results:
-        by_subject.setdefault(result.subject, []).append(result)
-    return by_subject
 
 
 def _table(result: Result) -> dict[str, dict[str, float]]:

@@ -262,7 +262,7 @@ def _shape(args: "Evaluate", images: Images, world: DistributedContext) -> tuple
 
 
 def _warn_if_seen(run: Path, images: Images, world: DistributedContext) -> None:
-    """Say so where images that are about to be split took part, unlabelled, in pretraining."""
+    """Warn where the images that are about to be split were part of pretraining, without labels."""
     if not (run / "run.json").is_file():
         return
     began = open_run(run).origin["data"]

@@ -12,7 +12,7 @@ from simclr.config.finetune import FinetuneConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Say how good an encoder is: accuracies by the papers' protocols, beside what it has to beat.
+    """Evaluate an encoder by the papers' protocols, beside baselines.
 
     RUN is a run's folder, an encoder's folder, timm/NAME or torchvision/NAME (with their pretrained weights), random or
     pixels. PROTOCOL is one or more, with commas between, of: knn (nearest neighbours); linear (a linear classifier on
@@ -30,45 +30,45 @@ class Evaluate:
     folder, such as flowers102:FOLDER."""
 
     protocol: str = "knn,linear"
-    """How to measure."""
+    """Protocols, with commas between."""
 
     labels: str | None = None
-    """Labels that may be used: a share such as 1%, a number such as 10/class, or a file with the names of images, one a
-    line; unset: all."""
+    """Labels that may be used: a share such as 1%, a number such as 10/class, or a file with the names of images, one
+    per line; unset: all."""
 
     seed: int = 0
-    """First seed: of the 80/20 split, the choice of labels, the random encoder and what is trained."""
+    """First seed: of the 80/20 split, the choice of labels, the random encoder and training."""
 
     seeds: int = 1
-    """How many seeds; the table then has mean and spread."""
+    """Number of seeds; with two or more the table has mean and spread."""
 
     compare: tuple[str, ...] = ("random", "pixels")
-    """What stands beside RUN: anything that RUN may be. `--compare` alone: nothing."""
+    """Models in further rows of the table: anything that RUN may be. `--compare` alone: none."""
 
     size: int = 224
     """Pixels a side that models of timm and torchvision are given."""
 
     leave_one_out: bool = False
-    """Of nearest neighbours: each labelled image is judged by all the others, instead of a split."""
+    """kNN alone: each labelled image is classified by all the others, instead of a split."""
 
     linear: Literal["auto", "sgd", "optimum"] = "auto"
     """The linear protocol by SGD on crops, as in the papers, or as the exact optimum on features of the central crop;
     auto: the latter up to 100,000 images."""
 
     finetune_recipe: str | None = None
-    """How to fine-tune: v1-1%, v1-10%, v1-100%, v2-1%, ..., small; unset: by the number of labels and the head."""
+    """Recipe of fine-tuning: v1-1%, v1-10%, v1-100%, v2-1%, ..., small; unset: by the number of labels and the head."""
 
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    """Over the recipe that is named, such as --finetune.lr 0.01."""
+    """Settings that replace those of the recipe, such as --finetune.lr 0.01."""
 
     counts: tuple[int, ...] = ()
-    """Of the curve: labels per class; unset: 1, 2, 5, 10, 20, ... and all."""
+    """Points of the curve, in labels per class; unset: 1, 2, 5, 10, 20, ... and all."""
 
     transfer_by: Literal["linear", "finetune"] = "linear"
     """Transfer by logistic regression on frozen features, or by fine-tuning over the papers' grid."""
 
     grid_steps: int = 20_000
-    """Of transfer by fine-tuning: steps of each training."""
+    """Steps of each training, in transfer by fine-tuning."""
 
     grid_rates: tuple[float, ...] = ()
     """Learning rates that are tried; unset: the papers' seven."""
@@ -81,7 +81,7 @@ class Evaluate:
     RUN is a run of `simclr pretrain`, else nothing is kept."""
 
     json: Path | None = None
-    """Also write all figures to this file."""
+    """Also write all figures and results to this file."""
 
     picture: Path | None = None
     """Also draw accuracies, neighbours and a map of the features to this file (.png)."""
