@@ -15,11 +15,17 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+
+from simclr.evaluation.results import Result
+from simclr.reports.evaluation import accuracy_rows
 
 LABELS = {"digits": (None, "5/class"), "fashion-mnist": (None, "10%", "1%"), "emoji": (None, "10%", "1%")}
 FROZEN, TRAINED = ("knn", "linear"), ("finetune", "supervised")
 """Protocols; those that train a network are left to the few labels, as long as they take minutes."""
+COLUMNS = ("kNN", "linear", "fine-tuned")
+ROWS = ("encoder", "random", "pixels", "supervised", "alexnet")
 
 
 def main() -> None:
@@ -50,16 +56,16 @@ def run_once(out: Path, data: str, seed: int) -> None:
         simclr("resume", run)
     for labels in LABELS[Path(data).name]:
         result = result_file(out, data, seed, labels)
-        if not result.exists():
-            asked = ["--protocol", ",".join(protocols_of(labels)), *([] if labels is None else ["--labels", labels])]
-            simclr("evaluate", run, data, "--seed", seed, "--json", result, *asked)
+        if not has_records(result):
+            flags = ["--protocol", ",".join(protocols_of(labels)), *([] if labels is None else ["--labels", labels])]
+            simclr("evaluate", run, data, "--seed", seed, "--json", result, *flags)
 
 
 def alexnet_once(out: Path, data: str, seed: int, labels: str) -> None:
     result = result_file(out, data, seed, labels, kind="alexnet")
-    if not result.exists():
-        how = ["--protocol", "supervised", "--size", 64, "--compare", "--labels", labels, "--seed", seed]
-        simclr("evaluate", "torchvision/alexnet", data, *how, "--out", result.with_suffix(""), "--json", result)
+    if not has_records(result):
+        flags = ["--protocol", "supervised", "--size", 64, "--compare", "--labels", labels, "--seed", seed]
+        simclr("evaluate", "torchvision/alexnet", data, *flags, "--out", result.with_suffix(""), "--json", result)
 
 
 def protocols_of(labels: str | None) -> tuple[str, ...]:
@@ -85,18 +91,29 @@ def print_table(out: Path, data: str, seeds: int) -> None:
     print("| labels | features | kNN, % | linear, % | trained whole, % |")
     print("|---|---|---|---|---|")
     for labels in LABELS[Path(data).name]:
-        results = [json.loads(result_file(out, data, seed, labels).read_text()) for seed in range(seeds)]
-        names = ["encoder", "random", "pixels", "supervised"]
-        files = [result_file(out, data, seed, labels, kind="alexnet") for seed in range(seeds)]
-        if all(file.exists() for file in files):
-            names.append("alexnet")
-            for result, file in zip(results, files, strict=True):
-                result["alexnet"] = json.loads(file.read_text())["supervised"]
-        for name in (name for name in names if name in results[0]):
-            figures = [result[name] for result in results]
-            whole = TRAINED[1] if name in (TRAINED[1], "alexnet") else TRAINED[0]
-            cells = [spread([100 * row[probe] for row in figures if probe in row]) for probe in (*FROZEN, whole)]
-            print(f"| {labels or 'all'} | {name} | {' | '.join(cells)} |")
+        rows = accuracy_rows(results_of(out, data, seeds, labels))
+        for row in sorted(rows, key=lambda row: ROWS.index(row.name)):
+            cells = [spread([100 * value for value in row.values.get(column, ())]) for column in COLUMNS]
+            print(f"| {labels or 'all'} | {row.name} | {' | '.join(cells)} |")
+
+
+def results_of(out: Path, data: str, seeds: int, labels: str | None) -> list[Result]:
+    """The results of all seeds; those of AlexNet, where they are there for every seed, at the end."""
+    files = [result_file(out, data, seed, labels) for seed in range(seeds)]
+    of_alexnet = [result_file(out, data, seed, labels, kind="alexnet") for seed in range(seeds)]
+    results = [result for file in files for result in read_records(file)]
+    if all(map(has_records, of_alexnet)):
+        results += [replace(result, subject="alexnet") for file in of_alexnet for result in read_records(file)]
+    return results
+
+
+def read_records(file: Path) -> list[Result]:
+    return [Result(**record) for record in json.loads(file.read_text())["records"]]
+
+
+def has_records(file: Path) -> bool:
+    """Whether the evaluation is done, by a version that lists its results."""
+    return file.exists() and "records" in json.loads(file.read_text())
 
 
 def spread(values: list[float]) -> str:

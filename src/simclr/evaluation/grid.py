@@ -39,7 +39,7 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Which trainings are tried; the defaults are the paper's for fine-tuning."""
+    """A grid of trainings; the defaults are the paper's for fine-tuning."""
 
     steps: int = 20_000
     """Updates of each training."""
@@ -60,6 +60,7 @@ class Grid:
 
     @property
     def cells(self) -> list[Cell]:
+        """All settings, by rate and then by decay."""
         return [Cell(rate, decay) for rate in self.rates for decay in self.decays]
 
 
@@ -120,9 +121,11 @@ def choose_and_test(
     about: About,
     say: Callable[[str], None],
 ) -> Result:
-    """The search itself, whatever trains.
+    """Train each cell, choose one on the validation images, and test it.
 
     Args:
+        train: What trains a cell.
+        store: Where results of cells are kept and looked up.
         key: All that a training depends on, besides the cell and the images.
         about: Names of the result.
 
@@ -167,7 +170,7 @@ def choose_and_test(
 
 
 def settings(cell: Cell, grid: Grid, num_images: int) -> FinetuneConfig:
-    """How a cell is trained: SGD with Nesterov momentum 0.9 and a cosine, batch norm as in the paper."""
+    """Settings of the training of a cell: SGD with Nesterov momentum 0.9 and a cosine, batch norm as in the paper."""
     steps_per_epoch = num_images / grid.batch_size
     return FinetuneConfig(
         optimizer="sgd",

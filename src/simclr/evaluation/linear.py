@@ -33,7 +33,7 @@ def linear(
     run: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Finetuned:
-    """Train a linear classifier on the frozen encoder by SGD, then test it.
+    """Train a linear classifier on the frozen encoder by SGD, and test it.
 
     Arguments and errors are those of `finetune`; `config` trains the classifier alone.
     """
@@ -45,6 +45,9 @@ def linear(
 
 
 def choose_linear_solver(num_images: int) -> Literal["sgd", "optimum"]:
-    """The solver that suits this number of training images: SGD on crops as in the paper, or the exact optimum on
-    cached features of the central crop."""
+    """The solver that suits this number of training images.
+
+    Returns:
+        "sgd" on crops as in the paper, or "optimum": the exact one on cached features of the central crop.
+    """
     return "optimum" if num_images <= MAX_ROWS_FOR_OPTIMUM else "sgd"

@@ -241,8 +241,10 @@ def _training(protocol: Protocol, subject: EvaluatedModel, split: Split, setting
 
 
 def choose_finetune_config(subject: EvaluatedModel, split: Split, settings: Settings) -> FinetuneConfig:
-    """Settings of a fine-tuning: those that a user gives, on top of the recipe that is named, else of the one for these
-    weights and this number of labels."""
+    """Settings of a fine-tuning: those that a user gives, on top of a recipe.
+
+    The recipe is the one that `settings` name, else the one for these weights and this number of labels.
+    """
     num_images = len(split.train)
     if settings.recipe is not None:
         config = _flipped(find_finetune_recipe(settings.recipe), settings.flip)

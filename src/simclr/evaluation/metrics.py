@@ -107,11 +107,11 @@ def _average_precision(scores: np.ndarray, relevant: np.ndarray) -> float:
 def permutation_test(
     correct_a: np.ndarray, correct_b: np.ndarray, *, samples: int = 100_000, seed: int
 ) -> tuple[float, str]:
-    """Paired two-sided permutation test: would two equally good encoders differ by as much?
+    """Paired two-sided permutation test of the difference between two encoders.
 
-    If they were equally good, which of the two outcomes of an image belongs to which encoder would be a coin toss. The
-    p-value is the share of tosses with a difference of means at least as large as the one seen. The paper draws
-    100,000 (Transfer appendix). Where outcomes are only right or wrong, the share over all 2^n tosses is known without
+    If the two were equally good, which outcome of an image belongs to which encoder would be a coin toss. The p-value
+    is the share of tosses with a difference of means at least as large as the one seen. The paper draws 100,000
+    (Transfer appendix). Where outcomes are only right or wrong, the share over all 2^n tosses is known without
     drawing: the tosses that favour an encoder follow a binomial distribution (McNemar's exact test).
 
     Args:

@@ -23,7 +23,7 @@ class Row:
 
 
 def with_spread(values: Sequence[float], *, percent: bool = True, digits: int = 1) -> str:
-    """ "71.2 ± 0.4", or "71.2" of a single value, or "-" of none.
+    """Mean and spread as text: "71.2 ± 0.4", or "71.2" of a single value, or "-" of none.
 
     Args:
         percent: Values are shares in [0, 1], printed in percent without the sign.

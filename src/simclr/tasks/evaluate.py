@@ -61,6 +61,7 @@ def evaluate(args: "Evaluate", finetune_over: Callable[[FinetuneConfig], Finetun
             settings = Settings(linear=args.linear, recipe=args.finetune_recipe, over=finetune_over, flip=session.flip)
             results = session.measure([cast(Protocol, name) for name in protocols if name in ACCURACIES], settings)
             reports = {name: REPORTS[name](session) for name in protocols if name in REPORTS}
+            session.tell_reused()
             picture = _picture(session, results) if args.picture else None
             if world.is_main:
                 _print_and_write(session, results, reports, picture)

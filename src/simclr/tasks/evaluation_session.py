@@ -100,6 +100,7 @@ class Session:
 
     @property
     def seeds(self) -> range:
+        """`--seeds` seeds from `--seed` on."""
         return range(self.args.seed, self.args.seed + self.args.seeds)
 
     @property
@@ -139,6 +140,11 @@ class Session:
         """Warn about each subject whose training had not reached its end."""
         for name, progress in self.unfinished().items():
             self.tell(progress.warning(self.args.run if name == ENCODER else name))
+
+    def tell_reused(self) -> None:
+        """Print how many results came from the file."""
+        if self.store.reused:
+            self.tell(f"Taken from {self.store.file}: {self.store.reused}; without that file, all are measured.")
 
     def tell(self, sentence: str) -> None:
         """Print a sentence once, whatever the number of processes."""
@@ -213,8 +219,6 @@ class Session:
         )  # fmt: skip
         if not results:
             raise self.failed[0]
-        if self.store.reused:
-            self.tell(f"Taken from {self.store.file}: {self.store.reused}; without that file, all are measured.")
         return results
 
 
