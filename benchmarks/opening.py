@@ -15,6 +15,7 @@ The first time has an empty cache folder. Wall-clock seconds; median and range o
 
 import argparse
 import os
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -41,18 +42,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write every measurement here")
     args = parser.parse_args()
     seconds: dict[str, list[float]] = {f"{part}, {when}": [] for part in PARTS for when in ("first", "later")}
+    megabytes: dict[str, list[float]] = {name: [] for name in seconds}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or make_files(Path(temporary) / "images", args.images)
         for round_ in range(args.rounds):
             for part in PARTS:
                 cache = Path(temporary) / "cache" / f"{part}-{round_}"
                 for when in ("first", "later"):
-                    spent = in_fresh_process(args.cores, measure, part, folder, cache, args.cores)
+                    spent, taken = in_fresh_process(args.cores, measure, part, folder, cache, args.cores)
                     seconds[f"{part}, {when}"].append(spent)
-    print_markdown(["", "seconds"], [[name, spread(values, "{:.2f}")] for name, values in seconds.items()])
+                    megabytes[f"{part}, {when}"].append(taken)
+    rows = [[name, spread(seconds[name], "{:.2f}"), spread(megabytes[name], "{:.0f}")] for name in seconds]
+    print_markdown(["", "seconds", "MB"], rows)
     if args.json:
         setting = {"images": args.images, "folder": args.folder and str(args.folder), "cores": args.cores}
-        write_json(args.json, {"machine": machine(), "setting": setting, "seconds": seconds})
+        write_json(args.json, {"machine": machine(), "setting": setting, "seconds": seconds, "megabytes": megabytes})
 
 
 def make_files(folder: Path, count: int) -> Path:
@@ -66,15 +70,21 @@ def make_files(folder: Path, count: int) -> Path:
     return folder
 
 
-def measure(part: str, folder: Path, cache: Path, workers: int) -> float:
-    """Seconds of one part, with what is kept in `cache`."""
+def measure(part: str, folder: Path, cache: Path, workers: int) -> tuple[float, float]:
+    """Seconds of one part, with what is kept in `cache`, and MB by which the peak of resident memory grew."""
     os.environ["XDG_CACHE_HOME"] = str(cache)
+    before = peak_megabytes()
     begun = time.perf_counter()
     if part == "identity":
         identify(folder, scan_folder(folder).files, workers=workers, say=print)
     else:
         open_data(folder, pack="auto", workers=workers)
-    return time.perf_counter() - begun
+    return time.perf_counter() - begun, peak_megabytes() - before
+
+
+def peak_megabytes() -> float:
+    """Peak of resident memory of this process so far, in MB (Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 if __name__ == "__main__":

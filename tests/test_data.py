@@ -289,7 +289,7 @@ def test_beyond_the_memory_budget_files_are_decoded_again(tmp_path: Path, worker
     class_folder(tmp_path)
     save(GRAY, tmp_path / "cat" / "other.png")
     kept = open_folder(tmp_path)
-    again = open_folder(tmp_path, how=Reading(memory_budget=5 * 7 * 3 * 4, workers=workers))
+    again = open_folder(tmp_path, reading=Reading(memory_budget=5 * 7 * 3 * 4, workers=workers))
     assert any("decoded again" in note for note in again.notes)
     assert again.fingerprint == kept.fingerprint
     order = [12, 3, 3, 4]

@@ -123,14 +123,14 @@ def test_strict_names_the_first_and_counts(hostile: tuple[Path, int]) -> None:
 
 
 def test_result_is_the_same_for_any_number_of_threads(hostile: tuple[Path, int]) -> None:
-    one, many = (open_folder(hostile[0], how=Reading(workers=workers)) for workers in (1, 7))
+    one, many = (open_folder(hostile[0], reading=Reading(workers=workers)) for workers in (1, 7))
     assert one.skipped == many.skipped and one.fingerprint == many.fingerprint
     one, many = one.readable(), many.readable()
     assert one.skipped == many.skipped and one.fingerprint == many.fingerprint
 
 
 def test_batches_from_many_threads_at_once(hostile: tuple[Path, int]) -> None:
-    images = open_folder(hostile[0], how=Reading(workers=2, memory_budget=0))
+    images = open_folder(hostile[0], reading=Reading(workers=2, memory_budget=0))
     rows = np.flatnonzero((images.sizes == 24).all(axis=1))[:20]
     expected = images.read(rows)
     results: list[bool] = []

@@ -152,7 +152,7 @@ def test_pack_gives_the_pixels_of_an_exchanged_file(tmp_path: Path) -> None:
 
 def test_file_that_changed_since_opening_is_not_read(tmp_path: Path) -> None:
     photos = write_folder(tmp_path / "photos", 0)
-    images = open_folder(photos, how=Reading(memory_budget=0))
+    images = open_folder(photos, reading=Reading(memory_budget=0))
     expected = images.read([0, 1])
     (photos / "cat" / "00.bmp").chmod(0o600)  # which changes a time, and no byte
     os.utime(photos / "cat" / "00.bmp", ns=(0, 0))

@@ -401,7 +401,7 @@ def test_side_shrinks_the_larger_images_and_no_others(photos: Path, tmp_path: Pa
     native, small = open_data(photos), open_data(photos, side=24)
     for workers in (0, 2):
         assert same(open_packed(photos, side=24, pack=str(tmp_path / "packs"), workers=workers), small)
-    assert same(open_folder(photos, how=Reading(side=24, memory_budget=0)), small)
+    assert same(open_folder(photos, reading=Reading(side=24, memory_budget=0)), small)
     assert small.fingerprint != native.fingerprint
     assert open_data(photos, side=64).fingerprint == native.fingerprint  # none is larger
     shrunk = 0

@@ -195,7 +195,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(stand_ins: Path, name: str) -> TransferSet:
-    return open_transfer_set(f"{name}:{stand_ins / name}", how=Reading(workers=0))
+    return open_transfer_set(f"{name}:{stand_ins / name}", reading=Reading(workers=0))
 
 
 def shown(images, by_name: bool = True) -> Iterator[tuple[bytes, str]]:
@@ -332,7 +332,7 @@ def test_images_that_cannot_be_read_are_left_out_with_their_labels(tmp_path):
     ]  # fmt: skip
     assert any("2 of 7 files left out" in note for note in parts.train.notes)
     with pytest.raises(UserError, match="2 of 7 files"):
-        open_transfer_set(f"aircraft:{tmp_path}", how=Reading(strict=True))
+        open_transfer_set(f"aircraft:{tmp_path}", reading=Reading(strict=True))
 
 
 def test_a_set_that_is_not_whole_says_so(stand_ins):

@@ -199,7 +199,7 @@ def test_pixels_stay_in_memory_where_all_fit(tmp_path: Path, monkeypatch: pytest
         images.read(range(12))
     assert len(counted) == 12  # the damaged ones too
     counted.clear()
-    images = open_folder(photos, how=Reading(memory_budget=1000))
+    images = open_folder(photos, reading=Reading(memory_budget=1000))
     images.read([0]), images.read([0])
     assert len(counted) == 2
 
@@ -252,3 +252,20 @@ def test_embed_leaves_damaged_images_out(simclr, tmp_path: Path) -> None:
         np.testing.assert_allclose(one["features"], other["features"], rtol=1e-4, atol=1e-5)
         assert one["features"].shape[0] == 9 and one["features"].dtype == np.float32
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "run", "damaged.npz", "whole.npz"}
+
+
+def test_a_run_of_before_goes_on_without_its_damaged_images(simclr, tmp_path: Path) -> None:
+    """Earlier versions decoded all images at opening, and left out those that they could not decode."""
+    photos = write_photos(tmp_path / "photos")
+    fast = ["--recipe", "digits", "--epochs", "1", "--batch-size", "4", "--width", "0.25", "--workers", "0"]
+    assert simclr("pretrain", photos, "--out", tmp_path / "run", *fast, "--channels", "3")[0] == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.unlink()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    left = open_data(photos, channels="3").readable()
+    record["data"] |= {"images": len(left), "fingerprint": left.fingerprint}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    code, _, said = simclr("resume", tmp_path / "run")
+    assert code == 0 and "3 of 12 images are damaged and left out" in said, said
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["images"] == 9

@@ -52,21 +52,21 @@ def open_data(
         UserError: no such name or path, nothing usable in it, labels that do not fit, no test part, broken
             files with `strict`.
     """
-    how = Reading(
+    reading = Reading(
         strict=strict, channels=channels, workers=workers, pack=pack, side=side, say=say,
         counting=lambda _: nullcontext(progress),
     )  # fmt: skip
-    return open_source(source, split=split, labels=labels, how=how)
+    return open_source(source, split=split, labels=labels, reading=reading)
 
 
 def open_source(
-    source: str | Path, *, split: Split = "train", labels: Path | None = None, how: Reading | None = None
+    source: str | Path, *, split: Split = "train", labels: Path | None = None, reading: Reading | None = None
 ) -> Images:
     """As `open_data`, with how files become pixels in one value."""
-    how = how or Reading()
+    reading = reading or Reading()
     for setting, value, allowed in (
         ("split", split, get_args(Split)),
-        ("channels", how.channels, get_args(Channels)),
+        ("channels", reading.channels, get_args(Channels)),
     ):
         if value not in allowed:
             raise UserError(f"{setting} is {value!r}: give one of {', '.join(allowed)}.")
@@ -75,7 +75,7 @@ def open_source(
     path = Path(source).expanduser()
     if labels is not None and (named or not path.is_dir()):
         raise UserError(f"A label file goes with a folder of images, and {source} is none; an .npz file carries y.")
-    if how.side is not None and (name in ARRAYS if named else not path.is_dir()):
+    if reading.side is not None and (name in ARRAYS if named else not path.is_dir()):
         raise UserError(f"--pack-side goes with a folder of images, and {source} is none.")
     if named:
         folder = Path(place).expanduser() if place else None
@@ -83,20 +83,20 @@ def open_source(
             way_out = f"create it, or write '{name}' alone" if name in ARRAYS else "check the path"
             raise UserError(f"There is no folder {folder} for {name}: {way_out}.")
         if name in ARRAYS:
-            return open_named(name, folder, split=split, channels=how.channels)
-        return open_layout(name, folder, split=split, how=how)
+            return open_named(name, folder, split=split, channels=reading.channels)
+        return open_layout(name, folder, split=split, reading=reading)
     if path.is_dir():
-        return open_folder(path, split=split, labels=labels, how=how)
+        return open_folder(path, split=split, labels=labels, reading=reading)
     if path.is_file():
         if path.suffix.lower() not in (".npz", ".npy"):
             raise UserError(
                 f"{source} is a file, but no .npz: give a folder of images, an .npz file with x, or a name."
             )
-        return open_npz(path, split=split, channels=how.channels)
+        return open_npz(path, split=split, channels=reading.channels)
     raise UserError(_nothing_there(str(source)))
 
 
-def open_whole(source: str | Path, how: Reading) -> Images:
+def open_whole(source: str | Path, reading: Reading) -> Images:
     """Every image of a folder, whatever its sub-folders are called, or of an .npz file or named set, of all parts.
 
     Raises:
@@ -104,8 +104,8 @@ def open_whole(source: str | Path, how: Reading) -> Images:
     """
     path = Path(source).expanduser()
     if path.is_dir() and not (str(source).partition(":")[0] in NAMES and not isinstance(source, Path)):
-        return open_folder(path, split="all", whole=True, how=how)
-    return open_source(source, split="all", how=how)
+        return open_folder(path, split="all", whole=True, reading=reading)
+    return open_source(source, split="all", reading=reading)
 
 
 def _nothing_there(source: str) -> str:

@@ -68,7 +68,7 @@ class TransferSet:
 
 
 def open_transfer_set(
-    source: str | Path, *, seed: int = 0, labels: Path | None = None, how: Reading | None = None
+    source: str | Path, *, seed: int = 0, labels: Path | None = None, reading: Reading | None = None
 ) -> TransferSet:
     """Open data to transfer to.
 
@@ -77,7 +77,7 @@ def open_transfer_set(
             name, a folder of images, an .npz file.
         seed: Of the parts that are held out.
         labels: CSV file of `path,label` lines for a folder.
-        how: How files are read.
+        reading: How files are read.
 
     Returns:
         The data's own parts where it has them; else HELD_OUT of its images to test on. What is to be said aloud is in
@@ -86,27 +86,27 @@ def open_transfer_set(
     Raises:
         UserError: as `open_data`; no labels, one class, a class that only the test images have.
     """
-    how = how or Reading()
+    reading = reading or Reading()
     name, _, place = str(source).partition(":")
     preset = PRESETS.get(name) if isinstance(source, str) else None
     if preset is not None and name in LAYOUTS:
-        opened, parts = open_parts(name, Path(place).expanduser() if place else None, how=how)
-        images = _readable(opened, how)
+        opened, parts = open_parts(name, Path(place).expanduser() if place else None, reading=reading)
+        images = _readable(opened, reading)
         parts = parts[np.isin(np.array(opened.keys), np.array(images.keys))]
         learn = replace(images.subset(parts != "test"), split="train")
         test = replace(images.subset(parts == "test"), split="test")
         return _divide(learn, test, parts[parts != "test"] == "validation", preset, seed)
-    learn = labelled(_readable(open_source(source, split="train", labels=labels, how=how), how))
+    learn = labelled(_readable(open_source(source, split="train", labels=labels, reading=reading), reading))
     if learn.has_own_split:
-        test = labelled(_readable(open_source(source, split="test", labels=labels, how=how), how))
+        test = labelled(_readable(open_source(source, split="test", labels=labels, reading=reading), reading))
     else:
         keep, hold = split_indices(_labels(learn), HELD_OUT, seed)
         learn, test = replace(learn.subset(keep), split="train"), replace(learn.subset(hold), split="test")
     return _divide(learn, test, np.zeros(len(learn), dtype=bool), preset, seed)
 
 
-def _readable(images: Images, how: Reading) -> Images:
-    with how.counting("Checking images") as progress:
+def _readable(images: Images, reading: Reading) -> Images:
+    with reading.counting("Checking images") as progress:
         return images.readable(progress)
 
 

@@ -1,6 +1,6 @@
 """`Source`: what training, evaluation and embedding need of a data set, whatever its modality or format."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -18,7 +18,10 @@ class Skipped(NamedTuple):
 class Source(Protocol):
     """n items, opened: all that is known of them without decoding any.
 
-    Opening is cheap and lazy. Whoever holds a source asks neither which format its items have nor where they are.
+    Opening is cheap and lazy: it lists, reads headers and takes identity by content. Whoever holds a source asks
+    neither which format its items have nor where they are. What `len`, `keys`, `labels` and `fingerprint` say depends
+    on the contents alone, never on what was decoded before: an item that cannot be decoded stays, and is replaced when
+    it is read.
     """
 
     @property
@@ -56,9 +59,37 @@ class Source(Protocol):
     def read(self, indices: np.ndarray | Sequence[int], *, copy: bool = True) -> Any:
         """Decoded items in the order of `indices`: an array with one row per item, or a list of arrays.
 
+        In the place of an item that cannot be decoded, the next one that can be is read, counted on from it and from
+        the last to the first. Reading is a pure function of the indices and the contents.
+
         Args:
             copy: Whether the arrays are the caller's to change; without a copy they are only to be read.
         """
+        ...
+
+    def items_read(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
+        """(B,) which items `read(indices)` has returned: `indices`, but for replaced ones. Labels go with these."""
+        ...
+
+    @property
+    def replaced(self) -> list[Skipped]:
+        """Items that could not be decoded so far."""
+        ...
+
+    def prepare(self) -> list[str]:
+        """Decode ahead what is kept decoded on the disk, where that is wanted; sentences for the user."""
+        ...
+
+    def check(self, progress: Callable[[int, int], None] | None = None) -> list[Skipped]:
+        """Decode all items; those that cannot be decoded.
+
+        Args:
+            progress: Called with (done, total).
+        """
+        ...
+
+    def readable(self, progress: Callable[[int, int], None] | None = None) -> Self:
+        """The items that can be decoded, for work that may see none in another's place, such as an evaluation."""
         ...
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> Self:

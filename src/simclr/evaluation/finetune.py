@@ -269,7 +269,8 @@ def _batches(
         positions = np.arange(step * config.batch_size + mine.start, step * config.batch_size + mine.stop)
         epochs, indices = order.at(positions)  # (B,), (B,)
         pixels = train.read(indices, copy=False) if resident is None else resident[indices]
-        return view(pixels, epoch=epochs, indices=indices), torch.from_numpy(targets[indices]).to(world.device)
+        read = torch.from_numpy(targets[train.items_read(indices)])
+        return view(pixels, epoch=epochs, indices=indices), read.to(world.device)
 
     return batch
 

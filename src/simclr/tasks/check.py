@@ -18,8 +18,8 @@ def check(args: "Check") -> None:
     Raises:
         UserError: There is nothing at DATA, or an archive cannot be read at all.
     """
-    how = Reading(workers=os.cpu_count() or 1, memory_budget=0, allow_empty=True, say=say, counting=counting)
-    images = open_whole(args.data, how)
+    reading = Reading(workers=os.cpu_count() or 1, memory_budget=0, allow_empty=True, say=say, counting=counting)
+    images = open_whole(args.data, reading)
     with counting("Checking images", lines=True, unit="image") as progress:
         damaged = sorted([*images.skipped, *images.check(progress)])
     for item in damaged:

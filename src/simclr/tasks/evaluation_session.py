@@ -228,7 +228,7 @@ def _transfer_set(args: "Evaluate", source: str, seed: int, world: DistributedCo
         workers=os.cpu_count() or 1, pack=args.pack, side=side, say=partial(say, main=world.is_main),
         counting=partial(counting, main=world.is_main),
     )  # fmt: skip
-    return open_transfer_set(source, seed=seed, labels=args.labels_file, how=reading)
+    return open_transfer_set(source, seed=seed, labels=args.labels_file, reading=reading)
 
 
 def _is_folder(run: str) -> bool:

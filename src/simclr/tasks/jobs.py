@@ -15,7 +15,7 @@ from simclr.data.readers.named import NAMES
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.tasks import pretrain as pretraining
-from simclr.tasks.opening import lasting, open_aloud, require_writable, write
+from simclr.tasks.opening import as_begun, lasting, open_aloud, require_writable, write
 from simclr.tasks.plan import plan as plan_run
 from simclr.training.device import same_threads
 from simclr.training.loop import Outcome
@@ -81,6 +81,7 @@ def resume(args: "Resume", flags_over: FlagsOver) -> None:
         source = lasting(args.data) if args.data else _known_place(origin, args.run)
         options = origin["data"]["options"] | ({"pack": args.pack} if args.pack else {})
         images = open_aloud(source, world, channels=config.channels, **options)
+        images = as_begun(images, origin["data"], world)
         pretraining.same_data(images, origin, args.run, main=world.is_main)
         outcome = pretraining.pretrain(images, config, run, world)
     _leave(outcome, world)

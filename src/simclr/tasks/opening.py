@@ -6,6 +6,7 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 
@@ -44,12 +45,12 @@ def open_aloud(
             count no image twice. Else they are replaced when they are read (`Images.read`).
         once: Each image will be read once, so that none is kept decoded in memory.
     """
-    how = Reading(
+    reading = Reading(
         strict=strict, channels=channels, workers=os.cpu_count() or 1, pack=pack, side=side,
         memory_budget=0 if once else None, say=partial(say, main=world.is_main),
         counting=partial(counting, main=world.is_main),
     )  # fmt: skip
-    images = open_source(source, split=split, labels=Path(labels) if labels else None, how=how)
+    images = open_source(source, split=split, labels=Path(labels) if labels else None, reading=reading)
     prepared = images.prepare()
     if readable:
         with counting("Checking images", main=world.is_main) as progress:
@@ -105,6 +106,22 @@ def load_model(path: str | PathLike[str], *, device: str | torch.device = "cpu",
     if model.progress is not None and not model.progress.finished:
         say(model.progress.warning(path), main=main)
     return model
+
+
+def as_begun(images: Images, data: Mapping[str, Any], world: DistributedContext) -> Images:
+    """The images that a run began with: earlier versions left out those that cannot be decoded.
+
+    Args:
+        data: What run.json says of them.
+    """
+    if len(images) <= int(data["images"]) or images.fingerprint == data["fingerprint"]:
+        return images
+    with counting("Checking images", main=world.is_main) as progress:
+        left = images.readable(progress)
+    if left.fingerprint != data["fingerprint"]:
+        return images
+    say(left.notes[-1], main=world.is_main)
+    return left
 
 
 def open_parts(

@@ -63,11 +63,11 @@ def predict(args: "Predict") -> None:
 
 
 def _open_images(args: "Predict", channels: int, bad: LeftOut) -> Images:
-    how = Reading(
+    reading = Reading(
         channels="3" if channels == 3 else "auto", workers=os.cpu_count() or 1, side=args.pack_side, memory_budget=0,
         allow_empty=True, say=say, counting=counting,
     )  # fmt: skip
-    images = open_whole(args.images, how)
+    images = open_whole(args.images, reading)
     for note in images.notes:
         say(note)
     for skipped in images.skipped:

@@ -249,7 +249,9 @@ def _knn_monitor(images: Images, method: SimCLR, config: PretrainConfig) -> Call
 
     def monitor() -> dict[str, float]:
         features = [extract(method.encoder, part, preset=config.augmentation) for part in (bank, queries)]
-        return {"knn": accuracy(knn(features[0], bank_labels, features[1]), query_labels)}
+        known = bank_labels[bank.items_read(np.arange(len(bank)))]
+        asked = query_labels[queries.items_read(np.arange(len(queries)))]
+        return {"knn": accuracy(knn(features[0], known, features[1]), asked)}
 
     return monitor
 

@@ -46,9 +46,12 @@ class DeviceImages:
 
         def send(first: int, last: int) -> None:
             rows = np.arange(first, last)
-            read, are_own = list(images.read(rows, copy=False)), images.items_read(rows) == rows
-            for i in np.flatnonzero(~are_own):  # damaged: the image in its place may have another size
-                read[i] = np.zeros((*images.sizes[first + i], images.channels), np.uint8)
+            read, is_own = images.read(rows, copy=False), images.items_read(rows) == rows
+            if not is_own.all():  # damaged: the image in its place may have another size
+                read = [
+                    image if own else np.zeros((*images.sizes[i], images.channels), np.uint8)
+                    for i, image, own in zip(rows, read, is_own, strict=True)
+                ]
             packed = _packed(read, device)
             pixels[ends[first] : ends[last]].copy_(packed, non_blocking=True)
 

@@ -54,36 +54,38 @@ class FileList:
     notes: Sequence[str] = ()
 
 
-def open_files(listed: FileList, how: Reading) -> Images:
+def open_files(listed: FileList, reading: Reading) -> Images:
     """Open image files without decoding them.
 
     Files that are no images by their header are left out. Those that turn out to be damaged when they are decoded stay
     in the list, so that what is opened depends on no decoding: `Images.read` replaces them.
 
     Raises:
-        UserError: None can be used, one cannot with `how.strict`, or the pack would lie among the images.
+        UserError: None can be used, one cannot with `reading.strict`, or the pack would lie among the images.
     """
     notes = list(listed.notes)
-    if how.side:
-        notes.append(f"Images with a shorter side above {how.side} pixels are shrunk to {how.side} (--pack-side).")
-    with how.counting("Opening files") as progress:
-        files, said = identify(listed.root, listed.files, workers=how.workers, say=how.say, progress=progress)
+    if reading.side:
+        notes.append(
+            f"Images with a shorter side above {reading.side} pixels are shrunk to {reading.side} (--pack-side)."
+        )
+    with reading.counting("Opening files") as progress:
+        files, said = identify(listed.root, listed.files, workers=reading.workers, say=reading.say, progress=progress)
     notes += said
     kept, reasons = _by_header(files)
     skipped = sorted([*listed.unreachable, *(Skipped(files[row].key, why) for row, why in reasons.items())])
     total = len(files) + len(listed.unreachable)
-    if skipped and (how.strict or not (kept or how.allow_empty)):
-        _refuse(listed.root, skipped, total, some_good=how.strict and bool(kept))
+    if skipped and (reading.strict or not (kept or reading.allow_empty)):
+        _refuse(listed.root, skipped, total, some_good=reading.strict and bool(kept))
     shapes = np.array([files[row].shape for row in kept], np.int64).reshape(-1, 3)
-    sizes = shapes[:, :2] if how.side is None else _shrunk(shapes[:, :2], how.side)
-    num_channels, said = choose_channels(how.channels, shapes[:, 2] == 1)
+    sizes = shapes[:, :2] if reading.side is None else _shrunk(shapes[:, :2], reading.side)
+    num_channels, said = choose_channels(reading.channels, shapes[:, 2] == 1)
     notes += said
     if skipped:
         named = some([f"{item.key} ({item.reason})" for item in skipped], most=10)
         notes.append(f"{len(skipped):,} of {total:,} files left out: {named}.")
-    plan, said = _plan_pack(listed, how)
+    plan, said = _plan_pack(listed, reading)
     usable = files if len(kept) == len(files) else [files[row] for row in kept]
-    store = FileStore(usable, sizes, how, plan)
+    store = FileStore(usable, sizes, reading, plan)
     labelling = listed.label(kept)
     images = Images(
         name=listed.name,
@@ -101,8 +103,8 @@ def open_files(listed: FileList, how: Reading) -> Images:
         skipped=skipped,
         notes=[*notes, *said, *store.notes, *labelling.notes],
     )
-    if how.strict:
-        _require_undamaged(listed.root, images, total, how)
+    if reading.strict:
+        _require_undamaged(listed.root, images, total, reading)
     return images
 
 
@@ -125,17 +127,17 @@ def _shrunk(sizes: np.ndarray, side: int) -> np.ndarray:
     return np.array([shrunk_size(height, width, side) for height, width in sizes.tolist()], np.int64)
 
 
-def _plan_pack(listed: FileList, how: Reading) -> tuple[PackPlan | None, list[str]]:
+def _plan_pack(listed: FileList, reading: Reading) -> tuple[PackPlan | None, list[str]]:
     try:
-        place = pack_place(how.pack, listed.root, listed.every, how.side)
+        place = pack_place(reading.pack, listed.root, listed.every, reading.side)
     except OSError as error:
         return None, [f"There is no place for a pack ({reason_of(error)}): --pack names a folder."]
     every = None if len(listed.every) == len(listed.files) else listed.every
     return (None if place is None else PackPlan(place, listed.root, every)), []
 
 
-def _require_undamaged(root: Path, images: Images, total: int, how: Reading) -> None:
-    with how.counting("Checking images") as progress:
+def _require_undamaged(root: Path, images: Images, total: int, reading: Reading) -> None:
+    with reading.counting("Checking images") as progress:
         damaged = images.check(progress)
     if damaged:
         _refuse(root, damaged, total, some_good=len(damaged) < len(images))

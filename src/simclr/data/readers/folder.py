@@ -25,7 +25,7 @@ def open_folder(
     split: Split = "train",
     labels: Path | None = None,
     whole: bool = False,
-    how: Reading | None = None,
+    reading: Reading | None = None,
 ) -> Images:
     """Open the images of a folder, at any depth.
 
@@ -36,13 +36,13 @@ def open_folder(
     Args:
         labels: CSV file of `path,label` lines instead of sub-folders.
         whole: Take every image, also where there are train/ and test/, and no labels from sub-folders.
-        how: How files become pixels.
+        reading: How files become pixels.
 
     Raises:
-        UserError: nothing usable, a label file that does not fit, a broken file where `how` is strict, a pack among
+        UserError: nothing usable, a label file that does not fit, a broken file where `reading` is strict, a pack among
             the images.
     """
-    how = how or Reading()
+    reading = reading or Reading()
     scan = scan_folder(root, besides=labels)
     if not scan.files and not scan.skipped:
         raise UserError(f"There are no images in {root}: give a folder with .jpg, .png or other image files in it.")
@@ -76,7 +76,7 @@ def open_folder(
             has_own_split=len(parts) > 0,
             notes=[*scan.notes, *([f"{outside:,} images outside {' and '.join(parts)} ignored."] if outside else [])],
         ),
-        how,
+        reading,
     )
 
 
@@ -95,7 +95,9 @@ def _labels_from_folders(files: Sequence[Found], all_files: Sequence[Found], par
         return Labelling()
     if not all(folder_of):
         return Labelling(notes=["Images both in sub-folders and beside them: no labels taken from the folders."])
-    everywhere = {_class_folder(file.key, prefixes) for file in all_files if file.key.startswith(tuple(prefixes))}
+    everywhere = set(folder_of)
+    if len(files) < len(all_files):
+        everywhere |= {_class_folder(file.key, prefixes) for file in all_files if file.key.startswith(tuple(prefixes))}
     classes = sorted(name for name in everywhere if name)
     if len(classes) < 2:
         return Labelling(notes=[f"All images lie in one sub-folder, {some(classes)}: no labels."])
@@ -105,6 +107,6 @@ def _labels_from_folders(files: Sequence[Found], all_files: Sequence[Found], par
 
 def _class_folder(key: str, prefixes: Sequence[str]) -> str:
     """Name of the top-level sub-folder that a file lies in, "" for none."""
-    prefix = next(prefix for prefix in prefixes if key.startswith(prefix))
+    prefix = prefixes[0] if len(prefixes) == 1 else next(prefix for prefix in prefixes if key.startswith(prefix))
     top, slash, _ = key.removeprefix(prefix).partition("/")
     return top if slash else ""

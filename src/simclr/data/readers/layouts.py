@@ -54,7 +54,7 @@ class Layout(NamedTuple):
     laid_out: str = "the files are to lie as torchvision lays them out"
 
 
-def open_layout(name: str, folder: Path | None, *, split: Split = "train", how: Reading | None = None) -> Images:
+def open_layout(name: str, folder: Path | None, *, split: Split = "train", reading: Reading | None = None) -> Images:
     """Open a set by its name; its validation images, where it has an official list of them, are part of "train".
 
     Args:
@@ -63,11 +63,11 @@ def open_layout(name: str, folder: Path | None, *, split: Split = "train", how: 
     Raises:
         UserError: no folder given, a folder that does not hold the set, a damaged list, no image that can be read.
     """
-    return open_parts(name, folder, split=split, how=how)[0]
+    return open_parts(name, folder, split=split, reading=reading)[0]
 
 
 def open_parts(
-    name: str, folder: Path | None, *, split: Split = "all", how: Reading | None = None
+    name: str, folder: Path | None, *, split: Split = "all", reading: Reading | None = None
 ) -> tuple[Images, np.ndarray]:
     """As `open_layout`, and the part ("train", "validation" or "test") of each image, (n,) text."""
     layout = LAYOUTS[name]
@@ -98,7 +98,7 @@ def open_parts(
             split=split,
             has_own_split=True,
         ),
-        how or Reading(),
+        reading or Reading(),
     )
     return images, np.array(parts)
 

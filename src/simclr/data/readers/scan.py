@@ -77,26 +77,26 @@ def scan_folder(root: Path, besides: Path | None = None) -> Scan:
         except OSError as error:
             skipped.append(Skipped(_text(key) or ".", f"folder: {reason_of(error)}"))
             continue
-        for name in names:
+        for name in names:  # strings and no Path, which takes longer to make than a file to look at
             below = f"{key}/{name}" if key else name
-            path = root / below
+            path = f"{root}/{below}"
             ending = os.path.splitext(name)[1].lower()
             try:
-                found = os.stat(path)  # of what a link leads to
-                mode, problem = found.st_mode, "not a regular file"
+                status = os.stat(path)  # of what a link leads to
+                mode, problem = status.st_mode, "not a regular file"
             except OSError as error:
-                found, mode, problem = None, 0, f"cannot be reached: {reason_of(error)}"
+                status, mode, problem = None, 0, f"cannot be reached: {reason_of(error)}"
             if stat.S_ISDIR(mode):
                 if name.startswith("."):
                     hidden.append(below)
-                elif path.is_symlink():
+                elif os.path.islink(path):
                     heapq.heappush(links, below)
                 else:
                     folders.append(below)
             elif ending not in ENDINGS:
-                endings[ending] += besides is None or not _same_file(path, besides)
-            elif found is not None and stat.S_ISREG(mode):
-                files.append(Found(_text(below), root, below, stamp_of(found)))
+                endings[ending] += besides is None or not _same_file(Path(path), besides)
+            elif status is not None and stat.S_ISREG(mode):
+                files.append(Found(_text(below), root, below, stamp_of(status)))
             else:
                 skipped.append(Skipped(_text(below), problem))
     return Scan(sorted(files), sorted(skipped), _notes(+endings, hidden))
@@ -114,12 +114,14 @@ def _notes(endings: Counter[str], hidden: list[str]) -> list[str]:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    found = os.stat(folder)
-    return found.st_dev, found.st_ino
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _text(key: str) -> str:
     """A key that can be printed and saved: bytes of a name that are not UTF-8 become \\x escapes."""
+    if key.isascii():
+        return key
     text = os.fsencode(key).decode("utf-8", "backslashreplace")
     return key if text == key else text  # the one string, where it can be
 

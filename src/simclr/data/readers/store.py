@@ -87,7 +87,7 @@ class FileStore:
         notes: Sentences for the user that are known at opening.
     """
 
-    def __init__(self, files: Sequence[Found], sizes: np.ndarray, how: Reading, plan: PackPlan | None) -> None:
+    def __init__(self, files: Sequence[Found], sizes: np.ndarray, reading: Reading, plan: PackPlan | None) -> None:
         """Decodes nothing.
 
         Args:
@@ -96,7 +96,7 @@ class FileStore:
         self.files = files
         self.damaged: dict[int, str] = {}
         self.notes: list[str] = []
-        self._sizes, self._how, self._plan = sizes, how, plan
+        self._sizes, self._reading, self._plan = sizes, reading, plan
         self._pack: Pack | None = None
         self._kept: list[np.ndarray | None] | None = None
         self._is_good = np.zeros(len(files), bool)  # decoded by now, here or for the pack
@@ -110,12 +110,17 @@ class FileStore:
         if self._plan is None:
             return []
         with self._lock:
-            plan, how = self._plan, self._how
+            plan, reading = self._plan, self._reading
             if plan is None:  # another thread was faster
                 return []
-            with how.counting("Decoding images") as progress:
+            with reading.counting("Decoding images") as progress:
                 self._pack, notes = open_pack(
-                    plan.place, self.files, side=how.side, workers=how.workers, progress=progress, say=how.say
+                    plan.place,
+                    self.files,
+                    side=reading.side,
+                    workers=reading.workers,
+                    progress=progress,
+                    say=reading.say,
                 )
             every = self.files if plan.every is None else known_digests(plan.root, plan.every)
             notes += say_if_stale(self._pack, every)
@@ -172,12 +177,12 @@ class FileStore:
 
     def _choose_memory(self, rows: Sequence[int]) -> list[str]:
         """Keep the pixels of `rows` once they are decoded where all of them fit; what to say where not."""
-        budget = _default_budget() if self._how.memory_budget is None else self._how.memory_budget
+        budget = _default_budget() if self._reading.memory_budget is None else self._reading.memory_budget
         channels = np.array([shape[2] for shape in (self.files[row].shape for row in rows) if shape is not None])
         num_bytes = int((self._sizes[rows].prod(axis=1) * channels).sum()) if len(rows) else 0
         if num_bytes <= budget:
             self._kept = [None] * len(self.files)
-        if num_bytes <= budget or self._how.memory_budget == 0:
+        if num_bytes <= budget or self._reading.memory_budget == 0:
             return []
         return [
             f"The decoded pixels{' of the others' if self._pack else ''} take {num_bytes / 2**30:.1f} GiB, and "
@@ -186,7 +191,7 @@ class FileStore:
 
     def _prepare_aloud(self) -> None:
         for note in self.prepare():
-            self._how.say(note)
+            self._reading.say(note)
 
     def _spot(self, row: int) -> Spot | None:
         found = None if self._pack is None else self._pack.find(self.files[row])
@@ -201,7 +206,7 @@ class FileStore:
     def _decode(self, rows: Sequence[int]) -> Iterator[tuple[int, np.ndarray | str]]:
         """Pixels, or why there are none, of rows in their order."""
         results = in_order(
-            partial(decode_found, side=self._how.side), [self.files[row] for row in rows], self._how.workers
+            partial(decode_found, side=self._reading.side), [self.files[row] for row in rows], self._reading.workers
         )
         for row, result in zip(rows, results, strict=True):
             height, width = self._sizes[row]
@@ -218,7 +223,7 @@ class FileStore:
     def _tell_first_damage(self, row: int, reason: str) -> None:
         if not self._told:
             self._told = True
-            self._how.say(
+            self._reading.say(
                 f"{self.files[row].key} cannot be decoded ({reason}): the next readable image takes its place, as for "
                 "any other like it; they are counted at the end, and `simclr check` names them all."
             )
