@@ -36,7 +36,7 @@ from simclr.distributed import DistributedContext
 from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.finetune import TRAINING_VERSION, digest_of, finetune
 from simclr.evaluation.keys import accuracy_key, labelled_digest
-from simclr.evaluation.logistic import optimum_probe
+from simclr.evaluation.logistic import linear_probe
 from simclr.evaluation.measure import about_split
 from simclr.evaluation.metrics import BASELINES
 from simclr.evaluation.results import About, Measured, Result, ResultStore, name_of
@@ -219,7 +219,7 @@ def by_count(subject: EvaluatedModel, split: Split, seed: int) -> dict[str, floa
         for _ in range(DRAWS if count < len(there) else 1):
             drawn = random.choice(there, count, replace=False)
             rows, queries = np.isin(learn, drawn), np.isin(truth, drawn)
-            probe = optimum_probe(features[0][rows], learn[rows], features[1][queries], seed=seed)
+            probe = linear_probe(features[0][rows], learn[rows], features[1][queries], seed=seed)
             right = probe.predicted == truth[queries]
             each.append(np.mean([right[truth[queries] == label].mean() for label in probe.classes]))
         means[str(count)] = float(np.mean(each))

@@ -28,7 +28,7 @@ from simclr.data.images import Images
 from simclr.data.opening import open_data
 from simclr.evaluation.finetune import TRAINING_VERSION, finetune, supervised
 from simclr.evaluation.keys import labelled_digest
-from simclr.evaluation.logistic import LOGISTIC_VERSION, optimum_probe
+from simclr.evaluation.logistic import LOGISTIC_VERSION, linear_probe
 from simclr.evaluation.measure import about_split
 from simclr.evaluation.metrics import accuracy
 from simclr.evaluation.results import Measured, Result, ResultStore, name_of
@@ -155,7 +155,7 @@ def of_pixels(split: Split, like: EncoderConfig, seed: int) -> float:
     assert split.train.labels is not None and split.test.labels is not None
     classes, targets = np.unique(split.train.labels, return_inverse=True)  # (K,), (n,)
     train, test = (pixels_of(images, size=like.size) for images in (split.train, split.test))
-    scores = optimum_probe(train, targets, test, seed=seed).scores  # (m, K)
+    scores = linear_probe(train, targets, test, seed=seed).scores  # (m, K)
     return accuracy(classes[scores.argmax(1)], split.test.labels)
 
 

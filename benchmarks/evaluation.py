@@ -76,7 +76,7 @@ def measure_knn(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_path(args: argparse.Namespace) -> dict[str, Any]:
-    """Agreement, and seconds of each round, of fitting all 45 strengths."""
+    """Agreement, and seconds of each round, of fitting all 45 values of l2."""
     from sklearn.linear_model import LogisticRegression
 
     features, labels = made_up(args.path_rows + 2_000, args.width, args.classes)

@@ -89,7 +89,7 @@ def test_values_are_those_of_direct_calls_on_the_chosen_images(split):
 
 
 def test_the_default_classifier_is_the_optimum_of_scikit_learn(split):
-    """Of one label a class none is left to choose a strength with: l2 of 1 on standardised features."""
+    """With one label per class none is left to choose l2 with: l2 of 1 on standardised features."""
     curve = labels_curve({"pixels": flat}, split, counts=[1], seeds=(0, 1, 2))
     for seed in (0, 1, 2):
         rows = label_subset(split.train.labels, "1/class", seed=seed)

@@ -10,7 +10,7 @@ from simclr.config.encoder import EncoderConfig
 from simclr.data.opening import open_data
 from simclr.errors import UserError
 from simclr.evaluation.knn import knn
-from simclr.evaluation.logistic import optimum_probe
+from simclr.evaluation.logistic import linear_probe
 from simclr.evaluation.metrics import accuracy
 from simclr.evaluation.split import split_data
 from simclr.evaluation.subjects import random_encoder
@@ -54,7 +54,7 @@ def test_linear_probe_equals_scikit_learn(digits, features):
     labels = digits[0].labels
     scaler = StandardScaler().fit(train)
     other = LogisticRegression(C=0.1, max_iter=1000).fit(scaler.transform(train), labels)
-    ours = optimum_probe(train, labels, test, seed=0, candidates=(10.0,)).predicted
+    ours = linear_probe(train, labels, test, seed=0, l2_values=(10.0,)).predicted
     assert np.array_equal(ours, other.predict(scaler.transform(test)))
 
 
@@ -63,7 +63,7 @@ def test_no_test_row_touches_another_ones_prediction(digits, features):
     labels = digits[0].labels
     for classify in (
         lambda rows: knn(train, labels, rows),
-        lambda rows: optimum_probe(train, labels, rows, seed=0).predicted,
+        lambda rows: linear_probe(train, labels, rows, seed=0).predicted,
     ):
         assert np.array_equal(classify(test)[:7], classify(test[:7]))
 

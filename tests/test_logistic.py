@@ -8,7 +8,7 @@ from sklearn.preprocessing import StandardScaler
 from simclr.data.splits import split_indices
 from simclr.errors import UserError
 from simclr.evaluation import lbfgs
-from simclr.evaluation.logistic import L2_PATH, fit, logistic_probe, optimum_probe, path
+from simclr.evaluation.logistic import L2_PATH, FitOptions, fit, linear_probe, logistic_probe, path
 from simclr.evaluation.metrics import accuracy, mean_per_class
 
 NUM_CLASSES = 4
@@ -67,7 +67,7 @@ def test_every_basis_finds_the_same_optimum(clouds, monkeypatch, rows, limit):
     np.testing.assert_allclose(ours.coefficients, other.coef_, atol=1e-6)
 
 
-def test_the_path_is_every_strengths_own_optimum(clouds):
+def test_the_path_is_the_solution_at_each_l2(clouds):
     features, labels = clouds
     found = list(path(features, labels, NUM_CLASSES, tol=1e-6))
     assert [weights.l2 for weights in found] == sorted(L2_PATH, reverse=True) and len(L2_PATH) == 45
@@ -95,7 +95,7 @@ def test_the_gradient_vanishes_where_classes_can_be_separated():
 def test_a_problem_that_stops_early_says_so(clouds, monkeypatch):
     monkeypatch.setattr(lbfgs, "MAX_STEPS", 2)
     assert not fit(*clouds, NUM_CLASSES, l2=1e-4).converged
-    assert not logistic_probe(*clouds, clouds[0], seed=0, strengths=[1e-4, 1e-3]).converged
+    assert not logistic_probe(*clouds, clouds[0], seed=0, l2_values=[1e-4, 1e-3]).converged
 
 
 def test_permuted_classes_permute_the_coefficients(clouds):
@@ -134,29 +134,27 @@ def test_a_label_that_all_images_have_or_none(several):
     ours, plain = fit(features, extended, 6, l2=0.1, tol=1e-9), fit(features, targets, 3, l2=0.1, tol=1e-9)
     assert ours.intercepts[3:].tolist() == [-np.inf, np.inf, -np.inf]
     np.testing.assert_allclose(ours.coefficients[:3], plain.coefficients, atol=1e-7)
-    probe = logistic_probe(features[:200], extended[:200], features[200:], seed=0, strengths=[1.0, 0.1, 0.01])
+    probe = logistic_probe(features[:200], extended[:200], features[200:], seed=0, l2_values=[1.0, 0.1, 0.01])
     assert probe.scores.shape == (100, 6) and set(probe.validation_scores) == {1.0, 0.1, 0.01}
 
 
-@pytest.mark.parametrize("standardise", [False, True])
-def test_the_protocol_equals_scikit_learns(clouds, standardise):
-    """Choose on the validation rows, the strongest of equals; then fit all rows again."""
+def test_the_protocol_equals_scikit_learns(clouds):
+    """Choose on the validation rows, the largest l2 of equals; then fit all rows again."""
     features, labels = (x[:300] for x in clouds)
-    test, strengths = clouds[0][300:], [1e2, 1.0, 1e-1, 1e-2, 1e-3, 1e-4]
+    test, l2_values = clouds[0][300:], [1e2, 1.0, 1e-1, 1e-2, 1e-3, 1e-4]
 
-    def predict(rows, l2, asked):
-        scaler = StandardScaler(with_mean=standardise, with_std=standardise).fit(features[rows])
-        return scikit_learn(scaler.transform(features[rows]), labels[rows], l2).predict(scaler.transform(asked))
+    def predict(rows, l2, queries):
+        return scikit_learn(features[rows], labels[rows], l2).predict(queries)
 
     learn, validate = split_indices(labels, fraction=0.2, seed=3)
-    judged = [mean_per_class(predict(learn, l2, features[validate]), labels[validate]) for l2 in strengths]
-    chosen = strengths[int(np.argmax(judged))]
+    scores = [mean_per_class(predict(learn, l2, features[validate]), labels[validate]) for l2 in l2_values]
+    chosen = l2_values[int(np.argmax(scores))]
     probe = logistic_probe(
-        features, labels, test, seed=3, strengths=strengths, standardise=standardise,
+        features, labels, test, seed=3, l2_values=l2_values,
         metric=lambda scores, truth: mean_per_class(scores.argmax(1), truth),
     )  # fmt: skip
-    assert [probe.validation_scores[l2] for l2 in strengths] == pytest.approx(judged)
-    assert probe.strength == chosen and probe.converged
+    assert [probe.validation_scores[l2] for l2 in l2_values] == pytest.approx(scores)
+    assert probe.l2 == chosen and probe.converged
     assert np.array_equal(probe.predicted, predict(np.arange(300), chosen, test))
 
 
@@ -165,24 +163,24 @@ def test_given_validation_rows_are_used_and_then_learnt_from(clouds):
     told = []
     validation = (features[200:300][labels[200:300] != 3], labels[200:300][labels[200:300] != 3])  # class 3 is absent
     probe = logistic_probe(
-        features[:200], labels[:200], features[300:], validation=validation, seed=0, strengths=[1.0, 1e-2],
-        progress=lambda *done: told.append(done),
+        features[:200], labels[:200], features[300:], validation=validation, seed=0, l2_values=[1.0, 1e-2],
+        options=FitOptions(progress=lambda *done: told.append(done)),
     )  # fmt: skip
     assert told == sorted(told) and told[-1] == (3000, 3000) and {(1000, 3000), (2000, 3000)} <= set(told)
     assert len(told) > 6  # within the fits too
     together = [np.concatenate(x) for x in zip((features[:200], labels[:200]), validation, strict=True)]
-    alone = logistic_probe(*together, features[300:], seed=9, strengths=[probe.strength])
+    alone = logistic_probe(*together, features[300:], seed=9, l2_values=[probe.l2])
     assert alone.validation_scores == {}
     np.testing.assert_allclose(alone.scores, probe.scores, atol=1e-2)
     assert np.array_equal(alone.predicted, probe.predicted)
 
 
-def test_the_optimum_probe_of_two_oddly_labelled_classes(clouds):
+def test_the_linear_probe_of_two_oddly_labelled_classes(clouds):
     features, labels = clouds
     odd = np.where(labels % 2, 7, -3)
     scaler = StandardScaler().fit(features[:300])
     other = LogisticRegression(C=0.1, max_iter=1000, tol=1e-9).fit(scaler.transform(features[:300]), odd[:300])
-    probe = optimum_probe(features[:300], odd[:300], features[300:], seed=0, candidates=(10.0,))
+    probe = linear_probe(features[:300], odd[:300], features[300:], seed=0, l2_values=(10.0,))
     assert probe.classes.tolist() == [-3, 7]
     np.testing.assert_allclose(
         probe.scores @ [-1, 1], other.decision_function(scaler.transform(features[300:])), atol=1e-3
@@ -192,9 +190,9 @@ def test_the_optimum_probe_of_two_oddly_labelled_classes(clouds):
 def test_one_image_of_each_class_leaves_nothing_to_choose_with(clouds):
     features, labels = clouds
     first = np.unique(labels, return_index=True)[1]
-    probe = optimum_probe(features[first], labels[first], features, seed=0)
-    assert probe.strength == 1.0 and probe.validation_scores == {}
-    with pytest.raises(UserError, match="of a single label a class none can be"):
+    probe = linear_probe(features[first], labels[first], features, seed=0)
+    assert probe.l2 == 1.0 and probe.validation_scores == {}
+    with pytest.raises(UserError, match="of a single label per class none can be"):
         logistic_probe(features[first], labels[first], features, seed=0)
 
 
@@ -203,7 +201,7 @@ def test_bad_input_is_said(clouds, several):
     broken = features.copy()
     broken[0, 0] = np.inf
     one_class = np.zeros(400, int)
-    for probe in (logistic_probe, optimum_probe):
+    for probe in (logistic_probe, linear_probe):
         with pytest.raises(UserError, match="training features contain NaN or infinite numbers, in 1 of 400"):
             probe(broken, labels, features, seed=0)
         with pytest.raises(UserError, match="test features contain NaN"):

@@ -115,7 +115,7 @@ def test_what_cannot_be_measured_leaves_the_rest():
     found = run(one_each, subjects("pixels"), ["logistic", "knn"], failed=lambda *failure: failures.append(failure))
     assert [one.protocol for one in found] == ["knn"]
     ((what, error),) = failures
-    assert what == "pixels: logistic, seed 0" and "two labels a class" in str(error)
+    assert what == "pixels: logistic, seed 0" and "two labels per class" in str(error)
 
 
 def test_nothing_is_measured_twice(digits, folder, tmp_path):

@@ -163,7 +163,7 @@ def test_linear_transfer_takes_the_best_strength_on_validation_by_the_metric(met
         np.concatenate([true_labels(data.train), true_labels(data.validation)]),
         best,
     )
-    found = linear_transfer(subject, data, seed=0, strengths=strengths)
+    found = linear_transfer(subject, data, seed=0, l2_values=strengths)
     assert found.details["chosen"] == {"l2": best} and found.details["converged"]
     assert found.metrics["validation"] == pytest.approx(max(on_validation))
     assert found.metrics["score"] == pytest.approx(judged(whole, data.test, test))
@@ -194,7 +194,7 @@ def test_linear_transfer_sees_the_border():
     pixels_only = open_subject(
         "pixels", like=config, preprocessing="google", seed=0, cache=FeatureCache(None), world=DistributedContext()
     )
-    assert linear_transfer(pixels_only, data, seed=0, strengths=(0.01,)).metrics["score"] == 1
+    assert linear_transfer(pixels_only, data, seed=0, l2_values=(0.01,)).metrics["score"] == 1
     cropped = [pixels_only.features(part) for part in parts[::2]]
     assert (knn(cropped[0], parts[0].labels, cropped[1], k=5) == parts[2].labels).mean() < 0.9
 

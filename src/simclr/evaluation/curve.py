@@ -18,7 +18,7 @@ import numpy as np
 from simclr.data.images import Images
 from simclr.data.splits import label_subset
 from simclr.errors import UserError
-from simclr.evaluation.logistic import optimum_probe
+from simclr.evaluation.logistic import linear_probe
 from simclr.evaluation.metrics import SUPERVISED, mean_and_spread
 from simclr.evaluation.results import Result
 
@@ -128,8 +128,8 @@ def labels_curve(
         counts: Labels per class, integers and "all"; None: 1, 2, 5, 10, 20, ... as far as the smallest class has
             them, then "all". Larger ones than the smallest class has are left out, which `notes` say.
         seeds: Each draws its own labels by `label_subset`, and is handed to `classify` and `supervised`.
-        classify: (train (n, F), labels (n,), test (m, F), seed=seed) -> (m,) predicted labels; None: the exact optimum
-            of the linear probe (`optimum_probe`), whose strength is chosen among the few labels too.
+        classify: (train (n, F), labels (n,), test (m, F), seed=seed) -> (m,) predicted labels; None: `linear_probe`,
+            whose l2 is chosen among the few labels too.
         supervised: (training images, test images, seed) -> accuracy of the network trained on those alone.
         keep: Called with the key of a point and what measures it; a store answers from what it holds. A
             source of which nothing is measured computes no features.
@@ -240,7 +240,7 @@ def _on_features(
 
 
 def _optimum(train: np.ndarray, labels: np.ndarray, test: np.ndarray, *, seed: int) -> np.ndarray:
-    return optimum_probe(train, labels, test, seed=seed).predicted
+    return linear_probe(train, labels, test, seed=seed).predicted
 
 
 def _means(curve: Curve, source: str) -> list[tuple[float, float]]:

@@ -19,7 +19,7 @@ from simclr.evaluation.curve import CURVE_VERSION
 from simclr.evaluation.finetune import TRAINING_VERSION
 from simclr.evaluation.knn import KNN_K, KNN_TEMPERATURE, KNN_VERSION
 from simclr.evaluation.label_free import LABEL_FREE_VERSION
-from simclr.evaluation.logistic import L2_PATH, LOGISTIC_VERSION, OPTIMUM_STRENGTHS, TOL, VALIDATION_ROWS
+from simclr.evaluation.logistic import L2_PATH, LINEAR_L2_VALUES, LOGISTIC_VERSION, TOL, VALIDATION_ROWS
 from simclr.evaluation.metrics import METRICS_VERSION
 from simclr.evaluation.probe import PROBE_VERSION, probe_settings
 from simclr.evaluation.results import Entry
@@ -149,7 +149,7 @@ def label_free_key(subject: "EvaluatedModel", images: Images, test: Images | Non
 
 
 def linear_transfer_key(
-    subject: "EvaluatedModel", data: "TransferSet", seed: int, *, strengths: list[float], crop: float, version: int
+    subject: "EvaluatedModel", data: "TransferSet", seed: int, *, l2_values: list[float], crop: float, version: int
 ) -> Entry:
     """Transfer by logistic regression on frozen features; `version` is that of the protocol, TRANSFER_VERSION."""
     return {
@@ -159,7 +159,7 @@ def linear_transfer_key(
         },
         "model": subject.model,
         "data": transfer_data(data) | {"test": labelled_digest(data.test)},
-        "settings": {**_logistic_settings(strengths), "crop": crop},
+        "settings": {**_logistic_settings(l2_values), "crop": crop},
         "seed": seed,
     }  # fmt: skip
 
@@ -213,8 +213,8 @@ def _training_settings(config: FinetuneConfig, subject: "EvaluatedModel") -> Ent
 
 
 def _linear_settings() -> Entry:
-    return {"strengths": list(OPTIMUM_STRENGTHS), "tolerance": TOL, "validation_rows": VALIDATION_ROWS}
+    return {"strengths": list(LINEAR_L2_VALUES), "tolerance": TOL, "validation_rows": VALIDATION_ROWS}
 
 
-def _logistic_settings(strengths: Any) -> Entry:
-    return {"strengths": list(strengths), "tolerance": TOL}
+def _logistic_settings(l2_values: Any) -> Entry:
+    return {"strengths": list(l2_values), "tolerance": TOL}

@@ -1,12 +1,12 @@
 """L-BFGS for l2-regularised logistic regression, preconditioned: what `logistic.py` minimises, and how.
 
-torch.optim.LBFGS and SciPy's do the same without the two things that make a path of 45 strengths cheap:
+torch.optim.LBFGS and SciPy's do the same without the two things that make a path of 45 l2 values cheap:
 
 - **The features' eigenbasis.** There the Hessian is close to diagonal, c_k s_j + l2 with s_j the variance along
   eigenvector j and c_k the mean of p (1 - p) of class k, and its inverse is where L-BFGS starts. The penalty does not
   see a rotation. Fewer rows than features span no more directions than there are rows, so a wide problem shrinks.
-- **Curvature pairs that outlive a strength.** The change of gradient along a step s is that of the cross entropy,
-  which does not know l2, plus l2 s. So pairs found at one strength hold at the next.
+- **Curvature pairs that outlive a value of l2.** The change of gradient along a step s is that of the cross entropy,
+  which does not know l2, plus l2 s. So pairs found at one value hold at the next.
 
 Shapes: n rows, F features, K classes, K' of which can be fitted, R directions of the basis. A point is (K', R + 1),
 with the intercepts in its last column.
@@ -105,7 +105,7 @@ class Problem:
         """Coefficients (K, F) and intercepts (K,) of all classes; those of a softmax's classes are centred."""
         weights = point[:, :-1] if self.basis is None else point[:, :-1] @ self.basis.T  # (K', F)
         offset = point[:, -1] - weights @ self.mean
-        if not self.binary:  # adding the same to every class changes nothing: one of many equal optima
+        if not self.binary:  # adding the same to every class changes nothing: one of many equal solutions
             offset = offset - offset.mean()
         coefficients = weights.new_zeros(self.num_classes, weights.shape[1])
         coefficients[self.fitted] = weights
@@ -134,7 +134,7 @@ def minimise(
     tol: float,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, bool]:
-    """The optimum at one strength, and whether the gradient's norm came down to `tol`; adds to `pairs`.
+    """The solution at one l2, and whether the gradient's norm came down to `tol`; adds to `pairs`.
 
     Args:
         progress: Called in each step with the share of the way from the first gradient's norm to `tol`, on a

@@ -2,7 +2,7 @@
 
     knn         weighted cosine neighbours on frozen features
     linear      linear classifier on frozen features: the exact optimum or, where images are many, the papers' SGD
-    logistic    the transfer protocol: 45 l2 strengths, chosen on a validation split
+    logistic    the transfer protocol: 45 values of l2, chosen on a validation split
     finetune    the network (or what comes after a block) trained on the labels
     supervised  the same network from scratch on the same labels
 
@@ -26,7 +26,7 @@ from simclr.evaluation.finetune import finetune, supervised
 from simclr.evaluation.keys import accuracy_key
 from simclr.evaluation.knn import KNN_TEMPERATURE, knn_votes
 from simclr.evaluation.linear import choose_linear_solver, linear
-from simclr.evaluation.logistic import logistic_probe, optimum_probe
+from simclr.evaluation.logistic import FitOptions, linear_probe, logistic_probe
 from simclr.evaluation.metrics import SUPERVISED, mean_per_class, top_k
 from simclr.evaluation.results import About, Measured, Result, ResultStore, name_of
 from simclr.evaluation.split import Split
@@ -97,8 +97,8 @@ def measure(
 ) -> Iterator[Result]:
     """Every protocol on every subject that it makes sense for, seed by seed; results in the store are not made again.
 
-    Metrics: top1, mean_per_class and, from six classes on, top5, shares in [0, 1]; and l2, the strength of the
-    regularisation, where one was chosen.
+    Metrics: top1, mean_per_class and, from six classes on, top5, shares in [0, 1]; and l2, the weight of the
+    regularisation, where it was chosen.
 
     Args:
         subjects_of: The subjects of a seed, the model under test first: its network's shape is the supervised one's.
@@ -168,12 +168,13 @@ def _classify(
         )
         return Measured(metrics=_accuracies(votes.scores, votes.classes, truth), description=description)
     classes, targets = np.unique(labels, return_inverse=True)  # (K,), (n,)
-    probe, solver = (optimum_probe, "exact optimum") if protocol == "linear" else (logistic_probe, "best of 45 l2")
+    probe, solver = (linear_probe, "exact optimum") if protocol == "linear" else (logistic_probe, "best of 45 l2")
     with fitting("fitting", world, unit="thousandth") as progress:
-        fitted = probe(train, targets, test, seed=seed, device=world.device, progress=progress)
+        options = FitOptions(device=world.device, progress=progress)
+        fitted = probe(train, targets, test, seed=seed, options=options)
     converged = "" if fitted.converged else ", not converged"
     return Measured(
-        metrics={**_accuracies(fitted.scores, classes, truth), "l2": fitted.strength},
+        metrics={**_accuracies(fitted.scores, classes, truth), "l2": fitted.l2},
         description=f"logistic regression on frozen features, {solver}{converged}{of_pixels}",
     )
 

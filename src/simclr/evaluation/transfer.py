@@ -18,7 +18,7 @@ from simclr.data.images import Images
 from simclr.data.presets import Metric, TransferSet
 from simclr.errors import UserError
 from simclr.evaluation.keys import linear_transfer_key
-from simclr.evaluation.logistic import L2_PATH, logistic_probe
+from simclr.evaluation.logistic import L2_PATH, FitOptions, logistic_probe
 from simclr.evaluation.metrics import accuracy, mean_average_precision_11, mean_per_class, permutation_test
 from simclr.evaluation.results import About, Measured, Result, ResultStore
 from simclr.evaluation.subjects import EvaluatedModel
@@ -71,7 +71,7 @@ def linear_transfer(
     data: TransferSet,
     *,
     seed: int,
-    strengths: Sequence[float] = L2_PATH,
+    l2_values: Sequence[float] = L2_PATH,
     store: ResultStore | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
@@ -81,8 +81,8 @@ def linear_transfer(
     encoder's size, then its centre), not the 0.875 of it that the other protocols show.
 
     Args:
-        seed: Noted with the result, which does not depend on it: the optimum is one, and the parts are given.
-        strengths: The l2 strengths to choose among; the paper's are 45 from 1e-6 to 1e5.
+        seed: Noted with the result, which does not depend on it: the solution is unique, and the parts are given.
+        l2_values: The values to choose among; the paper's are 45 from 1e-6 to 1e5.
         store: Where results are kept and looked up.
         progress: Called with (done, total) thousandths of a fit.
 
@@ -99,16 +99,16 @@ def linear_transfer(
             return score_and_credits(scores, np.arange(scores.shape[1]), truth, data.metric)[0]
 
         probe = logistic_probe(
-            train, true_labels(data.train), test, validation=held, seed=seed, strengths=strengths, progress=progress,
-            metric=metric, device=subject.world.device,
+            train, true_labels(data.train), test, validation=held, seed=seed, l2_values=l2_values, metric=metric,
+            options=FitOptions(device=subject.world.device, progress=progress),
         )  # fmt: skip
         score, credits = score_and_credits(probe.scores, probe.classes, true_labels(data.test), data.metric)
         return Measured(
-            metrics={"score": score, "validation": probe.validation_scores.get(probe.strength)},
-            details={"chosen": {"l2": probe.strength}, "credits": credits, "converged": probe.converged},
+            metrics={"score": score, "validation": probe.validation_scores.get(probe.l2)},
+            details={"chosen": {"l2": probe.l2}, "credits": credits, "converged": probe.converged},
         )
 
-    key = linear_transfer_key(subject, data, seed, strengths=list(strengths), crop=CROP, version=TRANSFER_VERSION)
+    key = linear_transfer_key(subject, data, seed, l2_values=list(l2_values), crop=CROP, version=TRANSFER_VERSION)
     return (store or ResultStore(None)).get(key, measure, about_transfer(subject, data))
 
 

@@ -16,7 +16,7 @@ class Evaluate:
 
     RUN is a run's folder, an encoder's folder, timm/NAME or torchvision/NAME (with their pretrained weights), random or
     pixels. PROTOCOL is one or more, with commas between, of: knn (nearest neighbours); linear (a linear classifier on
-    frozen features); logistic (the transfer protocol: 45 l2 strengths); finetune (the whole network); supervised (the
+    frozen features); logistic (the transfer protocol: 45 values of l2); finetune (the whole network); supervised (the
     same network from scratch on the same labels); curve (how many labels are needed); probe (what each layer knows);
     label-free (geometry, neighbours, copies between train and test); transfer (several sets in one table). What was
     measured before is not measured again. Several processes: `torchrun --nproc-per-node K -m simclr evaluate ...`.
