@@ -46,7 +46,7 @@ from simclr.models.classifier import Classifier
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.reports.evaluation import records
 from simclr.reports.table import Row, markdown_table, seeds_note
-from simclr.tasks.distill import distill
+from simclr.tasks.distill_images import distill
 from simclr.weights.folder import Model, load
 
 DEPTHS = ("none", 4, 3, 2, 1, "all")

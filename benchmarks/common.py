@@ -20,7 +20,6 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -30,8 +29,11 @@ from torch.utils.data import DataLoader, Dataset
 from simclr.config.pretrain import PretrainConfig
 from simclr.data.images import Images, array_images
 from simclr.distributed import DistributedContext
-from simclr.tasks import pretrain as pretraining
-from simclr.training.loop import Outcome, Task, train
+from simclr.methods.simclr import SimCLR
+from simclr.tasks import pretrain_images as pretraining
+from simclr.training.fit import fit
+from simclr.training.loop import Task
+from simclr.training.progress import Outcome
 from simclr.training.run import RunFolder, describe_machine
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -188,16 +190,14 @@ def run_ours(
         gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         world = DistributedContext(device=torch.device("cuda", 0) if gpu else torch.device("cpu"))
 
-    def watched(task: Task, run: Any, world: DistributedContext, **settings: Any) -> Outcome:
-        task = change(task)
-        settings["progress"] = Watch(lambda done: on_step(task, done))
-        return train(task, run, world, **settings)
-
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, suppress(Stop):
         path = folder or Path(temporary) / "run"
-        path, origin = world.broadcast((path, None if path.exists() else {}))  # no origin: the run goes on
-        with patch("simclr.tasks.pretrain.train", watched), suppress(Stop):
-            pretraining.pretrain(images, config, RunFolder(path), world, origin=origin)
+        path, new = world.broadcast((path, not path.exists()))
+        run = RunFolder(path)
+        config = pretraining.settle_memory(images, config, run, world, SimCLR, new=new, budget=None)
+        task = change(pretraining.build_task(images, config, run, world))
+        manifest = {"machine": describe_machine()} if new else None
+        fit(task, run, config, world, manifest=manifest, progress=Watch(lambda done: on_step(task, done)))
 
 
 def encoder_alone(task: Task) -> Contender:

@@ -38,8 +38,8 @@ from simclr.models.encoder import build_encoder
 from simclr.models.inference import pixels_of
 from simclr.reports.evaluation import results_by_subject
 from simclr.reports.table import Row, markdown_table, seeds_note
-from simclr.tasks.distill import distill
-from simclr.training.run import describe_machine, open_run
+from simclr.tasks.distill_images import distill_images
+from simclr.training.run import RunFolder, describe_machine, open_run
 from simclr.weights.folder import Model, digest_of, load
 
 TEACHER, PIXELS = "teacher, fine-tuned", "raw pixels, linear"
@@ -116,7 +116,7 @@ def results_of_seed(
         settings = {"images": images.fingerprint, "student": config.result_fields() | asdict(shape)}
         place = args.out / f"student-{name_of(key_of(**settings))}"
         begin = Classifier(build_encoder(shape, seed=seed), None, len(teacher().classes))
-        done = distill(teacher(), begin, images, config, place, seed=seed, test=few.test)
+        done = distill_images(teacher(), begin, images, config, RunFolder(place), seed=seed, test=few.test)
         assert done.accuracy is not None
         return measured(done.accuracy, parameters=parameters(begin), steps=done.steps)
 

@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from simclr.config.pretrain import PretrainConfig
 from simclr.data import Images, open_data
 from simclr.distributed import DistributedContext
-from simclr.tasks.pretrain import build_task
+from simclr.tasks.pretrain_images import build_task
 from simclr.training.loop import Prefetcher
 from simclr.training.run import RunFolder
 
@@ -201,7 +201,7 @@ def open_twice(photos: Path, cores: int) -> tuple[Images, dict[str, float]]:
 
 def ours(images: Images, batch_size: int, threads: int) -> Feed:
     config = PretrainConfig(size=SIZE, batch_size=batch_size, encoder="small", epochs=10**6, workers=threads)
-    task, _ = build_task(images, config, RunFolder(Path("nowhere")), DistributedContext())
+    task = build_task(images, config, RunFolder(Path("nowhere")), DistributedContext())
 
     def start() -> Iterator[int]:
         with Prefetcher(task.batch, 0, task.total_steps, threads) as batches:

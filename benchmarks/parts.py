@@ -21,7 +21,7 @@ from common import print_markdown, random_images
 from simclr.config.recipes import find_recipe
 from simclr.distributed import DistributedContext
 from simclr.losses import nt_xent
-from simclr.tasks.pretrain import build_task
+from simclr.tasks.pretrain_images import build_task
 from simclr.training.loop import take_step, training_module
 from simclr.training.malloc import keep_freed_memory
 from simclr.training.run import RunFolder
@@ -41,7 +41,7 @@ def main() -> None:
     config = replace(find_recipe(args.recipe).config, channels=cast(Literal["1", "3"], args.channels), workers=0)
     config = replace(config, batch_size=args.batch or config.batch_size, size=args.size or config.size)
     images = random_images(2 * config.batch_size, config.size, int(args.channels))
-    task, _ = build_task(images, config, RunFolder(Path(tempfile.mkdtemp())), DistributedContext())
+    task = build_task(images, config, RunFolder(Path(tempfile.mkdtemp())), DistributedContext())
     inputs = task.batch(0)
     context = DistributedContext()
     module = training_module(task, context)

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simclr import SimCLR, cli
+from simclr import SimCLR
+from simclr.cli.commands import COMMANDS
 from simclr.config.finetune import FINETUNE_RECIPES
 from simclr.evaluation.results import KEY_FIELDS, name_of, read_results
-from simclr.tasks import jobs
+from simclr.tasks import recipes as recipes_task
 
 FAST = ["--recipe", "digits", "--epochs", "1", "--batch-size", "64", "--width", "0.5", "--workers", "0"]
 
@@ -64,7 +65,7 @@ def test_help_is_quick_and_torch_stays_out():
 
 def test_overview_and_version(simclr):
     code, out, _ = simclr("--help")
-    assert code == 0 and all(f"simclr {name}" in out for name in cli.COMMANDS)
+    assert code == 0 and all(f"simclr {name}" in out for name in COMMANDS)
     assert simclr("--version")[1].startswith("simclr 0.")
 
 
@@ -263,7 +264,7 @@ def test_a_run_goes_on_from_another_folder_and_after_its_images_moved(simclr, tm
 
 
 def test_a_signal_ends_with_its_number(simclr, tmp_path, monkeypatch):
-    from simclr.tasks import pretrain as pretraining
+    from simclr.tasks import pretrain_images as pretraining
 
     real = pretraining.make_views
 
@@ -297,7 +298,7 @@ def test_what_the_machine_refuses_is_a_sentence_and_code_2(simclr, monkeypatch, 
     def refuse(_args):
         raise error
 
-    monkeypatch.setattr(jobs, "recipes", refuse)
+    monkeypatch.setattr(recipes_task, "recipes", refuse)
     code, out, err = simclr("recipes")
     assert code == 2 and not out and said in err and err.count("\n") == 1, err
 

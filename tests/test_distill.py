@@ -22,13 +22,14 @@ from simclr.config.encoder import EncoderConfig
 from simclr.config.schedule import peak_lr, total_steps
 from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
+from simclr.errors import Stopped
 from simclr.methods.distill import Distill
 from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.tasks import distill as distilling
-from simclr.tasks.distill import Stopped, distill
+from simclr.tasks import distill_images as distilling
+from simclr.tasks.distill_images import distill_images
 from simclr.tasks.teacher import open_teacher, teachers_columns
 from simclr.training.run import RunFolder
 from simclr.views.policy import crop_and_flip
@@ -134,7 +135,9 @@ def test_a_student_learns_its_teacher(images, test, tmp_path):
     config = replace(CONFIG, alpha=1.0, temperature=1.0, min_steps=100, batch_size=64)
     begin = student(size=12, head_layer=1)
     at_first = state_of(begin)
-    result = distill(wise, begin, replace(labelled, labels=None), config, tmp_path / "run", seed=0, test=test)
+    result = distill_images(
+        wise, begin, replace(labelled, labels=None), config, RunFolder(tmp_path / "run"), seed=0, test=test
+    )
     assert tuned.accuracy > 0.7 and result.teacher_accuracy == tuned.accuracy
     assert result.accuracy > 0.6 and result.steps == 100
     assert_equal(state_of(tuned.network), before)
@@ -146,8 +149,9 @@ def test_a_student_learns_its_teacher(images, test, tmp_path):
     records = RunFolder(tmp_path / "run").read_metrics()
     assert set(records[0]) == {"step", "lr", "loss", "agreement"}
     assert records[-1]["agreement"] > records[0]["agreement"]
-    again = distill(wise, student(size=12, head_layer=1), replace(labelled, labels=None), config, tmp_path / "run",
-                    seed=0, test=test)  # fmt: skip
+    begin = student(size=12, head_layer=1)
+    unlabelled = replace(labelled, labels=None)
+    again = distill_images(wise, begin, unlabelled, config, RunFolder(tmp_path / "run"), seed=0, test=test)
     assert again.accuracy == result.accuracy and json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
 
 
@@ -195,15 +199,17 @@ def kill():
 
 def test_resume_is_exact(images, tmp_path, monkeypatch):
     shape = {"head_layer": 1, "width": 0.25}
-    undisturbed = distill(teacher(), student(**shape), images, CONFIG, tmp_path / "a", seed=0)
+    undisturbed = distill_images(teacher(), student(**shape), images, CONFIG, RunFolder(tmp_path / "a"), seed=0)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         disturb(patch, 9, kill)
-        distill(teacher(), student(**shape), images, CONFIG, tmp_path / "b", seed=0)
+        distill_images(teacher(), student(**shape), images, CONFIG, RunFolder(tmp_path / "b"), seed=0)
     with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
         disturb(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        distill(teacher(), student(**shape), images, CONFIG, tmp_path / "b", seed=0)
+        distill_images(teacher(), student(**shape), images, CONFIG, RunFolder(tmp_path / "b"), seed=0)
     assert stopped.value.signal == signal.SIGTERM
-    resumed = distill(teacher(), student(**shape), images, replace(CONFIG, workers=1), tmp_path / "b", seed=0)
+    resumed = distill_images(
+        teacher(), student(**shape), images, replace(CONFIG, workers=1), RunFolder(tmp_path / "b"), seed=0
+    )
     assert_equal(state_of(resumed.network), state_of(undisturbed.network))
     assert RunFolder(tmp_path / "a").metrics.read_bytes() == RunFolder(tmp_path / "b").metrics.read_bytes()
     assert RunFolder(tmp_path / "a").read_metrics()[0].keys() >= {"agreement", "accuracy"}
@@ -211,7 +217,7 @@ def test_resume_is_exact(images, tmp_path, monkeypatch):
 
 def test_a_folder_of_another_distillation_is_refused(images, tmp_path):
     config = replace(CONFIG, min_steps=1)
-    distill(teacher(), student(), images, config, tmp_path / "run", seed=0)
+    distill_images(teacher(), student(), images, config, RunFolder(tmp_path / "run"), seed=0)
     relabelled = replace(images, labels=np.roll(images.labels, 3))
     for who, what, how, seed in (
         (student(), images, replace(config, temperature=3.0), 0),
@@ -220,20 +226,22 @@ def test_a_folder_of_another_distillation_is_refused(images, tmp_path):
         (student(), relabelled, config, 0),
         (student(), images.subset(np.arange(99)), config, 0),
     ):
-        with pytest.raises(UserError, match=r"other images, networks or settings; give another --out\.$"):
-            distill(teacher(), who, what, how, tmp_path / "run", seed=seed)
-    (tmp_path / "run" / "distill.json").write_text("{")
+        with pytest.raises(UserError, match=r"of other settings, images or weights; give another folder\.$"):
+            distill_images(teacher(), who, what, how, RunFolder(tmp_path / "run"), seed=seed)
+    (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        distill(teacher(), student(), images, config, tmp_path / "run", seed=0)
+        distill_images(teacher(), student(), images, config, RunFolder(tmp_path / "run"), seed=0)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="exists and is no run"):
-        distill(teacher(), student(), images, config, tmp_path / "full", seed=0)
+        distill_images(teacher(), student(), images, config, RunFolder(tmp_path / "full"), seed=0)
 
 
 def test_a_loss_that_explodes_is_one_sentence(images, tmp_path):
     with pytest.raises(UserError, match=r"no longer finite.*Try a lower --lr"):
-        distill(teacher(), student(), images, replace(CONFIG, lr=1e30, log_every=1), tmp_path / "run", seed=0)
+        distill_images(
+            teacher(), student(), images, replace(CONFIG, lr=1e30, log_every=1), RunFolder(tmp_path / "run"), seed=0
+        )
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -275,8 +283,12 @@ def check_training(folder, world: DistributedContext) -> None:
     sparse = replace(found, labels=np.where(np.arange(200) % 5 == 0, found.labels, -1))
     asked = open_data("digits", split="test").subset(np.arange(33))
     config = replace(CONFIG, min_steps=4, log_every=1)
-    alone = distill(teacher(), student(), sparse, config, folder / f"alone-{world.rank}", seed=0, test=asked)
-    shared = distill(teacher(), student(), sparse, config, folder / "shared", seed=0, test=asked, world=world)
+    alone = distill_images(
+        teacher(), student(), sparse, config, RunFolder(folder / f"alone-{world.rank}"), seed=0, test=asked
+    )
+    shared = distill_images(
+        teacher(), student(), sparse, config, RunFolder(folder / "shared"), seed=0, test=asked, world=world
+    )
     for ours, theirs in zip(state_of(shared.network), state_of(alone.network), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert shared.teacher_accuracy == alone.teacher_accuracy

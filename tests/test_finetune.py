@@ -19,8 +19,9 @@ from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig, find_finetu
 from simclr.config.schedule import peak_lr, total_steps
 from simclr.data.opening import open_data
 from simclr.data.splits import label_subset
+from simclr.errors import Stopped
 from simclr.evaluation import finetune as finetuning
-from simclr.evaluation.finetune import Stopped, finetune, supervised
+from simclr.evaluation.finetune import finetune, supervised
 from simclr.evaluation.linear import linear
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead

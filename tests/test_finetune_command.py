@@ -69,7 +69,7 @@ def test_the_figures_are_those_of_the_saved_classifier(simclr, encoder, tmp_path
 
     assert simclr("finetune", encoder, "digits", "--out", out, *QUICK, "--lr", 0.02)[1] == table, "done: told again"
     code, _, said = simclr("finetune", encoder, "digits", "--out", out, *QUICK, "--lr", 0.03)
-    assert code == 2 and "holds a training of other settings" in said
+    assert code == 2 and "holds a training of another method, or of other settings" in said
 
 
 def test_it_trains_as_evaluate_does(simclr, encoder, tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(simclr, encoder, tmp_path, mo
 
         patch.setattr(finetuning, "make_view", view)
         code, out, said = simclr(*command("parted"))
-    assert code == 130 and "the same command goes on" in said and not out
+    assert code == 130 and "simclr resume" in said and "goes on" in said and not out
     assert simclr(*command("parted"))[0] == 0
     whole, parted = (load_file(tmp_path / name / "encoder" / "model.safetensors") for name in ("whole", "parted"))
     assert whole.keys() == parted.keys()
@@ -146,3 +146,27 @@ def test_mistakes_are_one_sentence(simclr, encoder, tmp_path, arguments, expecte
     code, out, said = simclr("finetune", *given, *([] if "--out" in given else ["--out", tmp_path / "out"]))
     assert code == 2 and not out and re.search(expected, said), said
     assert "Traceback" not in said and not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_resume_goes_on_with_a_fine_tuning_as_it_began(simclr, encoder, tmp_path, monkeypatch):
+    command = ["finetune", encoder, "digits", *QUICK]
+    assert simclr(*command, "--out", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        real, calls = finetuning.make_view, []
+
+        def view(*args, **kwargs):
+            calls.append(0)
+            if len(calls) == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kwargs)
+
+        patch.setattr(finetuning, "make_view", view)
+        assert simclr(*command, "--out", tmp_path / "parted")[0] == 128 + signal.SIGTERM
+    code, _, said = simclr("resume", tmp_path / "parted", "--lr", 3)
+    assert code == 2 and "Changing --lr would change the result" in said
+    code, table, said = simclr("resume", tmp_path / "parted", "--workers", 1)
+    assert code == 0 and "Test accuracy" in table, said
+    whole, parted = (load_file(tmp_path / name / "encoder" / "model.safetensors") for name in ("whole", "parted"))
+    assert all(np.array_equal(whole[name], parted[name]) for name in whole)
+    code, _, said = simclr("resume", tmp_path / "parted")
+    assert code == 0 and "already reached its end" in said

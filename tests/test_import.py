@@ -13,7 +13,7 @@ from bundle_writer import authors_variables, write_bundle
 from simclr.cli.main import main
 from simclr.errors import UserError
 from simclr.models import Encoder, EncoderConfig, LinearClassifier, ProjectionHead, build_encoder
-from simclr.tasks.importing import import_checkpoint
+from simclr.tasks.import_ import import_checkpoint
 from simclr.tasks.options.using import Import
 from simclr.weights.importers.import_tf import import_tf
 

@@ -14,7 +14,7 @@ from object_graph_writer import VALUE, object_graph, write_tf2
 from simclr.config.encoder import RESNETS
 from simclr.errors import UserError
 from simclr.models import Encoder, EncoderConfig, LinearClassifier, ProjectionHead, build_encoder
-from simclr.tasks.importing import import_checkpoint
+from simclr.tasks.import_ import import_checkpoint
 from simclr.tasks.options.using import Import
 from simclr.weights.importers.import_tf import import_tf
 from simclr.weights.importers.object_graph import ObjectGraph

@@ -19,7 +19,7 @@ from torchvision.models import resnet
 import simclr
 from simclr.errors import UserError
 from simclr.models.external.torchvision_bridge import IMAGENET
-from simclr.tasks.importing import import_checkpoint
+from simclr.tasks.import_ import import_checkpoint
 from simclr.tasks.options.using import Import
 from simclr.weights.importers.import_torch import CIFAR10, import_torch
 from simclr.weights.importers.torch_file import TorchFile

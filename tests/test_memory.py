@@ -10,10 +10,10 @@ import torch
 from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.tasks import pretrain as pretraining
+from simclr.tasks import pretrain_images as pretraining
 from simclr.training.memory import Footprint, Line, available, choose, list_strategies, measure, parse_bytes
 from simclr.training.meter import free_bytes, peak_bytes
-from simclr.training.run import RunFolder, describe_machine
+from simclr.training.run import RunFolder
 from test_train import CONFIG, Killed, assert_same, final_state
 
 # ---- counting
@@ -108,9 +108,9 @@ def images():
 
 
 def train(images, config, path, **settings):
-    origin = None if path.exists() else pretraining.origin_of(images, "digits", {}, describe_machine())
+    manifest = None if path.exists() else pretraining.manifest_of(images, "digits", {})
     run = RunFolder(path)
-    return run, pretraining.pretrain(images, config, run, DistributedContext(), origin=origin, **settings)
+    return run, pretraining.pretrain_images(images, config, run, DistributedContext(), manifest=manifest, **settings)
 
 
 SHORT = replace(CONFIG, epochs=3, workers=1)

@@ -17,7 +17,7 @@ from simclr.losses import nt_xent, nt_xent_dense, nt_xent_views, nt_xent_views_d
 from simclr.losses.nt_xent import nt_xent_views_streamed
 from simclr.losses.operands import Operands
 from simclr.losses.streamed import others_logsumexp
-from simclr.tasks.pretrain import build_task
+from simclr.tasks.pretrain_images import build_task
 from simclr.training.run import RunFolder
 from test_distributed import in_processes
 
@@ -140,7 +140,7 @@ def test_what_has_no_loss_is_refused():
 def test_the_setting_chooses_the_loss(tmp_path, name, decoupled):
     images = open_data("digits").subset(np.arange(12))
     config = PretrainConfig(size=8, encoder="small", batch_size=8, loss=name, loss_scale=1.0)
-    task, _ = build_task(images, config, RunFolder(tmp_path / "run"), DistributedContext())
+    task = build_task(images, config, RunFolder(tmp_path / "run"), DistributedContext())
     views = task.batch(0)
     loss, _ = task.method(*views)
     with torch.no_grad():

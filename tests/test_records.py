@@ -5,12 +5,12 @@ import os
 
 import pytest
 
+from simclr.config.finetune import FinetuneConfig
 from simclr.config.pretrain import PretrainConfig, load_config
-from simclr.config.records import DistillRecord, FinetuneRecord, RunRecord, read_record
+from simclr.config.records import RunRecord
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.evaluation.finetune import _claim as claim_finetuning
-from simclr.training.run import RunFolder, create_run, hold
+from simclr.training.run import RunFolder, claim, create_run, hold, open_run
 
 ORIGIN = {
     "data": {
@@ -19,8 +19,7 @@ ORIGIN = {
     },
     "machine": {"cpu_threads": 1, "command": ["simclr"], "gpu": None},
 }  # fmt: skip
-IDENTITY = {"config": {"lr": 0.1}, "seed": 0, "semantics": "google", "images": "a", "targets": "b", "weights": "c"}
-DISTILLATION = {"identity": {}, "origin": {}, "machine": {"cpu_threads": 2}}
+FINETUNING = {"method": "supervised", "inputs": {"seed": 0, "images": "a"}, "machine": {"cpu_threads": 2}}
 
 
 @pytest.fixture
@@ -48,15 +47,13 @@ DAMAGE = {
 
 @pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_record_is_one_short_sentence(run, content):
-    for name in ("run.json", "config.json", "summary.json", "finetune.json", "distill.json"):
+    for name in ("run.json", "config.json", "summary.json"):
         (run.path / name).write_bytes(content)
     for read in (
         lambda: run.origin,
         lambda: run.config,
         lambda: run.is_finished,
-        lambda: read_record(run.path / "finetune.json", FinetuneRecord, remedy="go on"),
-        lambda: read_record(run.path / "distill.json", DistillRecord, remedy="go on"),
-        lambda: claim_finetuning(run, IDENTITY),
+        lambda: claim(run, PretrainConfig(), ORIGIN),
     ):
         with pytest.raises(UserError, match=r"is damaged: |do not fit: ") as caught:
             read()
@@ -102,10 +99,10 @@ def test_a_missing_field_is_named_and_a_free_one_is_free(run):
 def test_records_without_a_version_are_read_and_later_ones_refused(run):
     for name, read in (("run.json", lambda: run.origin["data"]), ("config.json", lambda: run.config)):
         record, now = json.loads((run.path / name).read_bytes()), read()
-        assert record.pop("schema_version") == 1
+        assert record.pop("schema_version") == 2
         (run.path / name).write_text(json.dumps(record))
         assert read() == now
-        (run.path / name).write_text(json.dumps(record | {"schema_version": 2, "novel": []}))
+        (run.path / name).write_text(json.dumps(record | {"schema_version": 3, "novel": []}))
         with pytest.raises(UserError, match="written by a newer simclr; upgrade simclr"):
             read()
 
@@ -155,15 +152,24 @@ def test_damaged_lines_of_metrics_are_left_out_and_a_pipe_is_refused(run):
         run.rewind(9)
 
 
-def test_claims_know_their_own_records(tmp_path):
+def test_a_folder_is_claimed_by_the_same_training_alone(tmp_path):
     folder = RunFolder(tmp_path / "out")
+    config = FinetuneConfig(lr=0.1)
     with hold(folder.path, DistributedContext()):
-        claim_finetuning(folder, IDENTITY)
-        claim_finetuning(folder, IDENTITY)
-        (folder.path / "finetune.json").write_text(json.dumps(IDENTITY))  # without a version
-        claim_finetuning(folder, IDENTITY)
-        with pytest.raises(UserError, match="other settings"):
-            claim_finetuning(folder, IDENTITY | {"seed": 1})
-    (tmp_path / "distill.json").write_text(json.dumps(DISTILLATION))
-    assert read_record(tmp_path / "distill.json", DistillRecord, remedy="").machine.cpu_threads == 2
+        claim(folder, config, FINETUNING)
+        claim(folder, FinetuneConfig(lr=0.1, workers=0), FINETUNING | {"task": None, "machine": {"cpu_threads": 9}})
+        for other, manifest in (
+            (FinetuneConfig(lr=0.2), FINETUNING),
+            (config, FINETUNING | {"inputs": {"seed": 1, "images": "a"}}),
+            (config, FINETUNING | {"method": "distill"}),
+        ):
+            with pytest.raises(UserError, match="another folder"):
+                claim(folder, other, manifest)
+    assert folder.method == "supervised" and folder.cpu_threads == 2 and not folder.is_pretraining
     assert RunRecord.model_validate(ORIGIN).settings is None
+
+
+def test_a_fine_tuning_of_an_earlier_version_is_named(tmp_path):
+    (tmp_path / "finetune.json").write_text("{}")
+    with pytest.raises(UserError, match="earlier version of `simclr finetune`; start again in another folder"):
+        open_run(tmp_path)

@@ -17,11 +17,12 @@ import torch.multiprocessing as mp
 from simclr.config.pretrain import PretrainConfig
 from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext, stop
-from simclr.errors import UserError
-from simclr.tasks import pretrain as pretraining
+from simclr.errors import Stopped, UserError
+from simclr.tasks import pretrain_images as pretraining
+from simclr.training.batches import make_batches
 from simclr.training.checkpoint import checkpoints, load_newest
 from simclr.training.loop import Prefetcher, _over_processes
-from simclr.training.run import RunFolder, describe_machine
+from simclr.training.run import RunFolder
 from simclr.weights.folder import load
 
 CONFIG = PretrainConfig(
@@ -36,11 +37,11 @@ def images():
 
 
 def train(images, config, path, world=None):
-    origin = pretraining.origin_of(images, "digits", {}, describe_machine())
+    manifest = pretraining.manifest_of(images, "digits", {})
     run = RunFolder(path)
     known = (path / "config.json").exists()
-    return run, pretraining.pretrain(
-        images, config, run, world or DistributedContext(), origin=None if known else origin
+    return run, pretraining.pretrain_images(
+        images, config, run, world or DistributedContext(), manifest=None if known else manifest
     )
 
 
@@ -207,9 +208,10 @@ def test_a_signal_saves_and_stops_cleanly(images, undisturbed, tmp_path, monkeyp
         return real(*args, **kwargs)
 
     monkeypatch.setattr(pretraining, "make_views", views)
-    run, outcome = train(images, CONFIG, tmp_path / "run")
-    assert not outcome.finished and outcome.step == 9 == newest_step(run.path)
-    assert f"simclr resume {run.path}" in capsys.readouterr().err
+    path = tmp_path / "run"
+    with pytest.raises(Stopped, match=f"Stopped at step 9, saved; `simclr resume {path}` goes on") as stopped:
+        train(images, CONFIG, path)
+    assert stopped.value.signal == number and newest_step(path) == 9
     run, outcome = train(images, CONFIG, tmp_path / "run")
     assert outcome.finished
     assert_same(final_state(run), final_state(undisturbed))
@@ -241,16 +243,18 @@ def test_each_image_is_seen_once_an_epoch_whatever_the_number_of_processes(image
         return real(pixels, policy, epoch=epoch, indices=indices, **kwargs)
 
     monkeypatch.setattr(pretraining, "make_views", views)
-    policy = pretraining.policy_of(CONFIG, 1)
-    one = pretraining._batches(images, policy, CONFIG, DistributedContext())
+
+    def batches_of(world):
+        make_inputs = pretraining._make_inputs(images, CONFIG, world, 2)
+        return make_batches(images, make_inputs, batch_size=CONFIG.batch_size, seed=CONFIG.seed, world=world)
+
+    one = batches_of(DistributedContext())
     whole = [one(step) for step in range(15)]
     visits = np.concatenate(seen)[: 3 * 150]
     for epoch in range(3):
         assert sorted(visits[epoch * 150 : (epoch + 1) * 150].tolist()) == [[epoch, i] for i in range(150)]
     for size in (2, 4):
-        parts = [
-            pretraining._batches(images, policy, CONFIG, DistributedContext(rank=r, size=size)) for r in range(size)
-        ]
+        parts = [batches_of(DistributedContext(rank=r, size=size)) for r in range(size)]
         for step in (0, 4, 14):
             for view in (0, 1):
                 assert torch.equal(torch.cat([part(step)[view] for part in parts]), whole[step][view])
@@ -264,7 +268,7 @@ def gradients_of_a_step(rank, size, store, dtype, result):
         world = DistributedContext(rank=rank, size=size, local_rank=rank)
     images = open_data("digits").subset(np.arange(150))
     config = replace(CONFIG, head_layers=3, knn_every=0, temperature=0.5, batch_size=64)
-    task, _ = pretraining.build_task(images, config, RunFolder(Path(store).parent / "none"), world)
+    task = pretraining.build_task(images, config, RunFolder(Path(store).parent / "none"), world)
     model = task.method.to(dtype)
     if size > 1:
         model = _over_processes(model)

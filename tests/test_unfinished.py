@@ -8,14 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-import simclr as package
 from simclr import evaluation, load
 from simclr.config.encoder import EncoderConfig
 from simclr.errors import UserError
+from simclr.files import write_atomically
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import build_encoder
+from simclr.tasks import opening, pretrain_images
 from simclr.tasks import push as hub
 from simclr.training import loop as train
+from simclr.weights import folder as weights_folder
 from simclr.weights.folder import save_classifier, save_encoder
 from simclr.weights.training_progress import TrainingProgress, UnfinishedTraining
 
@@ -157,7 +159,7 @@ def test_a_kill_between_the_last_checkpoint_and_the_summary_loses_no_figure(simc
     def die(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(package.pretrain, "_report_end", die)
+    monkeypatch.setattr(pretrain_images, "_report_end", die)
     assert simclr(*pretrain, tmp_path / "killed")[0] == 130
     monkeypatch.undo()
     assert simclr("resume", tmp_path / "killed")[0] == 0
@@ -181,8 +183,8 @@ def test_a_half_written_export_is_mended(simclr, tmp_path, monkeypatch, format, 
         written.append(path)
         write(path, content)
 
-    write = package.files.write_atomically
-    for module in (package.weights, package.opening):
+    write = write_atomically
+    for module in (weights_folder, opening):
         monkeypatch.setattr(module, "write_atomically", write_or_die)
     simclr(*command, tmp_path / "half")
     monkeypatch.undo()
@@ -209,6 +211,6 @@ def test_an_encoder_that_was_cut_short_is_written_again(tmp_path):
     encoder = build_encoder(EncoderConfig("small", channels=3, size=8, width=0.25), seed=0)
     save_encoder(encoder, tmp_path / "out", preprocessing="google", origin={})
     (tmp_path / "out" / "model.safetensors").unlink()  # earlier versions wrote config.json first
-    package.opening.start_encoder_folder(tmp_path / "out", ours={})
+    opening.start_encoder_folder(tmp_path / "out", ours={})
     assert not list((tmp_path / "out").iterdir())
     assert set(hub.FILES) >= {"config.json", "model.safetensors"}

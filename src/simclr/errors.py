@@ -1,4 +1,4 @@
-"""What is the user's to mend."""
+"""Exceptions shown to the user."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,18 @@ class UserError(ValueError):
 
     The command line prints the sentence and exits with code 2; from Python it is an ordinary ValueError.
     """
+
+
+class Stopped(Exception):
+    """A signal asked a training to stop, and it did, at a step from which it can go on.
+
+    Attributes:
+        signal: The signal's number.
+    """
+
+    def __init__(self, sentence: str, signal: int) -> None:
+        super().__init__(sentence)
+        self.signal = signal
 
 
 class NotFinite(UserError):

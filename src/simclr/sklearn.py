@@ -13,8 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, fields
-from functools import cache
+from dataclasses import fields
 from numbers import Number
 from os import PathLike
 from pathlib import Path
@@ -24,23 +23,23 @@ from typing import Any, Self
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import Tags, check_random_state  # pyrefly: ignore
 from sklearn.utils.validation import check_is_fitted, validate_data  # pyrefly: ignore
 from torch import Tensor
 
+from simclr.config.overrides import Overrides
 from simclr.config.pretrain import PretrainConfig, require_seed
 from simclr.config.recipes import find_recipe, settings_for
 from simclr.data.forms import ROUNDING, ImagesLike, open_images
 from simclr.data.images import Images
 from simclr.distributed import DistributedContext
-from simclr.errors import UserError
-from simclr.tasks import pretrain as pretraining
+from simclr.errors import Stopped, UserError
+from simclr.tasks import pretrain_images as pretraining
 from simclr.training.device import find_device
 from simclr.training.progress import hushed, say
-from simclr.training.run import RunFolder, describe_machine
+from simclr.training.run import RunFolder
 from simclr.weights.folder import load
 
 _SETTINGS = ("epochs", "batch_size", "size", "encoder", "width", "temperature")  # parameters that are settings too
@@ -200,9 +199,7 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         given = {**given, "seed": seed, "device": world.device.type}
         recipe = find_recipe(self.recipe) if self.recipe is not None else None
 
-        def over(config: PretrainConfig) -> PretrainConfig:
-            return _validated(asdict(config) | given)
-
+        over = Overrides(given)
         pretraining.check_settings(over(recipe.config if recipe else PretrainConfig()), world)
         gpus = [world.device] if world.device.type == "cuda" else []
         with (
@@ -212,10 +209,11 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         ):
             config = settings_for(recipe, images, over, on_gpu=bool(gpus), say=say)
             run = RunFolder(Path(folder), how_to_resume="a new fit", lasting=False)
-            origin = pretraining.origin_of(images, images.name, {}, describe_machine())
-            outcome = pretraining.pretrain(images, config, run, world, origin=origin)
-            if outcome.signal is not None:  # the loop ends in peace, an interrupted fit must not
-                raise KeyboardInterrupt if outcome.signal == signal.SIGINT else SystemExit(128 + outcome.signal)
+            manifest = pretraining.manifest_of(images, images.name, {})
+            try:
+                outcome = pretraining.pretrain_images(images, config, run, world, manifest=manifest)
+            except Stopped as stop:  # a saved run could go on; an interrupted fit cannot
+                raise (KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal)) from None
             for sentence in outcome.warnings:
                 warnings.warn(sentence, ConvergenceWarning, stacklevel=3)
             self.embedder_, self.config_, self.history_ = load(folder), run.config, run.read_metrics()
@@ -297,23 +295,6 @@ def _is_table(X: Any) -> bool:
 
 def _is_row(item: Any) -> bool:
     return isinstance(item, Number | list | tuple) or getattr(item, "ndim", 0) == 1
-
-
-@cache
-def _adapter() -> TypeAdapter[PretrainConfig]:
-    return TypeAdapter(PretrainConfig)
-
-
-def _validated(values: dict[str, Any]) -> PretrainConfig:
-    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
-    try:
-        return _adapter().validate_python(plain)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if isinstance(wrong := first.get("ctx", {}).get("error"), UserError):
-            raise wrong from None
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{where} was {first['input']!r}: {first['msg'].rstrip('.')}.") from None
 
 
 @contextmanager

@@ -25,18 +25,18 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
-    "plan": Command(Plan, "simclr.tasks.jobs:plan", "config"),
-    "pretrain": Command(Pretrain, "simclr.tasks.jobs:pretrain", "config"),
-    "resume": Command(Resume, "simclr.tasks.jobs:resume", "config"),
+    "plan": Command(Plan, "simclr.tasks.plan:plan", "config"),
+    "pretrain": Command(Pretrain, "simclr.tasks.pretrain:pretrain", "config"),
+    "resume": Command(Resume, "simclr.tasks.resume:resume", "config"),
     "evaluate": Command(Evaluate, "simclr.tasks.evaluate:evaluate", "finetune"),
-    "finetune": Command(Finetune, "simclr.tasks.finetuning:finetune_run", "config"),
-    "distill": Command(Distill, "simclr.tasks.distilling:distill", "config"),
+    "finetune": Command(Finetune, "simclr.tasks.finetune:finetune", "config"),
+    "distill": Command(Distill, "simclr.tasks.distill:distill", "config"),
     "check": Command(Check, "simclr.tasks.check:check"),
     "predict": Command(Predict, "simclr.tasks.predicting:predict"),
     "embed": Command(Embed, "simclr.tasks.embed:embed"),
-    "import": Command(Import, "simclr.tasks.importing:import_checkpoint"),
+    "import": Command(Import, "simclr.tasks.import_:import_checkpoint"),
     "export": Command(Export, "simclr.tasks.export:export"),
     "push": Command(Push, "simclr.tasks.push:push"),
-    "views": Command(Views, "simclr.tasks.jobs:views", "config"),
-    "recipes": Command(Recipes, "simclr.tasks.jobs:recipes"),
+    "views": Command(Views, "simclr.tasks.views:views", "config"),
+    "recipes": Command(Recipes, "simclr.tasks.recipes:recipes"),
 }

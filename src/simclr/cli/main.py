@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import replace
+from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
@@ -15,7 +15,8 @@ import tyro
 from simclr import UserError, __version__
 from simclr.cli.commands import COMMANDS
 from simclr.config.deprecated import rename_flags
-from simclr.errors import ReportedElsewhere
+from simclr.config.overrides import Overrides
+from simclr.errors import ReportedElsewhere, Stopped
 from simclr.files import reason_of
 
 
@@ -36,6 +37,11 @@ def main() -> None:
             rank = os.environ.get("RANK", "0")
             print(f"simclr: {'' if rank == '0' else f'[process {rank}] '}{error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        if _reports(UserError("stopped")):
+            print(stop, file=sys.stderr)
+        if not _is_one_of_several():  # tell the shell, so that `&&` stops too; torchrun reports on its processes itself
+            sys.exit(128 + stop.signal)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -113,17 +119,23 @@ def _run(name: str, arguments: list[str]) -> None:
 
     module, function = command.job.split(":")
     job = getattr(import_module(module), function)  # imports torch: only now that the arguments are known to be good
-    field = command.settings
-    if field is None:
+    if command.settings is None:
         job(parsed)
-        return
+    else:
+        job(parsed, Overrides(_given(getattr(parsed, command.settings), command.settings, arguments)))
 
-    def over(settings: Any) -> Any:
-        """These settings, with the flags that were given on top."""
-        default = replace(parsed, **{field: settings})
-        return getattr(tyro.cli(command.flags, prog=prog, args=arguments, default=default), field)
 
-    job(parsed, over)
+def _given(config: Any, field: str, arguments: list[str]) -> dict[str, Any]:
+    """The settings that flags name, with their values.
+
+    Args:
+        config: The parsed settings.
+        field: "config", whose flags have no prefix, or the prefix of the settings' flags.
+    """
+    prefix = "" if field == "config" else f"{field}."
+    flags = [argument.removeprefix("--").partition("=")[0] for argument in arguments if argument.startswith("--")]
+    names = [flag.removeprefix(prefix).replace("-", "_") for flag in flags if flag.startswith(prefix)]
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.name in names or f"no_{f.name}" in names}
 
 
 def _overview() -> str:

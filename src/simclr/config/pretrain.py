@@ -189,7 +189,7 @@ class PretrainConfig:
         _require("crop_min", self.crop_min, 0 < self.crop_min <= 1, "an area share in (0, 1]")
 
     def save(self, path: Path) -> None:
-        """Write the settings as JSON."""
+        """Write the settings as JSON: a recipe."""
         from simclr.config.records import versioned
 
         write_atomically(path, versioned(asdict(self)))
@@ -215,7 +215,7 @@ def _require(name: str, value: object, fine: bool, allowed: str) -> None:
 
 
 def load_config(path: Path) -> PretrainConfig:
-    """Read settings saved by `PretrainConfig.save`; an unknown or mistyped one is an error that names it."""
+    """Read the settings of a run (config.json); an unknown or mistyped one is an error that names it."""
     from pydantic import TypeAdapter, ValidationError
 
     from simclr.config.records import first_error, read_json

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 from simclr.errors import UserError, shown
 from simclr.files import MAX_RECORD_BYTES, read_regular, reason_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of the records below and of config.json: raise it when an earlier version could not read or would misread one."""
 
 Text = InstanceOf[str]
@@ -69,32 +69,27 @@ class MachineRecord(_Strict):
     cpu_threads: int = Field(ge=1, le=1 << 16)
 
 
-class RunRecord(Record):
-    """run.json: where a pretraining run came from."""
+class TaskRecord(_Strict):
+    """How `simclr resume` starts a training again."""
 
-    data: DataRecord
+    name: Text
+    """Of the command."""
+    options: dict[str, Any]
+    """Its arguments and settings, with absolute paths."""
+
+
+class RunRecord(Record):
+    """run.json: the manifest of a training, whatever its method."""
+
+    data: DataRecord | None = None
+    """None: the images were given as an object, or belong to an evaluation."""
     machine: MachineRecord
+    method: Text = "simclr"
     settings: str | None = None
     """Digest of those settings in config.json that determine the result (`settings_digest`)."""
-
-
-class FinetuneRecord(Record):
-    """finetune.json: what a training on labels depends on."""
-
-    config: dict[str, Any]
-    seed: int
-    semantics: str
-    images: str
-    targets: str
-    weights: str
-
-
-class DistillRecord(Record):
-    """distill.json: what a distillation depends on, and where that came from."""
-
-    identity: dict[str, Any]
-    origin: dict[str, Any]
-    machine: MachineRecord
+    inputs: dict[str, Any] = Field(default_factory=dict)
+    """What else determines the result: digests of images, targets and initial weights, seed, version of the code."""
+    task: TaskRecord | None = None
 
 
 class SummaryRecord(Record):

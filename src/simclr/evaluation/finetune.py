@@ -6,43 +6,38 @@ weights are tested, and no test label takes part in anything but the accuracy.
 Shapes: n training and m test images, K classes.
 """
 
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from simclr.config.encoder import EncoderConfig
 from simclr.config.finetune import FinetuneConfig
-from simclr.config.records import FinetuneRecord, read_record, versioned
 from simclr.data.images import Images
 from simclr.data.labels import require_classes
-from simclr.data.order import EndlessOrder
 from simclr.distributed import DistributedContext
 from simclr.errors import Diverged, NotFinite, UserError
-from simclr.files import write_atomically, writing
 from simclr.methods.supervised import Classify, share_right
 from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.models.inference import device_of, outputs, require_channels
-from simclr.training.device import choose_kernels, keep_on_gpu, precision_of
-from simclr.training.loop import Outcome, Task, restore
-from simclr.training.loop import train as run_loop
+from simclr.training.batches import Batch, Inputs, make_batches
+from simclr.training.device import precision_of
+from simclr.training.fit import fit, temporary_run
+from simclr.training.loop import Task
 from simclr.training.optim import build_optimizer
-from simclr.training.run import RunFolder, hold
+from simclr.training.run import RunFolder, describe_machine
 from simclr.views.policy import AugmentationPreset, crop_and_flip
-from simclr.views.views import has_kernels, make_view
+from simclr.views.views import make_view
 from simclr.weights.folder import digest_of, save_classifier
 from simclr.weights.training_progress import TrainingProgress
 
@@ -73,18 +68,6 @@ class Finetuned:
     seed: int
 
 
-class Stopped(Exception):
-    """A signal asked to stop; called again with the same run folder, the training goes on.
-
-    Attributes:
-        signal: Its number.
-    """
-
-    def __init__(self, outcome: Outcome) -> None:
-        super().__init__(f"stopped at step {outcome.step}")
-        self.signal = outcome.signal
-
-
 def finetune(
     encoder: Encoder,
     head: ProjectionHead | None,
@@ -95,7 +78,8 @@ def finetune(
     seed: int,
     preset: AugmentationPreset = "google",
     world: DistributedContext | None = None,
-    run: Path | None = None,
+    run: Path | RunFolder | None = None,
+    manifest: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Finetuned:
     """Train a copy of the network on labelled images, then test it.
@@ -110,6 +94,7 @@ def finetune(
         world: The processes that share each batch; None: this process, where the encoder is.
         run: Folder for records, checkpoints and the network (`simclr.load(run).classify`); where it holds an unfinished
             training of the same settings, that goes on bit for bit. None: nothing is kept.
+        manifest: Further fields of run.json (`RunRecord`): data, task.
         progress: Called with (done, total) steps.
 
     Raises:
@@ -121,29 +106,20 @@ def finetune(
         require_channels(encoder.config.channels, images)
     if world is None:
         world = DistributedContext(device=device_of(encoder))
-    choose_kernels(world, deterministic=config.deterministic)
     network = Classifier(deepcopy(encoder), deepcopy(head), len(labels), head_layer=config.head_layer)
-    network = network.to(world.device).to(memory_format=torch.channels_last)
     classes = [str(label) if train.classes is None else train.classes[label] for label in labels]
+    inputs = _inputs(network, train, targets, seed, preset)
+    world.require_equal("training", inputs | config.result_fields(), "Give every process the same flags and files.")
+    network = network.to(world.device).to(memory_format=torch.channels_last)
     task = _build_task(network, train, targets, config, seed, preset, world)
-    with _run_folder(run, _identity(network, train, targets, config, seed, preset), world) as folder:
-        if run is not None:
+    kept = RunFolder(run, how_to_resume="the same command") if isinstance(run, Path) else run
+    with temporary_run(world) if kept is None else nullcontext(kept) as folder:
+        if kept is None:
+            config, record = replace(config, save_every=task.total_steps), None
+        else:
             task = _publishing(task, network, folder, classes, preset)
-        start = restore(task, folder, world)
-        try:
-            outcome = run_loop(
-                task, folder, world,
-                start_step=start, workers=config.workers, log_every=config.log_every,
-                save_every=config.save_every if run is not None else task.total_steps,
-                max_checkpoints=config.max_checkpoints, progress=_Told(progress, task.total_steps),
-            )  # fmt: skip
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"Training on {config.batch_size} images at a time does not fit the GPU's memory; give a smaller "
-                "--batch-size, or more processes."
-            ) from None
-        if outcome.signal is not None:  # also in the last step: what follows must not begin
-            raise Stopped(outcome)
+            record = {"method": "supervised", "inputs": inputs, "machine": describe_machine(), **(manifest or {})}
+        outcome = fit(task, folder, config, world, manifest=record, progress=progress or (lambda done, total: None))
     try:
         scores = outputs(
             network, test, len(labels), size=network.encoder.config.size, preset=preset, world=world
@@ -170,10 +146,8 @@ def supervised(
     config: FinetuneConfig,
     *,
     seed: int,
-    preset: AugmentationPreset = "google",
     world: DistributedContext | None = None,
-    run: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> Finetuned:
     """Train a network of this shape from scratch on the same labels: the baseline of every table (B.3).
 
@@ -183,11 +157,7 @@ def supervised(
     The other arguments and the errors are those of `finetune`.
     """
     world = DistributedContext() if world is None else world
-    fresh = build_encoder(shape, seed=seed)
-    return finetune(
-        fresh, None, train, test, config,
-        seed=seed, preset=preset, world=world, run=run, progress=progress,
-    )  # fmt: skip
+    return finetune(build_encoder(shape, seed=seed), None, train, test, config, seed=seed, world=world, **options)
 
 
 def _class_targets(train: Images, test: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -249,84 +219,34 @@ def _batches(
     seed: int,
     preset: AugmentationPreset,
     world: DistributedContext,
-) -> Callable[[int], tuple[Tensor, Tensor]]:
+) -> Callable[[int], Inputs]:
     """step -> this process's views (B, C, S, S) and targets (B,), on its device."""
     policy = crop_and_flip(
-        preset,
-        network.encoder.config.size,
-        channels=train.channels,
-        crop_min=config.crop_min,
-        flip=config.flip,
+        preset, network.encoder.config.size, channels=train.channels, crop_min=config.crop_min, flip=config.flip
     )
-    order = EndlessOrder(len(train), seed)
-    resident = keep_on_gpu(train, world)[0] if has_kernels(world.device) else None
-    view = partial(
-        make_view, policy=policy, seed=seed, device=world.device, dtype=precision_of(config.precision, world)
-    )
+    dtype = precision_of(config.precision, world)
 
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        mine = world.local_slice(config.batch_size)
-        positions = np.arange(step * config.batch_size + mine.start, step * config.batch_size + mine.stop)
-        epochs, indices = order.at(positions)  # (B,), (B,)
-        pixels = train.read(indices, copy=False) if resident is None else resident[indices]
-        read = torch.from_numpy(targets[train.items_read(indices)])
-        return view(pixels, epoch=epochs, indices=indices), read.to(world.device)
+    def inputs(batch: Batch) -> Inputs:
+        view = make_view(
+            batch.pixels, policy, seed=seed, epoch=batch.epochs, indices=batch.indices, device=world.device, dtype=dtype
+        )
+        return view, torch.from_numpy(targets[train.items_read(batch.indices)]).to(world.device)
 
-    return batch
+    return make_batches(train, inputs, batch_size=config.batch_size, seed=seed, world=world)
 
 
-def _identity(
-    network: Classifier,
-    train: Images,
-    targets: np.ndarray,
-    config: FinetuneConfig,
-    seed: int,
-    preset: AugmentationPreset,
+def _inputs(
+    network: Classifier, train: Images, targets: np.ndarray, seed: int, preset: AugmentationPreset
 ) -> dict[str, Any]:
-    """What a training depends on, as JSON can hold it: one that is resumed must have the same."""
+    """What a training depends on beside its settings, as JSON can hold it: one that is resumed must have the same."""
     return {
-        "config": config.result_fields(),
+        "version": TRAINING_VERSION,
         "seed": seed,
-        "semantics": preset,
+        "preset": preset,
         "images": train.fingerprint,
         "targets": sha256(targets.astype("<i8").tobytes()).hexdigest(),
         "weights": digest_of(network),
     }
-
-
-@contextmanager
-def _run_folder(path: Path | None, identity: dict[str, Any], world: DistributedContext) -> Iterator[RunFolder]:
-    """The folder that the loop writes to: a new one, one that holds the same training, or one for the time being."""
-    world.require_equal("training", identity, "Give every process the same flags and files.")
-    if path is None:
-        with TemporaryDirectory(prefix="simclr-") if world.is_main else nullcontext("") as scratch:
-            folder = RunFolder(Path(world.broadcast(scratch)))
-            folder.checkpoints.mkdir(parents=True, exist_ok=True)
-            yield folder
-        return
-    folder = RunFolder(path, how_to_resume="run the same command again")
-    with hold(path, world):
-        world.on_main(partial(_claim, folder, identity))
-        yield folder
-
-
-def _claim(folder: RunFolder, identity: dict[str, Any]) -> None:
-    """Make the folder of a new training, or see that it holds the same one."""
-    described = folder.path / "finetune.json"
-    if not described.is_file():
-        folder.refuse_existing()
-    elif _described(described) != json.loads(json.dumps(identity)):
-        raise UserError(f"{folder.path} holds a training of other settings, images or weights; give another folder.")
-    with writing(folder.path, hint="give another folder"):
-        if not described.is_file():
-            write_atomically(described, versioned(identity))
-        folder.checkpoints.mkdir(exist_ok=True)
-
-
-def _described(file: Path) -> dict[str, Any]:
-    """What an earlier training in the folder depends on."""
-    record = read_record(file, FinetuneRecord, remedy="restore it, or give another folder")
-    return record.model_dump(exclude={"schema_version"})
 
 
 def _publishing(
@@ -341,17 +261,3 @@ def _publishing(
         )  # fmt: skip
 
     return replace(task, publish=publish)
-
-
-class _Told:
-    """What the loop tells, as calls of (done, total) steps."""
-
-    def __init__(self, progress: Callable[[int, int], None] | None, total: int) -> None:
-        self._progress, self._total = progress, total
-
-    def step(self, done: int) -> None:
-        if self._progress is not None:
-            self._progress(done, self._total)
-
-    def record(self, record: dict[str, float], outcome: Outcome) -> None:
-        self.step(outcome.step)

@@ -14,6 +14,7 @@ from simclr.evaluation.measure import TITLES
 from simclr.evaluation.metrics import BASELINES, SUPERVISED
 from simclr.evaluation.results import Result, name_of, read_results
 from simclr.reports.table import Row
+from simclr.training.run import RunFolder
 from simclr.weights.folder import Model, digest_of
 
 OWN = "encoder"  # row of the model under test
@@ -45,7 +46,7 @@ def results_of(folder: Path, model: Model) -> list[Table]:
         folder: What `simclr export` was given.
         model: What was loaded from it.
     """
-    if (folder / "run.json").is_file():
+    if RunFolder(folder).is_pretraining:
         return _tables(_accuracies(folder / "evaluation" / "results.jsonl"), digest_of(model.encoder))
     if reported := _reported(folder):
         return reported

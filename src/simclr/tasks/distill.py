@@ -1,294 +1,189 @@
-"""Distillation, put together: teacher, student and images become a task for the loop, a folder keeps what comes of it.
+"""`simclr distill TEACHER DATA --out OUT`: name, open and check what takes part, distil, say how good it is."""
 
-Teacher and student see the same view of an image: the same crop and flip, each at its own size. Both are made as the
-teacher's preprocessing makes them, because the teacher cannot adapt to another; the student keeps that preprocessing.
-
-OUT/
-  distill.json     what the run depends on (a run that goes on must have the same), and where that came from
-  metrics.jsonl, timing.jsonl, checkpoints/   as of any run (run.py)
-  encoder/         the student with its classifier: what `simclr.load` reads
-  summary.json     written when the run ends
-"""
-
-import json
-from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass
-from functools import partial
-from hashlib import sha256
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from simclr.config.distill import DistillConfig
-from simclr.config.records import DistillRecord, read_record, versioned
-from simclr.data.images import Images
-from simclr.data.order import EndlessOrder
+from simclr import distributed
+from simclr.config.distill import SELF, SMALL, SMALLER, DistillConfig, find_distill_recipe
+from simclr.config.encoder import EncoderConfig
+from simclr.config.overrides import Overrides
+from simclr.config.pretrain import require_seed
+from simclr.data.images import Images, fit_channels
+from simclr.data.labels import chosen_by
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.evaluation.finetune import Stopped
-from simclr.evaluation.metrics import accuracy
-from simclr.files import write_atomically, writing
-from simclr.methods.distill import Distill
-from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier
-from simclr.models.inference import outputs, require_channels
-from simclr.tasks.teacher import teachers_columns
-from simclr.training.device import choose_kernels, keep_on_gpu, precision_of, same_threads
-from simclr.training.loop import Inputs, Outcome, Task, restore, train
-from simclr.training.optim import build_optimizer
-from simclr.training.progress import Progress, say
-from simclr.training.run import RunFolder, describe_machine, hold
-from simclr.views.policy import crop_and_flip
-from simclr.views.views import has_kernels, make_view
-from simclr.weights.folder import Model, digest_of, save_classifier
-from simclr.weights.training_progress import TrainingProgress
+from simclr.models.encoder import Encoder, build_encoder
+from simclr.models.heads import ProjectionHead
+from simclr.reports.table import error_note
+from simclr.tasks.distill_images import Distilled, distill_images
+from simclr.tasks.opening import lasting, load_model, open_parts
+from simclr.tasks.pretrain_images import data_record
+from simclr.tasks.resume import opening_options, task_record
+from simclr.tasks.teacher import open_teacher
+from simclr.training.progress import say
+from simclr.training.run import RunFolder, hold
+from simclr.weights.folder import Model
+
+if TYPE_CHECKING:
+    from simclr.tasks.options.labels import Distill
+
+SAME = "same"
 
 
-@dataclass(frozen=True, eq=False)
-class Distilled:
-    """A student at the end of its training."""
-
-    network: Classifier
-    """The student, in inference mode."""
-    steps: int
-    accuracy: float | None
-    """The student's on the test images, in [0, 1]; None where there were none."""
-    teacher_accuracy: float | None
-    """The teacher's, likewise."""
-
-
-def distill(
-    teacher: Model,
-    student: Classifier,
-    images: Images,
-    config: DistillConfig,
-    run: Path,
-    *,
-    seed: int,
-    test: Images | None = None,
-    world: DistributedContext | None = None,
-    origin: dict[str, Any] | None = None,
-) -> Distilled:
-    """Train a copy of the student until the end or a signal, then test it and its teacher.
+def distill(args: "Distill", over: Overrides) -> None:
+    """The command.
 
     Args:
-        teacher: With a classifier; put into inference mode and on the device, else left as it is.
-        student: Where training begins; its logits are the teacher's classes.
-        images: To learn on. Their labels, -1 for none, only count where `config.alpha` is below 1.
-        run: Folder for records, checkpoints and the student; where it holds an unfinished distillation of the same
-            images, weights, settings and seed, that goes on bit for bit.
-        seed: Of the order of the images and of the views.
-        test: Labelled images that both are tested on at the end.
-        world: The processes that share each batch; None: this one.
-        origin: Free facts for distill.json.
+        over: Puts the flags that were given on top of a recipe.
+    """
+    _check(args, over(DistillConfig()))
+    with distributed.joined(args.device) as world, hold(args.out, world):
+        result, test = _distill(args, over, world)
+    if world.is_main:
+        _print(result, test)
+
+
+def _distill(args: "Distill", over: Overrides, world: DistributedContext) -> tuple[Distilled, Images | None]:
+    """The student, and the images that it was tested on."""
+    teacher = open_teacher(args.teacher, size=args.teacher_size, main=world.is_main)
+    assert teacher.classifier is not None
+    student, how = open_student(args, teacher, main=world.is_main)
+    images, test = _open_images(args, teacher, world)
+    config = _settle(args, over, images, student, teacher, world)
+    manifest = {
+        "data": data_record(images, lasting(args.data), opening_options(args)),
+        "task": task_record("distill", args, over),
+    }
+    size = {name: sum(p.numel() for p in n.parameters()) for name, n in (("t", teacher.classifier), ("s", student))}
+    say(
+        f"The student ({how}, {size['s']:,} parameters) learns from {args.teacher} ({size['t']:,}) on "
+        f"{len(images):,} images at temperature {config.temperature:g}; the run is in {args.out}.",
+        main=world.is_main,
+    )
+    result = distill_images(
+        teacher,
+        student,
+        images,
+        config,
+        RunFolder(args.out),
+        seed=args.seed,
+        test=test,
+        world=world,
+        manifest=manifest,
+    )
+    return result, test
+
+
+def open_student(args: "Distill", teacher: Model, *, main: bool = True) -> tuple[Classifier, str]:
+    """The network that is to learn, and what it is in words.
+
+    Args:
+        main: Whether this process prints messages.
 
     Raises:
-        UserError: Images, networks and settings do not go together, or memory, disk or the loss gave out.
-        Stopped: A signal asked to stop; called again with the same folder, the training goes on.
+        UserError: It cannot be built or loaded, has no such head layer, or takes other channels than the teacher.
     """
-    world = DistributedContext() if world is None else world
-    taught_by = teacher.classifier
-    assert taught_by is not None, "open_teacher sees to it"
-    assert student.linear.out_features == len(teacher.classes), (student.linear, len(teacher.classes))
-    for encoder in (teacher.encoder, student.encoder):
-        require_channels(encoder.config.channels, images)
-    targets = _targets(teacher, images, config)
-    test_targets = None if test is None else teachers_columns(teacher, test)
-    precision_of(config.precision, world)
-    world.local_slice(config.batch_size)
-
-    folder = RunFolder(run, how_to_resume="run the same command again")
-    student = deepcopy(student)
-    identity = {
-        "config": config.result_fields(),
-        "seed": seed,
-        "images": images.fingerprint,
-        "targets": None if targets is None else sha256(targets.astype("<i8").tobytes()).hexdigest(),
-        "teacher": digest_of(taught_by),
-        "preprocessing": teacher.preprocessing,
-        "student": digest_of(student),
-    }
-    with hold(run, world):
-        world.require_equal("distillation", identity, "Give every process the same flags and files.")
-        same_threads(world.on_main(partial(_claim, folder, identity, origin or {})), world)
-        choose_kernels(world, deterministic=config.deterministic)
-        teacher.to(str(world.device))
-        taught_by.to(memory_format=torch.channels_last)
-        student = student.to(world.device).to(memory_format=torch.channels_last)
-        task = build_task(teacher, student, images, targets, config, folder, seed=seed, world=world)
-        outcome = _run(task, folder, config, world)
-        if outcome.signal is not None:
-            say(f"Stopped at step {outcome.step}, saved; the same command goes on.", main=world.is_main)
-            raise Stopped(outcome)
-        tested: dict[str, float] = {}
-        if test is not None and test_targets is not None:
-            networks = {"student": (student, student.encoder), "teacher": (taught_by, teacher.encoder)}
-            for name, (network, encoder) in networks.items():
-                logits = outputs(
-                    network, test, len(teacher.classes),
-                    size=encoder.config.size, preset=teacher.preprocessing, world=world,
-                )  # fmt: skip
-                tested[name] = accuracy(logits.argmax(axis=1), test_targets)
-        if world.is_main:
-            _report_end(folder, outcome, images, config, tested, test)
-        return Distilled(student.eval(), outcome.step, tested.get("student"), tested.get("teacher"))
-
-
-def build_task(
-    teacher: Model,
-    student: Classifier,
-    images: Images,
-    targets: np.ndarray | None,
-    config: DistillConfig,
-    run: RunFolder,
-    *,
-    seed: int,
-    world: DistributedContext,
-) -> Task:
-    """The task of these settings; networks are on the device of this process.
-
-    Args:
-        targets: (n,) int64 columns of the logits, -1 for an image without a label; None: labels do not count.
-    """
-    assert teacher.classifier is not None
-    total = config.steps(len(images))
-    method = Distill(student, teacher.classifier, temperature=config.temperature, alpha=config.alpha, world=world)
-    if world.size > 1:
-        set_global_batch_norm(method, world.group)
-    return Task(
-        method=method,
-        batch=_batches(teacher, student, images, targets, config, seed, world),
-        optimizer=build_optimizer(
-            config.optimizer, method, lr=config.peak, weight_decay=config.weight_decay, momentum=config.momentum
-        ),
-        learning_rate=config.learning_rate(len(images)),
-        total_steps=total,
-        batch_size=config.batch_size,
-        seed=seed,
-        precision=precision_of(config.precision, world),
-        publish=lambda step: save_classifier(
-            student, run.encoder,
-            classes=teacher.classes, preprocessing=teacher.preprocessing,
-            origin={"method": "distill", "run": str(run.path)}, progress=TrainingProgress(step, total),
-        ),
-    )  # fmt: skip
-
-
-def _targets(teacher: Model, images: Images, config: DistillConfig) -> np.ndarray | None:
-    """The column of each image's label where labels count."""
-    if config.alpha == 1:
-        return None
-    if images.labels is None or not (images.labels >= 0).any():
-        raise UserError(
-            f"--alpha was {config.alpha}, so that labels count, and no image of {images.name} has one; give --labels, "
-            "or leave --alpha at 1."
-        )
-    return teachers_columns(teacher, images)
-
-
-def _batches(
-    teacher: Model,
-    student: Classifier,
-    images: Images,
-    targets: np.ndarray | None,
-    config: DistillConfig,
-    seed: int,
-    world: DistributedContext,
-) -> Callable[[int], Inputs]:
-    """step -> this process's views for student and teacher, its targets, and the labelled images of the whole batch."""
-    size, teachers_size = student.encoder.config.size, teacher.encoder.config.size
-    order = EndlessOrder(len(images), seed)
-    resident = keep_on_gpu(images, world)[0] if has_kernels(world.device) else None
-    dtype = precision_of(config.precision, world)
-
-    def view(pixels: Any, side: int, epochs: np.ndarray, indices: np.ndarray) -> torch.Tensor:
-        policy = crop_and_flip(
-            teacher.preprocessing, side, channels=images.channels, crop_min=config.crop_min, flip=config.flip
-        )  # what is drawn depends on no size
-        return make_view(
-            pixels, policy, seed=seed, epoch=epochs, indices=indices, device=world.device, dtype=dtype
-        )  # (B, C, side, side)
-
-    def batch(step: int) -> Inputs:
-        positions = np.arange(step * config.batch_size, (step + 1) * config.batch_size)
-        every_epoch, every_index = order.at(positions)  # of all processes
-        mine = world.local_slice(config.batch_size)
-        epochs, indices = every_epoch[mine], every_index[mine]  # (B,), (B,)
-        pixels = images.read(indices, copy=False) if resident is None else resident[indices]
-        seen = view(pixels, size, epochs, indices)
-        seen_by_teacher = seen if size == teachers_size else view(pixels, teachers_size, epochs, indices)
-        if targets is None:
-            return seen, seen_by_teacher
-        labelled = int((targets[every_index] >= 0).sum())
-        return seen, seen_by_teacher, torch.from_numpy(targets[indices]).to(world.device), labelled
-
-    return batch
-
-
-def _claim(folder: RunFolder, identity: dict[str, Any], origin: dict[str, Any]) -> int:
-    """Make the folder of a new run, or see that it holds the same one; how many threads that began with."""
-    described = folder.path / "distill.json"
-    if described.is_file():
-        found = read_record(described, DistillRecord, remedy="restore it, or give another --out")
-        threads = found.machine.cpu_threads
-        if found.identity != json.loads(json.dumps(identity)):
-            raise UserError(
-                f"{folder.path} holds a distillation of other images, networks or settings; give another --out."
-            )
+    expected = teacher.encoder.config
+    if args.encoder is not None:
+        config = EncoderConfig(
+            name=args.encoder, width=args.width, stem=args.stem, sk=args.sk, channels=expected.channels,
+            size=args.size or expected.size,
+        )  # fmt: skip
+        encoder, head, how = build_encoder(config, seed=args.seed), None, f"a fresh {args.encoder}"
+    elif args.student == SAME:
+        encoder, how = build_encoder(expected, seed=args.seed), "fresh weights in the teacher's shape"
+        head = _fresh_head(teacher.head, encoder, args.seed)
     else:
-        folder.refuse_existing()
-        machine = describe_machine()
-        content, threads = {"identity": identity, "origin": origin, "machine": machine}, machine["cpu_threads"]
-        with writing(folder.path, hint="give another --out"):
-            write_atomically(described, versioned(content))
-    with writing(folder.path, hint="give another --out"):
-        folder.checkpoints.mkdir(exist_ok=True)
-    return threads
+        loaded = load_model(args.student, main=main)
+        encoder, head, how = loaded.encoder, loaded.head, f"starting from {args.student}"
+    if encoder.config.channels != expected.channels:
+        raise UserError(
+            f"The student {args.student} takes {encoder.config.channels}-channel images and the teacher {args.teacher} "
+            f"{expected.channels}-channel ones; take a student of the teacher's channels."
+        )
+    layer = args.head_layer
+    if layer is None:
+        alike = args.student == SAME and args.encoder is None
+        layer = teacher.classifier.head_layer if alike and isinstance(teacher.classifier, Classifier) else 0
+    return Classifier(encoder, head, len(teacher.classes), head_layer=layer), how
 
 
-def _run(task: Task, folder: RunFolder, config: DistillConfig, world: DistributedContext) -> Outcome:
-    start = restore(task, folder, world)
-    if start:
-        say(f"Going on from step {start} of {task.total_steps}.", main=world.is_main)
-    with Progress(
-        task.total_steps, start, config.batch_size, formats=task.method.metric_formats, main=world.is_main
-    ) as progress:
-        torch.set_flush_denormal(True)  # gradients of branches that begin at 0 are denormal: steps 9 times as long
-        try:
-            return train(
-                task, folder, world,
-                start_step=start, workers=config.workers, log_every=config.log_every, save_every=config.save_every,
-                max_checkpoints=config.max_checkpoints, progress=progress,
-            )  # fmt: skip
-        except torch.OutOfMemoryError:
+def _fresh_head(like: ProjectionHead | None, encoder: Encoder, seed: int) -> ProjectionHead | None:
+    return None if like is None else ProjectionHead(encoder.num_features, **like.to_dict(), seed=seed)
+
+
+def _check(args: "Distill", asked: DistillConfig) -> None:
+    """Fail before anything is opened where flags do not go together."""
+    require_seed(args.seed)
+    if args.encoder is None:
+        given = {"width": args.width != 1, "stem": args.stem != "auto", "sk": args.sk, "size": args.size is not None}
+        if any(given.values()):
+            names = ", ".join(f"--{name}" for name, is_given in given.items() if is_given)
             raise UserError(
-                f"Distilling {config.batch_size} images at a time does not fit the GPU's memory; give a smaller "
-                "--batch-size, or more processes."
-            ) from None
-        finally:
-            torch.set_flush_denormal(False)
+                f"{names} go with --encoder, which builds a fresh student; name one, such as --encoder small."
+            )
+    elif args.student != SAME:
+        raise UserError(
+            f"--encoder {args.encoder} builds a fresh student and --student {args.student} names one; give one."
+        )
+    if args.labels is None and asked.alpha < 1:
+        raise UserError(
+            f"--alpha was {asked.alpha:g}, which leaves {1 - asked.alpha:g} to labels, and none were named; give "
+            "--labels, such as 1%, or leave --alpha at 1."
+        )
+    if args.labels is not None and asked.alpha == 1:
+        raise UserError(f"--labels {args.labels} would not count, because --alpha is 1; give a lower one, such as 0.5.")
+    if args.recipe is not None:
+        find_distill_recipe(args.recipe)
 
 
-def _report_end(
-    folder: RunFolder, outcome: Outcome, images: Images, config: DistillConfig, tested: dict[str, float],
-    test: Images | None,
-) -> None:  # fmt: skip
-    if not folder.summary.exists():
-        summary = {
-            "steps": outcome.step,
-            "epochs": round(outcome.step * config.batch_size / len(images), 3),
-            "images": len(images),
-            "images_left_out": len(images.skipped),
-            "images_replaced": len(images.replaced),
-            "seconds_of_this_call": round(outcome.seconds, 1),
-            "steps_of_this_call": outcome.steps_run,
-            "final": outcome.last,
-            "test_images": None if test is None else len(test),
-            "test_accuracy": tested,
-        }
-        with folder.writing():
-            write_atomically(folder.summary, versioned(summary))
-    say(f"Done: {outcome.step} steps. The student is in {folder.encoder}.")
+def _open_images(args: "Distill", teacher: Model, world: DistributedContext) -> tuple[Images, Images | None]:
+    """Images to learn on, with the labels that may be used, and labelled ones to test on, if there are any."""
+    train, test = open_parts(args.data, world, labels=args.labels_file, pack=args.pack, side=args.pack_side)
+    channels = teacher.encoder.config.channels
+    train = fit_channels(train, channels)
+    if args.only_labels is not None:
+        train = train.subset(_chosen(train, args.only_labels, args.seed))
+    if args.labels is not None:
+        chosen = _chosen(train, args.labels, args.seed)
+        assert train.labels is not None
+        labels = np.full(len(train), -1)
+        labels[chosen] = train.labels[chosen]
+        train = replace(train, labels=labels)
+        say(f"Labels of {len(chosen):,} images count beside the teacher.", main=world.is_main)
+    if test is None or test.labels is None or not (test.labels >= 0).any():
+        say(f"{train.name} brings no labelled test images: nothing is tested at the end.", main=world.is_main)
+        return train, None
+    if not args.test:
+        return train, None
+    return train, fit_channels(test.subset(np.flatnonzero(test.labels >= 0)), channels)
+
+
+def _chosen(images: Images, labels: str, seed: int) -> np.ndarray:
+    """Indices of the images that a flag names."""
+    if images.labels is None and not Path(labels).is_file():
+        raise UserError(f"{images.name} has no labels, so {labels} of them cannot be taken; leave the flag out.")
+    return chosen_by(labels, images, seed=seed)
+
+
+def _settle(
+    args: "Distill", over: Overrides, images: Images, student: Classifier,
+    teacher: Model, world: DistributedContext,
+) -> DistillConfig:  # fmt: skip
+    """The complete settings: recipe, the temperature that suits the student, the flags on top."""
+    name = args.recipe or ("small-distill" if len(images) <= SMALL else "v2-distill")
+    if args.recipe is None:
+        say(f"Recipe {name} ({len(images):,} images); --recipe chooses another.", main=world.is_main)
+    itself = student.encoder.config == teacher.encoder.config
+    return replace(find_distill_recipe(name), temperature=SELF if itself else SMALLER).with_overrides(over)
+
+
+def _print(result: Distilled, test: Images | None) -> None:
+    if test is None or result.accuracy is None or result.teacher_accuracy is None:
+        return
+    print(f"{'teacher':<9}{result.teacher_accuracy:.1%}\n{'student':<9}{result.accuracy:.1%}")
+    print(f"Top-1 accuracy on {len(test):,} test images, last checkpoint; {error_note(len(test))}.")

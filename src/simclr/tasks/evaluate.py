@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 from simclr import distributed
 from simclr.config.finetune import FinetuneConfig, find_finetune_recipe
 from simclr.config.pretrain import require_seed
-from simclr.errors import UserError
+from simclr.errors import Stopped, UserError
 from simclr.evaluation.curve import Curve
-from simclr.evaluation.finetune import Stopped
 from simclr.evaluation.grid import PAPER_GRID
 from simclr.evaluation.measure import ACCURACIES, Protocol, Settings
 from simclr.evaluation.protocols import curve_results, label_free_result, probe_result, transfer_results
@@ -72,9 +71,7 @@ def evaluate(args: "Evaluate", finetune_over: Callable[[FinetuneConfig], Finetun
             kept = (
                 f"what is done is in {folder}: the same command goes on" if folder else "nothing is kept without --out"
             )
-            say(f"Stopped; {kept}.", main=world.is_main)
-            if world.size == 1:
-                raise SystemExit(128 + (stopped.signal or 15)) from None
+            raise Stopped(f"Stopped; {kept}.", stopped.signal) from None
 
 
 def protocols_of(text: str) -> list[str]:

@@ -25,7 +25,7 @@ from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel, open_subject, subject_of
 from simclr.tasks.opening import open_parts, require_writable, side_of
 from simclr.training.progress import counting, say
-from simclr.training.run import open_run
+from simclr.training.run import RunFolder
 from simclr.views.policy import AugmentationPreset
 from simclr.weights.folder import load_quietly
 from simclr.weights.training_progress import TrainingProgress
@@ -106,8 +106,8 @@ class Session:
     @property
     def flip(self) -> float | None:
         """Probability of a left-right flip in training on labels: that of pretraining; None: RUN is no run."""
-        run = Path(self.args.run)
-        return open_run(run).config.flip if (run / "run.json").is_file() else None
+        run = RunFolder(Path(self.args.run))
+        return run.config.flip if run.is_pretraining else None
 
     def check(self) -> None:
         """Raise, or warn, before the work begins.
@@ -239,7 +239,7 @@ def results_folder(args: "Evaluate") -> Path | None:
     """Where results are kept for a second call; None: nowhere."""
     if args.out is not None:
         return args.out
-    return Path(args.run) / "evaluation" if (Path(args.run) / "run.json").is_file() else None
+    return Path(args.run) / "evaluation" if RunFolder(Path(args.run)).is_pretraining else None
 
 
 def _can_be_made(folder: Path, world: DistributedContext) -> bool:
@@ -267,9 +267,9 @@ def _shape(args: "Evaluate", images: Images, world: DistributedContext) -> tuple
 
 def _warn_if_seen(run: Path, images: Images, world: DistributedContext) -> None:
     """Warn where the images that are about to be split were part of pretraining, without labels."""
-    if not (run / "run.json").is_file():
+    if not RunFolder(run).is_pretraining:
         return
-    began = open_run(run).origin["data"]
+    began = RunFolder(run).origin["data"]
     seen = replace(images, channels=began.get("channels", images.channels))
     is_first = not str(began["fingerprint"]).startswith(SCHEME)
     if began["fingerprint"] == (first_scheme(seen) if is_first else seen.fingerprint):

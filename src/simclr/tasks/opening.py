@@ -19,7 +19,7 @@ from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.files import open_regular, reason_of, require_possible, write_atomically, writing
 from simclr.training.progress import counting, say
-from simclr.training.run import open_run
+from simclr.training.run import RunFolder
 from simclr.weights.folder import FORMAT, WEIGHTS_MARK, Model, load_quietly
 
 
@@ -142,9 +142,9 @@ def side_of(run: Path, source: str, asked: int | None) -> int | None:
     """What --pack-side asks for, else how far the run shrank its images, for a folder that is to be shrunk alike."""
     if asked is not None:
         return asked
-    if not (run / "run.json").is_file() or not Path(source).expanduser().is_dir():
+    if not RunFolder(run).exists or not Path(source).expanduser().is_dir():
         return None
-    return open_run(run).origin["data"]["options"].get("side")
+    return (RunFolder(run).origin.get("data") or {}).get("options", {}).get("side")
 
 
 def lasting(source: str) -> str:

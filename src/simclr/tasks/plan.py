@@ -7,25 +7,37 @@ smaller one, and extended: encoder and views grow with the images, the loss with
 Shapes: n images a step.
 """
 
+import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from simclr import distributed
+from simclr.config.overrides import Overrides
 from simclr.config.pretrain import PretrainConfig
+from simclr.config.recipes import choose_recipe, find_recipe
 from simclr.config.schedule import total_steps
 from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.methods.method import Method
-from simclr.tasks.pretrain import build_method, build_task, check_images
+from simclr.tasks.opening import open_aloud, require_writable, write
+from simclr.tasks.pretrain import settled
+from simclr.tasks.pretrain_images import build_method, build_task, check_images, check_settings
 from simclr.training.device import choose_kernels, precision_of
 from simclr.training.loop import Prefetcher, Task, take_step, training_module
-from simclr.training.memory import Footprint, MemoryStrategy, available, list_strategies, measure, readable
+from simclr.training.memory import Footprint, MemoryStrategy, available, list_strategies, measure, parse_bytes, readable
 from simclr.training.progress import duration
 from simclr.training.run import RunFolder
+
+if TYPE_CHECKING:
+    pass
+
+if TYPE_CHECKING:
+    from simclr.tasks.options.pretraining import Plan as PlanOptions
 
 SECONDS_PER_STRATEGY = 6.0
 """What measuring a strategy may take, about: three strategies and the counting stay under half a minute."""
@@ -117,7 +129,26 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(
+def plan(options: "PlanOptions", overrides: Overrides) -> Plan:
+    """Print the plan of a run as a table, and write it as JSON on request."""
+    if options.json is not None:
+        require_writable(options.json)
+    recipe = find_recipe(options.recipe) if options.recipe else None
+    budget = parse_bytes(options.memory_budget) if options.memory_budget else None
+    with distributed.joined(options.config.device) as world:
+        settings = overrides(recipe.config if recipe else PretrainConfig())
+        check_settings(settings, world)
+        images = open_aloud(options.data, world, channels=settings.channels)
+        name = (recipe or choose_recipe(images, on_gpu=world.device.type == "cuda")[0]).name
+        config = settled(recipe, images, overrides, world)
+        planned = measure_plan(images, config, world, recipe=name, budget=budget)
+    print(planned.table())
+    if options.json is not None:
+        write(options.json, (json.dumps(planned.to_dict(), indent=2) + "\n").encode())
+    return planned
+
+
+def measure_plan(
     images: Images, config: PretrainConfig, world: DistributedContext, *, recipe: str, budget: int | None = None
 ) -> Plan:
     """Measure what `pretrain` with these settings would need. Writes nothing, and takes no more than fits.
@@ -163,6 +194,7 @@ def plan(
         )
     first = next((strategy.name for strategy in strategies if strategy.fits), None)
     weights = sum(p.nbytes for p in method.parameters())
+    encoder_parameters = sum(p.numel() for p in method.encoder.parameters())
     optimizer_state = weights * (2 if config.optimizer == "adamw" else 1)
     return Plan(
         data=images.name,
@@ -170,8 +202,8 @@ def plan(
         channels=images.channels,
         recipe=recipe,
         encoder=config.encoder,
-        encoder_parameters=sum(p.numel() for p in method.encoder.parameters()),
-        head_parameters=sum(p.numel() for p in method.head.parameters()),
+        encoder_parameters=encoder_parameters,
+        head_parameters=sum(p.numel() for p in method.parameters()) - encoder_parameters,
         size=config.size,
         batch_size=config.batch_size,
         epochs=config.epochs,
@@ -213,7 +245,7 @@ def _time(
 
     def timing(m: int) -> _Timing:
         smaller = replace(config, batch_size=m, memory=strategy.name, chunk=chunk_of(m))
-        return _time_steps(build_task(images, smaller, RunFolder(Path()), world)[0], config.workers, world)
+        return _time_steps(build_task(images, smaller, RunFolder(Path()), world), config.workers, world)
 
     few = min(n, 4 if config.size > 96 else 32)
     sizes = [n, *(2**k for k in reversed(range(n.bit_length())))]  # n, and the powers of two below

@@ -13,6 +13,7 @@ from simclr.reports.card import model_card, read_json
 from simclr.reports.run_results import results_of
 from simclr.tasks.opening import load_model, write
 from simclr.training.progress import say
+from simclr.training.run import RunFolder
 from simclr.weights.exporters.preprocessing import as_json, preprocessing_of
 from simclr.weights.folder import FORMAT, Model, save_classifier, save_encoder
 
@@ -45,7 +46,7 @@ def write_folder(source: Path, model: Model, out: Path) -> None:
 
 def write_card(source: Path, model: Model, out: Path, *, licence: str | None) -> None:
     """README.md, from what the run or, of a fine-tuned network, the run behind it has recorded."""
-    run = source if (source / "run.json").is_file() else source.parent.parent  # RUN/evaluation/finetune-...
+    run = source if RunFolder(source).is_pretraining else source.parent.parent  # RUN/evaluation/finetune-...
     described, config = read_json(run / "run.json"), read_json(run / "config.json")
     mine = described is not None and config is not None and (run == source or source.parent.name == "evaluation")
     tables = results_of(source, model)

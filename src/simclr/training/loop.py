@@ -12,23 +12,24 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from simclr.config.pretrain import PretrainConfig
+from simclr.config.training import TrainingConfig
 from simclr.distributed import DistributedContext
 from simclr.errors import Diverged, UserError
 from simclr.methods.method import Method
+from simclr.training.batches import Inputs
 from simclr.training.checkpoint import checkpoints, load_newest, remove_oldest, save_checkpoint, set_aside_newer
 from simclr.training.grad_cache import GradCache
 from simclr.training.optim import set_lr
-from simclr.training.progress import say
+from simclr.training.progress import Outcome, ProgressCallback, say
 from simclr.training.run import RunFolder
-
-Inputs = tuple[Any, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class Task:
         seed: Of the stochastic layers, if the encoder has any.
         precision: Autocast of the forward pass.
         grad_cache: Cache gradients; `batch` then gives a function for each chunk.
+        flush_denormal: Take denormal numbers for 0 on a CPU.
+        out_of_memory: What to say where the device's memory gives out.
         evaluate: Metrics too costly for each record, such as kNN accuracy.
         evaluate_every: Steps between two of them; 0: never.
         publish: Writes the encoder's folder; called with the step after each checkpoint, and on resuming.
@@ -59,6 +62,8 @@ class Task:
     seed: int = 0
     precision: torch.dtype = torch.float32
     grad_cache: bool = False
+    flush_denormal: bool = False
+    out_of_memory: str = "The device's memory is used up; give a smaller --batch-size, or more processes."
     evaluate: Callable[[], dict[str, float]] | None = None
     evaluate_every: int = 0
     publish: Callable[[int], None] | None = None
@@ -69,41 +74,20 @@ class Task:
         return self.batch_size * self.method.num_views
 
 
-class ProgressCallback(Protocol):
-    """What the loop calls as training goes on; `progress.Progress` shows it to a person."""
-
-    def step(self, done: int) -> None: ...
-    def record(self, record: dict[str, float], outcome: "Outcome") -> None: ...
-
-
-@dataclass
-class Outcome:
-    """How a call of `train` ended."""
-
-    step: int
-    finished: bool
-    signal: int | None = None
-    """The signal that asked to stop, if one did."""
-    seconds: float = 0.0
-    wait_seconds: float = 0.0
-    steps_run: int = 0
-    last: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-
 def train(
     task: Task,
     run: RunFolder,
+    config: PretrainConfig | TrainingConfig,
     world: DistributedContext,
     *,
     start_step: int,
-    workers: int,
-    log_every: int,
-    save_every: int,
-    max_checkpoints: int,
     progress: ProgressCallback,
 ) -> Outcome:
     """Train from `start_step` to the end, or until a signal asks to stop.
+
+    Args:
+        config: Says how many threads prepare batches, how often records and checkpoints are written, and how many
+            checkpoints are kept; nothing else of it is read.
 
     Raises:
         UserError: The loss or the weights became non-finite (the last good checkpoint is kept), or the disk refused.
@@ -114,21 +98,21 @@ def train(
     outcome = Outcome(step=start_step, finished=start_step >= task.total_steps)
     clock = time.perf_counter()
     if start_step and world.is_main:
-        _catch_up(task, run, start_step, outcome, max_checkpoints)
+        _catch_up(task, run, start_step, outcome, config.max_checkpoints)
 
-    with _stop_signals() as asked, Prefetcher(task.batch, start_step, task.total_steps, workers) as batches:
+    with _stop_signals() as asked, Prefetcher(task.batch, start_step, task.total_steps, config.workers) as batches:
         for step, inputs in batches:
             done = step + 1
             last = done == task.total_steps
             evaluate = task.evaluate_every > 0 and (done % task.evaluate_every == 0 or last)
-            log = done % log_every == 0 or evaluate or last
+            log = done % config.log_every == 0 or evaluate or last
 
             loss, metrics = take_step(model, task, step, inputs, world, detail=log)
             finite &= torch.isfinite(loss.detach())
 
             outcome.step, outcome.steps_run = done, outcome.steps_run + 1
             interrupted = world.any_rank(bool(asked))
-            save = done % save_every == 0 or last or interrupted
+            save = done % config.save_every == 0 or last or interrupted
 
             if log or save:
                 _stop_if_broken(finite, task, run, world, done)
@@ -150,7 +134,7 @@ def train(
             if save and world.is_main:
                 with run.writing():
                     run.sync()
-                    _save(task, run, done, world, max_checkpoints)
+                    _save(task, run, done, world, config.max_checkpoints)
             if interrupted:
                 outcome.signal = next(iter(asked), signal.SIGTERM)
                 break

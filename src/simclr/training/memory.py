@@ -177,15 +177,16 @@ def describe(strategy: MemoryStrategy, n: int, budget: int) -> str:
     )
 
 
-def out_of_memory(config: PretrainConfig) -> UserError:
+def out_of_memory(config: PretrainConfig) -> str:
     """What to say when the device's memory gave out after all."""
     strategy = f"grad-cache --chunk {config.chunk}" if config.chunk else config.memory
     next_strategy = {
+        "auto": "checkpointing",
         "plain": "checkpointing",
         "checkpointing": "grad-cache",
         "grad-cache": f"grad-cache --chunk {max(1, config.chunk // 2)}",
     }
-    return UserError(
+    return (
         f"The device ran out of memory with --memory {strategy} and {config.batch_size:,} images per step; start a new "
         f"run with --memory {next_strategy[config.memory]}, or with a --memory-budget below what was free."
     )

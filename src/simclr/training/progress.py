@@ -5,11 +5,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Self
-
-if TYPE_CHECKING:
-    from simclr.training.loop import Outcome
-
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
 
 _HUSHED: ContextVar[bool] = ContextVar("hushed", default=False)
 
@@ -28,6 +25,49 @@ def say(sentence: str, *, main: bool = True) -> None:
     """One line to the person, on standard error, so that standard output stays for results."""
     if main and not _HUSHED.get():
         print(sentence, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Outcome:
+    """How a call of the training loop ended, or how far it has come."""
+
+    step: int
+    finished: bool
+    signal: int | None = None
+    """The signal that asked to stop, if one did."""
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+    """Of these: spent waiting for batches."""
+    steps_run: int = 0
+    """By this call."""
+    last: dict[str, float] = field(default_factory=dict)
+    """The last record."""
+    warnings: list[str] = field(default_factory=list)
+
+
+class ProgressCallback(Protocol):
+    """What the loop calls as training goes on; `Progress` shows it to a person."""
+
+    def step(self, done: int) -> None:
+        """A step ended."""
+
+    def record(self, record: dict[str, float], outcome: Outcome) -> None:
+        """A record was written; `step` is not called for its step."""
+
+
+class StepCallback:
+    """A function of (done, total) steps as `ProgressCallback`."""
+
+    def __init__(self, progress: Callable[[int, int], None], total: int) -> None:
+        self._progress, self._total = progress, total
+
+    def step(self, done: int) -> None:
+        """A step ended."""
+        self._progress(done, self._total)
+
+    def record(self, record: dict[str, float], outcome: Outcome) -> None:
+        """A record was written."""
+        self.step(outcome.step)
 
 
 class Progress:
@@ -77,7 +117,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._row, completed=done)
 
-    def record(self, record: dict[str, float], outcome: "Outcome") -> None:
+    def record(self, record: dict[str, float], outcome: Outcome) -> None:
         """A record was written: show it."""
         if not self._main:
             return

@@ -1,8 +1,8 @@
-"""The run folder: everything that a pretraining run leaves behind, and all that it needs to go on.
+"""The run folder: everything that a training leaves behind, and all that it needs to go on, whatever the method.
 
 RUN/
-  config.json      the resolved settings; itself a recipe
-  run.json         where it came from: data, versions, hardware, command
+  config.json      the resolved settings; of a pretraining run itself a recipe
+  run.json         the manifest: method, what the result depends on, data, versions, hardware, command
   metrics.jsonl    one line per record; depends on settings and data alone, so a resumed run writes the same bytes
   timing.jsonl     views per second and waiting time of the same steps: the machine's part of the story
   checkpoints/     step-*.pt, atomic and checksummed (checkpoint.py)
@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass
@@ -24,6 +24,7 @@ from typing import Any
 
 from simclr.config.pretrain import PretrainConfig, load_config, settings_digest
 from simclr.config.records import RunRecord, SummaryRecord, read_json, read_record, versioned
+from simclr.config.training import TrainingConfig
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.files import FileLock, is_temporary, open_regular, reason_of, sweep, write_atomically, writing
@@ -68,12 +69,33 @@ class RunFolder:
         return self.path / "summary.json"
 
     @property
+    def exists(self) -> bool:
+        """Whether a run has begun here."""
+        return (self.path / "config.json").is_file() and (self.path / "run.json").is_file()
+
+    @property
     def config(self) -> PretrainConfig:
+        """Settings of a pretraining run."""
         return load_config(self.path / "config.json")
 
     @property
+    def method(self) -> str:
+        """Name of the method: simclr, supervised, distill, or module:Class of one that is not part of the package."""
+        return _read(self.path / "run.json").method
+
+    @property
+    def is_pretraining(self) -> bool:
+        """Whether the run trains an encoder without labels, so that `config` holds its settings."""
+        return self.exists and self.method not in ("supervised", "distill")
+
+    @property
+    def cpu_threads(self) -> int:
+        """Threads that the run began with."""
+        return _read(self.path / "run.json").machine.cpu_threads
+
+    @property
     def origin(self) -> dict[str, Any]:
-        """What run.json holds: data, versions, hardware, command."""
+        """What run.json holds."""
         return _read(self.path / "run.json").model_dump(exclude_unset=True)
 
     @property
@@ -196,8 +218,28 @@ def _release(lock: FileLock, made: list[Path]) -> None:
             folder.rmdir()
 
 
-def create_run(path: Path, config: PretrainConfig, origin: dict[str, Any]) -> RunFolder:
+def claim(run: RunFolder, config: PretrainConfig | TrainingConfig, manifest: Mapping[str, Any]) -> None:
+    """Make the folder of a new run, or see that the one that is there is of the same method, settings and inputs."""
+    if not run.exists:
+        create_run(run.path, config, manifest)
+        return
+    began = _read(run.path / "run.json")
+    expected = RunRecord(**json.loads(json.dumps(dict(manifest))), settings=settings_digest(asdict(config)))
+    run.refuse_changed_settings()
+    if (began.method, began.settings, began.inputs) != (expected.method, expected.settings, expected.inputs):
+        raise UserError(
+            f"{run.path} holds a training of another method, or of other settings, images or weights; give another "
+            "folder."
+        )
+    with writing(run.path, hint="give another folder"):
+        run.checkpoints.mkdir(exist_ok=True)
+
+
+def create_run(path: Path, config: PretrainConfig | TrainingConfig, manifest: Mapping[str, Any]) -> RunFolder:
     """Make the folder of a new run; a folder that holds one already, or anything else, is left as it is.
+
+    Args:
+        manifest: The fields of `RunRecord` beside the settings.
 
     config.json comes last and makes it a run: a folder without it, left by a process that was killed here, counts as
     empty. What was made is removed again where the disk refuses the rest.
@@ -207,8 +249,8 @@ def create_run(path: Path, config: PretrainConfig, origin: dict[str, Any]) -> Ru
     try:
         with writing(path, hint="give another --out"):
             run.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(path / "run.json", versioned(origin | {"settings": settings_digest(asdict(config))}))
-            config.save(path / "config.json")
+            write_atomically(path / "run.json", versioned({**manifest, "settings": settings_digest(asdict(config))}))
+            write_atomically(path / "config.json", versioned(asdict(config)))
     except BaseException:
         with suppress(OSError):
             for name in ("config.json", "run.json"):
@@ -240,12 +282,15 @@ def _read(path: Path) -> RunRecord:
 
 def open_run(path: Path) -> RunFolder:
     """An existing run's folder."""
+    run = RunFolder(path)
     for name in ("finetune", "distill"):
-        if (path / f"{name}.json").is_file():
-            raise UserError(f"{path} belongs to `simclr {name}`; the same command as before goes on, or evaluates it.")
-    if not (path / "config.json").is_file() or not (path / "run.json").is_file():
+        if not run.exists and (path / f"{name}.json").is_file():
+            raise UserError(
+                f"{path} was begun by an earlier version of `simclr {name}`; start again in another folder."
+            )
+    if not run.exists:
         raise UserError(f"{path} holds no run (no config.json and run.json in it); `simclr pretrain` makes one.")
-    return RunFolder(path)
+    return run
 
 
 def describe_machine() -> dict[str, Any]:

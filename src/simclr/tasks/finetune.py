@@ -3,10 +3,9 @@
 FOLDER/
   encoder/        what `simclr.load(FOLDER).classify` reads
   summary.json    settings, accuracies, and what they have to beat; written at the end
-  finetune.json, checkpoints/, metrics.jsonl, timing.jsonl   for the same command to go on with after a stop
+  run.json, config.json, checkpoints/, metrics.jsonl, timing.jsonl   as of any run: `simclr resume FOLDER` goes on
 """
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,13 @@ import numpy as np
 
 from simclr import distributed
 from simclr.config.finetune import FinetuneConfig, find_finetune_recipe
+from simclr.config.overrides import Overrides
 from simclr.config.pretrain import require_seed
 from simclr.config.records import versioned
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.evaluation.finetune import Finetuned, Stopped, finetune, supervised
+from simclr.evaluation.finetune import Finetuned, supervised
+from simclr.evaluation.finetune import finetune as finetune_encoder
 from simclr.evaluation.knn import knn
 from simclr.evaluation.measure import Settings, choose_finetune_config
 from simclr.evaluation.metrics import mean_per_class, top_k
@@ -27,8 +28,10 @@ from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel
 from simclr.reports.table import error_note
 from simclr.tasks.evaluate import Session
-from simclr.tasks.opening import require_writable, side_of, write
+from simclr.tasks.opening import lasting, require_writable, side_of, write
 from simclr.tasks.options.labels import Evaluate, Finetune
+from simclr.tasks.pretrain_images import data_record
+from simclr.tasks.resume import opening_options, task_record
 from simclr.training.progress import counting, say
 from simclr.training.run import RunFolder, hold
 from simclr.weights.training_progress import TrainingProgress
@@ -42,7 +45,7 @@ NAMED_MOST = 20
 WORST = 5
 
 
-def finetune_run(args: Finetune, over: Callable[[FinetuneConfig], FinetuneConfig]) -> None:
+def finetune(args: Finetune, over: Overrides) -> None:
     """The command.
 
     Args:
@@ -52,17 +55,11 @@ def finetune_run(args: Finetune, over: Callable[[FinetuneConfig], FinetuneConfig
         UserError: RUN, DATA, settings and FOLDER do not go together.
     """
     _check(args)
-    with distributed.joined(args.device) as world:
-        try:
-            with hold(args.out, world):
-                _finetune(args, over, world)
-        except Stopped as stopped:
-            say(f"Stopped; what is done is in {args.out}: the same command goes on.", main=world.is_main)
-            if world.size == 1:
-                raise SystemExit(128 + (stopped.signal or 15)) from None
+    with distributed.joined(args.device) as world, hold(args.out, world):
+        _finetune(args, over, world)
 
 
-def _finetune(args: Finetune, over: Callable[[FinetuneConfig], FinetuneConfig], world: DistributedContext) -> None:
+def _finetune(args: Finetune, over: Overrides, world: DistributedContext) -> None:
     session = Session.open(_as_evaluation(args), ["finetune"], world)
     session.tell_unfinished()
     split = session.split(args.seed)
@@ -73,7 +70,11 @@ def _finetune(args: Finetune, over: Callable[[FinetuneConfig], FinetuneConfig], 
         f"Training by {config.optimizer}, rate {config.lr:g}: {config.steps(len(split.train)):,} steps of "
         f"{config.batch_size} images (--epochs changes it)."
     )
-    network = _train(args, session, subject, split, config)
+    manifest = {
+        "data": data_record(session.train, lasting(args.data), opening_options(args)),
+        "task": task_record("finetune", args, over),
+    }
+    network = _train(args, session, subject, split, config, manifest)
     if world.is_main:
         _tell(args, network, split, pixels, subject.progress)
 
@@ -86,8 +87,9 @@ def _check(args: Finetune) -> None:
     if args.finetune_recipe is not None:
         find_finetune_recipe(args.finetune_recipe)
     require_writable(args.out / "summary.json")
-    if not (args.out / "finetune.json").is_file():
-        RunFolder(args.out).refuse_existing()
+    run = RunFolder(args.out)
+    if not run.exists:
+        run.refuse_existing()
 
 
 def _as_evaluation(args: Finetune) -> Evaluate:
@@ -100,19 +102,24 @@ def _as_evaluation(args: Finetune) -> Evaluate:
 
 
 def _train(
-    args: Finetune, session: Session, subject: EvaluatedModel, split: Split, config: FinetuneConfig
+    args: Finetune,
+    session: Session,
+    subject: EvaluatedModel,
+    split: Split,
+    config: FinetuneConfig,
+    manifest: dict[str, Any],
 ) -> Finetuned:
     """From the subject's weights or, for `random`, from those that training from scratch begins with."""
     assert subject.encoder is not None
     train, test = (subject.fitted(images) for images in (split.train, split.test))
     with counting("training", main=session.world.is_main, lines=True) as progress:
         shared: dict[str, Any] = {
-            "seed": args.seed, "preset": subject.preprocessing, "world": session.world, "run": args.out,
-            "progress": progress,
+            "seed": args.seed, "preset": subject.preprocessing, "world": session.world, "run": RunFolder(args.out),
+            "progress": progress, "manifest": manifest,
         }  # fmt: skip
         if subject.name == RANDOM:
             return supervised(subject.encoder.config, train, test, config, **shared)
-        return finetune(subject.encoder, subject.head, train, test, config, **shared)
+        return finetune_encoder(subject.encoder, subject.head, train, test, config, **shared)
 
 
 def _tell(

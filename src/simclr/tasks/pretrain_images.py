@@ -1,0 +1,323 @@
+"""Pretraining, put together: images and settings become a task, the loop trains it, the run folder keeps it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from simclr.config.encoder import EncoderConfig
+from simclr.config.pretrain import PretrainConfig
+from simclr.config.records import versioned
+from simclr.config.schedule import learning_rate, peak_lr, total_steps, warmup_steps
+from simclr.data.fingerprint import SCHEME, first_scheme
+from simclr.data.images import Images
+from simclr.data.splits import split_indices
+from simclr.distributed import DistributedContext
+from simclr.errors import UserError
+from simclr.evaluation.knn import knn
+from simclr.evaluation.metrics import accuracy
+from simclr.files import write_atomically
+from simclr.methods.method import Method
+from simclr.methods.simclr import SimCLR
+from simclr.models.activation_checkpointing import checkpoint_blocks
+from simclr.models.batchnorm import set_global_batch_norm, track_once
+from simclr.models.encoder import Encoder, build_encoder
+from simclr.models.heads import ProjectionHead
+from simclr.models.inference import extract
+from simclr.training.batches import Batch, Inputs, make_batches
+from simclr.training.device import choose_kernels, precision_of
+from simclr.training.fit import fit
+from simclr.training.loop import Task
+from simclr.training.memory import out_of_memory, settle
+from simclr.training.optim import build_optimizer
+from simclr.training.progress import Outcome, ProgressCallback, say
+from simclr.training.run import RunFolder, describe_machine, hold
+from simclr.views.policy import Policy
+from simclr.views.views import make_views
+from simclr.weights.folder import save_encoder
+from simclr.weights.training_progress import TrainingProgress
+
+MONITOR_ROWS = 10_000  # labelled training images that the kNN check during training looks at
+
+
+def policy_of(config: PretrainConfig, channels: int) -> Policy:
+    """The distribution of views that the settings ask for."""
+    make_policy = Policy.google if config.augmentation == "google" else Policy.torchvision
+    policy = make_policy(
+        config.size,
+        strength=config.strength,
+        channels=channels,
+        crop_area=(config.crop_min, 1.0),
+        flip=config.flip,
+        jitter=config.jitter,
+        gray=config.grayscale if channels == 3 else 0.0,
+        blur=config.blur,
+    )
+    return replace(policy, brightness_mode=config.brightness)
+
+
+def check_settings(config: PretrainConfig, world: DistributedContext) -> None:
+    """Fail before any image is read where a setting alone is wrong."""
+    EncoderConfig(name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=3, size=config.size)
+    policy_of(config, channels=3)
+    precision_of(config.precision, world)
+    world.local_slice(config.batch_size)
+    share = config.batch_size // world.size
+    if config.chunk and share % config.chunk:
+        raise UserError(
+            f"--chunk was {config.chunk}; it must divide the {share} images of a batch that a process has, or be 0."
+        )
+
+
+def check_images(images: Images, config: PretrainConfig, world: DistributedContext) -> None:
+    """Fail before anything is written where the images and the settings do not fit each other."""
+    if len(images) < 2:
+        raise UserError(f"{images.name} has {len(images)} image; contrast needs at least two.")
+    if config.batch_size > len(images):
+        raise UserError(
+            f"--batch-size was {config.batch_size}, more than the {len(images)} images in {images.name}; "
+            f"give at most {len(images)}."
+        )
+    world.local_slice(config.batch_size)
+
+
+def pretrain_images(
+    images: Images,
+    config: PretrainConfig,
+    run: RunFolder,
+    world: DistributedContext,
+    *,
+    manifest: dict[str, Any] | None = None,
+    memory_budget: int | None = None,
+    method: type[Method] = SimCLR,
+    progress: ProgressCallback | None = None,
+) -> Outcome:
+    """Train an encoder, from the newest good checkpoint of the run if it has one, until the end.
+
+    Args:
+        images: All processes open the same images.
+        run: Only the main process writes to it.
+        world: The processes that share each batch.
+        manifest: Of a new run (`manifest_of`): its folder is made once all else is known to be good. None: the folder
+            exists.
+        memory_budget: Bytes that a process of a new run may take; None: nearly all that are free.
+        method: What turns batches into a loss.
+        progress: As of `fit`.
+
+    Raises:
+        Stopped: A signal asked to stop; `simclr resume` goes on.
+        UserError: Images and settings do not go together, another process writes the run, or memory, disk or the loss
+            gave out.
+    """
+    check_images(images, config, world)
+    with hold(run.path, world):
+        config = settle_memory(images, config, run, world, method, new=manifest is not None, budget=memory_budget)
+        world.require_equal("settings", asdict(config), "Give every process the same flags.")
+        task = build_task(images, config, run, world, method)
+        if manifest is not None:
+            world.on_main(run.refuse_existing)
+            where = f"; the run is in {run.path}" if run.lasting else ""
+            say(
+                f"Training {config.encoder} at {config.size} pixels for {config.epochs} epochs{where}.",
+                main=world.is_main,
+            )
+        begun = time.perf_counter()
+        outcome = fit(task, run, config, world, manifest=manifest, progress=progress)
+        if world.is_main:
+            _report_end(outcome, images, run, config, time.perf_counter() - begun, task.views_per_step)
+        return outcome
+
+
+def settle_memory(
+    images: Images, config: PretrainConfig, run: RunFolder, world: DistributedContext, method: type[Method], *,
+    new: bool, budget: int | None,
+) -> PretrainConfig:  # fmt: skip
+    """The settings with memory strategy and chunk resolved; those of a run that has begun are part of its result."""
+    if not new:
+        saved = run.config
+        return replace(config, memory="plain" if saved.memory == "auto" else saved.memory, chunk=saved.chunk)
+    choose_kernels(world, deterministic=config.deterministic)
+    build = partial(build_method, config, images.channels, DistributedContext(device=world.device), method)
+    precision = precision_of(config.precision, world)
+    config, sentence = settle(config, images, build, world, precision=precision, budget=budget)
+    say(sentence, main=world.is_main and bool(sentence))
+    return config
+
+
+def build_task(
+    images: Images, config: PretrainConfig, run: RunFolder, world: DistributedContext, kind: type[Method] = SimCLR
+) -> Task:
+    """The task of these settings."""
+    method = build_method(config, images.channels, world, kind)
+    if config.global_bn and world.size > 1:
+        set_global_batch_norm(method, world.group)
+    if config.memory == "checkpointing":
+        checkpoint_blocks(method.encoder.backbone)
+    if config.memory in ("checkpointing", "grad-cache"):
+        track_once(method)
+
+    n, batch_size = len(images), config.batch_size
+    total = total_steps(n, config.epochs, batch_size)
+    warmup = warmup_steps(n, config.warmup_epochs, batch_size)
+    peak = peak_lr(config.lr, batch_size, config.lr_scaling)
+    origin = {"method": method_name(kind), "run": str(run.path)}
+
+    def publish(step: int) -> None:
+        networks = method.published()
+        encoder, head = networks["encoder"], networks.get("head")
+        assert isinstance(encoder, Encoder) and (head is None or isinstance(head, ProjectionHead))
+        progress = TrainingProgress(step, total)
+        save_encoder(
+            encoder, run.encoder, preprocessing=config.augmentation, origin=origin, head=head, progress=progress
+        )
+
+    return Task(
+        method=method,
+        batch=make_batches(
+            images, _make_inputs(images, config, world, method.num_views),
+            batch_size=batch_size, seed=config.seed, world=world,
+            chunk=config.chunk if config.memory == "grad-cache" else 0, verbose=True,
+        ),
+        optimizer=build_optimizer(
+            config.optimizer, method, lr=peak, weight_decay=config.weight_decay, momentum=config.momentum
+        ),
+        learning_rate=lambda step: learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=total),
+        total_steps=total,
+        batch_size=batch_size,
+        seed=config.seed,
+        precision=precision_of(config.precision, world),
+        grad_cache=config.memory == "grad-cache",
+        out_of_memory=out_of_memory(config),
+        evaluate=_knn_monitor(images, method.encoder, config) if world.is_main else None,
+        evaluate_every=max(1, round(config.knn_every * n / batch_size)) if config.knn_every else 0,
+        publish=publish,
+    )  # fmt: skip
+
+
+def _make_inputs(
+    images: Images, config: PretrainConfig, world: DistributedContext, num_views: int
+) -> Callable[[Batch], Inputs]:
+    """Batch -> its views, (B, C, S, S) each, on the device of this process."""
+    policy = policy_of(config, images.channels)
+    dtype = precision_of(config.precision, world)  # autocast would round the views to it anyway
+
+    def views(batch: Batch) -> Inputs:
+        return make_views(
+            batch.pixels, policy, seed=config.seed, epoch=batch.epochs, indices=batch.indices, device=world.device,
+            dtype=dtype,
+        )  # fmt: skip
+
+    return views
+
+
+def method_name(method: type[Method]) -> str:
+    """How run.json names a method: "simclr", or module:Class of one that is not part of the package."""
+    return "simclr" if method is SimCLR else f"{method.__module__}:{method.__qualname__}"
+
+
+def build_method(
+    config: PretrainConfig, channels: int, world: DistributedContext, kind: type[Method] = SimCLR
+) -> Method:
+    """Encoder and loss, on the device of this process."""
+    encoder_config = EncoderConfig(
+        name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=channels, size=config.size,
+    )  # fmt: skip
+    method = kind.build(build_encoder(encoder_config, seed=config.seed), config, world)
+    return method.to(world.device).to(memory_format=torch.channels_last)
+
+
+def _knn_monitor(images: Images, encoder: Encoder, config: PretrainConfig) -> Callable[[], dict[str, float]] | None:
+    """kNN accuracy within the training images: a fifth of them asked of the rest. No test image is touched."""
+    if images.labels is None or not config.knn_every:
+        return None
+    labelled = np.flatnonzero(images.labels >= 0)
+    if len(labelled) > MONITOR_ROWS:
+        labelled = np.sort(np.random.default_rng(config.seed).choice(labelled, MONITOR_ROWS, replace=False))
+    if len(labelled) < 10 or len(np.unique(images.labels[labelled])) < 2:
+        return None
+    learn, ask = split_indices(images.labels[labelled], fraction=0.2, seed=config.seed)
+    bank, queries = images.subset(labelled[learn]), images.subset(labelled[ask])
+    assert bank.labels is not None and queries.labels is not None
+    bank_labels, query_labels = bank.labels, queries.labels
+
+    def monitor() -> dict[str, float]:
+        features = [extract(encoder, part, preset=config.augmentation) for part in (bank, queries)]
+        known = bank_labels[bank.items_read(np.arange(len(bank)))]
+        asked = query_labels[queries.items_read(np.arange(len(queries)))]
+        return {"knn": accuracy(knn(features[0], known, features[1]), asked)}
+
+    return monitor
+
+
+def _report_end(
+    outcome: Outcome, images: Images, run: RunFolder, config: PretrainConfig, seconds: float, views_per_step: int
+) -> None:
+    summary: dict[str, Any] = {
+        "steps": outcome.step,
+        "epochs": round(outcome.step * config.batch_size / len(images), 3),
+        "images": len(images),
+        "images_left_out": len(images.skipped),
+        "images_replaced": len(images.replaced),
+        "seconds_of_this_call": round(seconds, 1),
+        "steps_of_this_call": outcome.steps_run,
+        "views_per_second": round(outcome.steps_run * views_per_step / max(outcome.seconds, 1e-9), 1),
+        "wait_share": round(outcome.wait_seconds / max(outcome.seconds, 1e-9), 4),
+        "final": outcome.last,
+        "warnings": outcome.warnings,
+    }
+    with run.writing():
+        write_atomically(run.summary, versioned(summary))
+    say(
+        f"Done: {outcome.step} steps, {summary['views_per_second']:,.0f} views/s, {summary['wait_share']:.0%} of the "
+        "time waiting for views." + (f" The encoder is in {run.encoder}." if run.lasting else "")
+    )
+
+
+def manifest_of(images: Images, source: str, options: dict[str, Any], method: type[Method] = SimCLR) -> dict[str, Any]:
+    """What run.json states: enough to open the same data again and to see that it is the same.
+
+    Args:
+        source: Name or absolute path of the images.
+        options: How they were opened (`OptionsRecord`).
+    """
+    return {
+        "data": data_record(images, source, options),
+        "machine": describe_machine(),
+        "method": method_name(method),
+    }
+
+
+def data_record(images: Images, source: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The images of a run, as run.json keeps them."""
+    return {
+        "source": source,
+        "options": options,
+        "name": images.name,
+        "images": len(images),
+        "channels": images.channels,
+        "classes": images.classes,
+        "left_out": [skipped._asdict() for skipped in images.skipped],
+        "fingerprint": images.fingerprint,
+    }
+
+
+def same_data(images: Images, origin: dict[str, Any], run: Path, *, main: bool = True) -> None:
+    """Refuse to go on with other images than the run began with."""
+    saved = str(origin["data"]["fingerprint"])
+    first = not saved.startswith(SCHEME)
+    if first:
+        say(
+            f"{run} was begun by an earlier version, which did not keep what its images contain: their names, sizes "
+            "and labels are compared.",
+            main=main,
+        )
+    if saved != (first_scheme(images) if first else images.fingerprint):
+        raise UserError(
+            f"{origin['data']['source']} no longer holds the images that {run} began with ({origin['data']['images']} "
+            f"then, {len(images)} now, or other contents); restore them, or start a new run."
+        )

@@ -1,0 +1,165 @@
+"""`simclr resume RUN`: go on with a training from its newest good checkpoint, whatever its method."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simclr import distributed
+from simclr.config.overrides import Overrides
+from simclr.config.pretrain import FREE_ON_RESUME, changed_on_resume
+from simclr.data.readers.named import NAMES
+from simclr.errors import UserError
+from simclr.methods.method import Method
+from simclr.methods.simclr import SimCLR
+from simclr.tasks import pretrain_images as pretraining
+from simclr.tasks.opening import as_begun, lasting, open_aloud
+from simclr.training.device import same_threads
+from simclr.training.progress import say
+from simclr.training.run import RunFolder, hold, open_run
+
+if TYPE_CHECKING:
+    from simclr.tasks.options.pretraining import Resume
+
+TASKS = {
+    "finetune": ("simclr.tasks.options.labels:Finetune", "simclr.tasks.finetune:finetune"),
+    "distill": ("simclr.tasks.options.labels:Distill", "simclr.tasks.distill:distill"),
+}
+"""Command -> its options and what carries it out, each as module:name."""
+
+
+def resume(options: "Resume", overrides: Overrides, method: type[Method] | None = None) -> None:
+    """Go on, refusing whatever would change the result.
+
+    Args:
+        overrides: Settings to change, of those that change no result.
+        method: Of a run whose method is no part of the package, where its module cannot be imported by name.
+
+    Raises:
+        UserError: There is no such run, or it cannot go on as it began.
+        Stopped: A signal asked to stop.
+    """
+    run = open_run(options.run)
+    _refuse_changes(run, overrides)
+    run.refuse_changed_settings()
+    if run.is_finished:
+        say(f"{options.run} has already reached its end; the encoder is in {run.encoder}.")
+    elif run.is_pretraining:
+        _resume_pretraining(run, options, overrides, method)
+    else:
+        _resume_task(run, options, overrides)
+
+
+def _refuse_changes(run: RunFolder, overrides: Overrides) -> None:
+    """Raise where the settings that were given would change the result of the run."""
+    if not run.is_pretraining:
+        fixed = [f"--{name.replace('_', '-')}" for name in overrides.values if name not in FREE_ON_RESUME]
+        if fixed:
+            raise UserError(f"Changing {', '.join(fixed)} would change the result of {run.path}; leave it out.")
+        return
+    saved = run.config
+    config = overrides(saved)
+    changed = changed_on_resume(saved, config)
+    if changed:
+        what = ", ".join(f"--{n.replace('_', '-')} from {getattr(saved, n)} to {getattr(config, n)}" for n in changed)
+        raise UserError(
+            f"Changing {what} would change the result of {run.path}; leave it out to go on as the run began, or start "
+            "a new run with --recipe " + str(run.path / "config.json") + "."
+        )
+
+
+def _resume_pretraining(run: RunFolder, options: "Resume", overrides: Overrides, method: type[Method] | None) -> None:
+    config, origin = overrides(run.config), run.origin
+    method = method or find_method(run.method)
+    with distributed.joined(config.device) as world, hold(run.path, world):
+        if world.on_main(lambda: run.is_finished):  # another process has brought it to its end since
+            say(f"{run.path} has already reached its end; the encoder is in {run.encoder}.", main=world.is_main)
+            return
+        same_threads(run.cpu_threads, world)
+        source = lasting(options.data) if options.data else _known_place(origin, run.path)
+        opened = origin["data"]["options"] | ({"pack": options.pack} if options.pack else {})
+        images = open_aloud(source, world, channels=config.channels, **opened)
+        images = as_begun(images, origin["data"], world)
+        pretraining.same_data(images, origin, run.path, main=world.is_main)
+        pretraining.pretrain_images(images, config, run, world, method=method)
+
+
+def _resume_task(run: RunFolder, options: "Resume", overrides: Overrides) -> None:
+    record = run.origin.get("task")
+    if record is None or record["name"] not in TASKS:
+        raise UserError(f"{run.path} is a training of an evaluation; the same `simclr evaluate` as before goes on.")
+    kind, job = (getattr(import_module(place.split(":")[0]), place.split(":")[1]) for place in TASKS[record["name"]])
+    given = record["options"] | {"out": str(run.path)}
+    if options.data:
+        given["data"] = lasting(options.data)
+    if options.pack:
+        given["pack"] = options.pack
+    settings = given.pop("settings", {}) | dict(overrides.values)
+    job(_options_from(kind, given), Overrides(settings))
+
+
+def find_method(name: str) -> type[Method]:
+    """The method that run.json names.
+
+    Raises:
+        UserError: It is no part of the package, and cannot be imported.
+    """
+    if name == "simclr":
+        return SimCLR
+    module, _, qualified = name.partition(":")
+    try:
+        found: Any = import_module(module)
+        for part in qualified.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError):
+        found = None
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise UserError(
+            f"The run's method {name} cannot be imported; start Python where {module} can be, or call "
+            "simclr.resume(RUN, method=...) with it."
+        )
+    return found
+
+
+def task_record(name: str, options: Any, overrides: Callable[..., Any]) -> dict[str, Any]:
+    """What run.json keeps of a command, so that `resume` starts it again: options with absolute paths, settings."""
+    assert isinstance(overrides, Overrides)
+    plain = asdict(replace(options, config=type(options.config)()))
+    plain.pop("config")
+    kept = {name: _absolute(value) for name, value in plain.items()}
+    return {"name": name, "options": kept | {"settings": dict(overrides.values)}}
+
+
+def opening_options(options: Any) -> dict[str, Any]:
+    """How a command opened its images, as run.json keeps it (`OptionsRecord`)."""
+    labels = None if options.labels_file is None else str(Path(options.labels_file).resolve())
+    return {"labels": labels, "pack": options.pack, "side": options.pack_side}
+
+
+def _absolute(value: Any) -> Any:
+    """A value that JSON can hold; what names an existing file or folder, from anywhere."""
+    if isinstance(value, Path) or (isinstance(value, str) and ("/" in value or value.startswith("."))):
+        path = Path(value).expanduser()
+        return str(path.resolve()) if isinstance(value, Path) or path.exists() else value
+    if isinstance(value, str) and value and Path(value).exists():
+        return str(Path(value).resolve())
+    return value
+
+
+def _options_from(kind: type, values: dict[str, Any]) -> Any:
+    """Options as the command line would have parsed them."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise UserError(f"run.json holds options that no version wrote ({error.errors()[0]['msg']}).") from None
+
+
+def _known_place(origin: dict[str, Any], run: Path) -> str:
+    """Where the run's images were, if they still are."""
+    source = origin["data"]["source"]
+    if source.partition(":")[0] not in NAMES and not Path(source).exists():
+        raise UserError(f"{run} was trained on {source}, which is no longer there; name its new place with --data.")
+    return source

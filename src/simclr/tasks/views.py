@@ -1,0 +1,34 @@
+"""`simclr views DATA`: images and their views as a picture."""
+
+from typing import TYPE_CHECKING
+
+from simclr.config.overrides import Overrides
+from simclr.config.pretrain import PretrainConfig
+from simclr.config.recipes import find_recipe
+from simclr.distributed import DistributedContext
+from simclr.errors import UserError
+from simclr.tasks.opening import open_aloud, require_writable, write
+from simclr.tasks.pretrain import settled
+from simclr.tasks.pretrain_images import policy_of
+from simclr.training.progress import say
+
+if TYPE_CHECKING:
+    from simclr.tasks.options.pretraining import Views
+
+
+def views(options: "Views", overrides: Overrides) -> None:
+    """Draw rows of images with their views."""
+    from simclr.reports.pictures import draw_views
+
+    for name in ("images", "columns"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} was {getattr(options, name)}; it must be at least 1.")
+    require_writable(options.out)
+    recipe = find_recipe(options.recipe) if options.recipe else None
+    world = DistributedContext()
+    channels = overrides(recipe.config if recipe else PretrainConfig()).channels
+    images = open_aloud(options.data, world, channels=channels, pack=options.pack)
+    config = settled(recipe, images, overrides, world)
+    policy = policy_of(config, images.channels)
+    write(options.out, draw_views(images, policy, rows=options.images, columns=options.columns, seed=config.seed))
+    say(f"The picture is in {options.out}.")
