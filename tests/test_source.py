@@ -16,6 +16,7 @@ from simclr.data.readers.folder import open_folder
 from simclr.data.readers.header import read_header
 from simclr.data.readers.store import Reading
 from simclr.errors import UserError
+from simclr.views.device_images import DeviceImages
 from test_hostile_files import make_hostile
 
 RNG = np.random.default_rng(0)
@@ -202,6 +203,16 @@ def test_pixels_stay_in_memory_where_all_fit(tmp_path: Path, monkeypatch: pytest
     images = open_folder(photos, reading=Reading(memory_budget=1000))
     images.read([0]), images.read([0])
     assert len(counted) == 2
+
+
+def test_images_on_a_device_are_those_that_are_read(tmp_path: Path) -> None:
+    images = open_data(write_photos(tmp_path / "photos"))
+    resident = DeviceImages.of(images, "cpu")
+    for i in range(len(images)):
+        (expected,) = images.read([i])
+        part = resident.pixels[resident.offsets[i] :][: expected.size].numpy()
+        np.testing.assert_array_equal(part.reshape(expected.shape), expected)
+        assert tuple(resident.sizes[i]) == expected.shape[:2]
 
 
 # ---- the command

@@ -23,17 +23,17 @@ from pathlib import Path
 import numpy as np
 
 from simclr.data.pack.place import size_text, user_cache
-from simclr.data.readers.decode import DECODER, MAX_FILE_BYTES, Changed, Passing, decode_file, hush_pillow
+from simclr.data.readers.decode import DECODER, MAX_FILE_BYTES, Changed, TransientReason, decode_file, silence_pillow
 from simclr.data.readers.header import parse_header
-from simclr.data.readers.scan import Found
+from simclr.data.readers.scan import FileEntry
 from simclr.errors import UserError
 from simclr.files import Stamp, open_regular, reason_of, stamp_of, sweep, write_atomically
 
 RACY_NS = 2_000_000_000
-"""A file that changed less than this before it was hashed can change again within the resolution of its file system's
-times (2 s on FAT), and look the same: its digest is not kept, as git does with its index."""
+"""The digest of a file that changed less than this before it was hashed is not kept: it could change again within the
+resolution of its file system's times (2 s on FAT) without a visible difference. git's index has the same rule."""
 MIN_KEPT_FILES, MIN_KEPT_BYTES = 2_000, 16 << 20
-"""What is hashed in less time than a table is worth (20 ms) is hashed anew."""
+"""Smaller folders are hashed each time, which takes less than 20 ms."""
 MAX_TABLES, MAX_TABLES_BYTES = 1_000, 1 << 30
 """Of all folders; those unused for longest go first. ImageNet's train part takes 130 MB."""
 SPARE_NAMES = 10_000
@@ -62,18 +62,18 @@ _unwritten: dict[Path, Table] = {}
 
 def identify(
     root: Path,
-    files: Sequence[Found],
+    files: Sequence[FileEntry],
     *,
     workers: int,
     say: Callable[[str], None],
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[Found], list[str]]:
+) -> tuple[list[FileEntry], list[str]]:
     """The files with their digests and shapes, from the folder's table where they have not changed since.
 
     Args:
         root: The folder, or one above all of the files.
         workers: Threads (0: the calling one).
-        say: Told at once what takes long.
+        say: Called with a message before hashing that takes long.
         progress: Called with (done, total) of the files that have to be read.
 
     Returns:
@@ -84,7 +84,7 @@ def identify(
     names = list(_names(root, files))
     place, problem = _place(root)
     table = _unwritten.get(root) or _load(place, say)
-    known: list[Found | None] = [_known(file, table.get(name)) for file, name in zip(files, names, strict=True)]
+    known: list[FileEntry | None] = [_known(file, table.get(name)) for file, name in zip(files, names, strict=True)]
     missing = [i for i, file in enumerate(known) if file is None]
     if not missing:
         return [file for file in known if file is not None], []
@@ -112,7 +112,7 @@ def identify(
     return [next(results)[0] if file is None else file for file in known], notes
 
 
-def known_digests(root: Path, files: Sequence[Found]) -> list[Found] | None:
+def known_digests(root: Path, files: Sequence[FileEntry]) -> list[FileEntry] | None:
     """The files with their digests where all of them are in the table; None where one is not."""
     root = root.resolve()
     table = _unwritten.get(root) or _load(_place(root)[0], lambda _: None)
@@ -121,7 +121,7 @@ def known_digests(root: Path, files: Sequence[Found]) -> list[Found] | None:
     return complete if len(complete) == len(files) else None
 
 
-def decode_found(file: Found, side: int | None) -> np.ndarray | str:
+def decode_found(file: FileEntry, side: int | None) -> np.ndarray | str:
     """(H, W, 1 or 3) uint8 pixels of the content that `file.digest` names, or why there are none: `decode_file`.
 
     A file whose stamp has changed is hashed again, since permissions and links change it too. `Changed` where it has
@@ -138,14 +138,14 @@ def decode_found(file: Found, side: int | None) -> np.ndarray | str:
     return pixels
 
 
-def _stamp_now(file: Found) -> Stamp | None:
+def _stamp_now(file: FileEntry) -> Stamp | None:
     try:
         return stamp_of(os.stat(file.path))
     except OSError:
         return None
 
 
-def _names(root: Path, files: Sequence[Found]) -> Iterator[bytes]:
+def _names(root: Path, files: Sequence[FileEntry]) -> Iterator[bytes]:
     """Paths below the folder."""
     prefixes: dict[Path, str] = {}
     for file in files:
@@ -156,12 +156,12 @@ def _names(root: Path, files: Sequence[Found]) -> Iterator[bytes]:
         yield os.fsencode(prefix + file.below)
 
 
-def _known(file: Found, record: bytes | None) -> Found | None:
+def _known(file: FileEntry, record: bytes | None) -> FileEntry | None:
     if record is None or record[: _STAMP.size] != _packed(file.stamp):
         return None
     shape = _SHAPE.unpack(record[_STAMP.size + _DIGEST_BYTES :])
     digest = record[_STAMP.size : _STAMP.size + _DIGEST_BYTES]
-    return Found(file.key, file.root, file.below, file.stamp, digest, shape if shape[2] else None)
+    return FileEntry(file.key, file.root, file.below, file.stamp, digest, shape if shape[2] else None)
 
 
 def _packed(stamp: Stamp) -> bytes:
@@ -172,8 +172,8 @@ def _packed(stamp: Stamp) -> bytes:
 # ---- hashing
 
 
-def _hash_all(files: Sequence[Found], workers: int) -> Iterator[tuple[Found, bool]]:
-    hush_pillow()
+def _hash_all(files: Sequence[FileEntry], workers: int) -> Iterator[tuple[FileEntry, bool]]:
+    silence_pillow()
     portions = [files[begin : begin + _CHUNK] for begin in range(0, len(files), _CHUNK)]
     if workers < 2 or len(portions) < 2:
         yield from map(_hash, files)
@@ -182,7 +182,7 @@ def _hash_all(files: Sequence[Found], workers: int) -> Iterator[tuple[Found, boo
         yield from chain.from_iterable(pool.map(lambda portion: [_hash(file) for file in portion], portions))
 
 
-def _hash(file: Found) -> tuple[Found, bool]:
+def _hash(file: FileEntry) -> tuple[FileEntry, bool]:
     """The file as it is now, with digest and shape, empty where it cannot be read; whether they may be kept.
 
     By calls of the operating system, which take 7 us for a small file, and `open_regular` with `file_digest` 44.
@@ -211,7 +211,7 @@ def _hash(file: Found) -> tuple[Found, bool]:
         return file, False
     if before != after:  # written to just now: no digest holds
         return file, False
-    is_lasting = max(after[1], after[2]) < begun - RACY_NS and not isinstance(shape, Passing)
+    is_lasting = max(after[1], after[2]) < begun - RACY_NS and not isinstance(shape, TransientReason)
     shape = None if isinstance(shape, str) else shape
     return file._replace(stamp=after, digest=digest.digest(), shape=shape), is_lasting
 

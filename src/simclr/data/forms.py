@@ -1,7 +1,7 @@
-"""Whatever a person hands over as images, made one thing: (H, W, C) uint8 arrays, or `Images`.
+"""Convert paths, PIL images, arrays and tensors to (H, W, C) uint8 arrays, or to `Images`.
 
-Paths, PIL images, arrays and tensors, one or many, mixed as they come. Numbers of another range or layout than is said
-here are refused and never guessed at. Floats are rounded to bytes, as everything above reads bytes.
+One image or many, of mixed types. Values of another range or layout than documented are rejected, never guessed.
+Floats are rounded to bytes, because everything else reads bytes.
 
 Shapes: n images, H x W pixels, C = 1 (gray) or 3 (RGB) channels.
 """
@@ -28,7 +28,7 @@ from simclr.data.images import (
 )
 from simclr.data.readers.decode import decode_image, in_order
 from simclr.data.readers.files import FileList, Labelling, open_files
-from simclr.data.readers.scan import Found
+from simclr.data.readers.scan import FileEntry
 from simclr.data.readers.store import Reading
 from simclr.errors import UserError
 from simclr.files import stamp_of
@@ -242,7 +242,7 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 
 def _open_paths(paths: Sequence[Path], channels: Channels) -> Images:
-    files = [Found(str(path), path.parent, path.name, stamp_of(path.stat())) for path in paths]
+    files = [FileEntry(str(path), path.parent, path.name, stamp_of(path.stat())) for path in paths]
     opened = open_files(
         FileList(
             root=Path(os.path.commonpath([path.absolute().parent for path in paths])), files=files, every=files,

@@ -106,7 +106,7 @@ class Images:
     skipped: list[Skipped] = field(default_factory=list)
     """Files that are left out."""
     notes: list[str] = field(default_factory=list)
-    """Sentences to say aloud once: what was left out, what was converted."""
+    """Sentences for the user: what was left out, what was converted."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -189,7 +189,7 @@ class Images:
         items = list(damaged.values())
         if len(damaged) == len(self):
             raise UserError(_none_readable(self.name, len(self), items[0]))
-        named = some([f"{item.key} ({item.reason})" for item in items], most=10)
+        named = some([f"{item.key} ({item.reason})" for item in items], max_named=10)
         left = self.subset(np.delete(np.arange(len(self)), list(damaged)))
         return replace(
             left,
@@ -301,7 +301,7 @@ def array_images(
 
 
 def choose_channels(channels: Channels, gray: np.ndarray) -> tuple[int, list[str]]:
-    """How many channels the data has, and what to say about it.
+    """Number of channels of the data, and notes for the user.
 
     Args:
         channels: "auto" is 1 where every image is gray, else 3; "1" and "3" convert what is different.
@@ -340,7 +340,7 @@ def fit_channels(images: Images, channels: int, *, who: str = "The encoder") -> 
 
 
 def require_no_colour(channels: int, expected: int, what: str, *, who: str = "The encoder") -> None:
-    """Refuse an image of more channels than the encoder was made for."""
+    """Reject colour images for an encoder of gray ones."""
     if channels > expected:
         raise UserError(
             f"{who} expects {expected}-channel images and {what} is in colour; give it gray images (Pillow's "

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from simclr.data.images import Images
-from simclr.data.readers.scan import some
+from simclr.data.source import some
 from simclr.data.splits import label_subset
 from simclr.errors import UserError
 
@@ -51,7 +51,7 @@ def labelled(images: Images) -> Images:
 
 
 def require_classes(learn: Images, test: Images) -> None:
-    """Refuse labelled images to learn from that are of one class, or that lack a class of the test images."""
+    """Reject training images of a single class, or without a class that the test images have."""
     assert learn.labels is not None and test.labels is not None
     known = np.unique(learn.labels)
     if len(known) < 2:
@@ -148,7 +148,7 @@ def read_label_list(file: Path, images: Images) -> np.ndarray:
         else:
             (ambiguous if found else missing).append(name)
     wrong = [
-        f"{len(group):,} {what} ({some(group, most=3)})"
+        f"{len(group):,} {what} ({some(group, max_named=3)})"
         for what, group in (
             ("are no image's name", missing),
             ("fit several images", ambiguous),

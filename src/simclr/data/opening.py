@@ -1,4 +1,4 @@
-"""`open_data`: from what a person types, a name or a path, to `Images`."""
+"""`open_data`: open data by a name or a path as `Images`."""
 
 import difflib
 import os
@@ -43,10 +43,10 @@ def open_data(
         progress: Called with (files done, files in all) while files are hashed, and while they are decoded.
         pack: For a folder: "off", "auto" or a place for its pack (`Reading`).
         side: For a folder: largest shorter side of its images (`Reading`).
-        say: Told at once what takes long or has gone wrong.
+        say: Called with messages about work that takes long and about failures.
 
     Returns:
-        The images, with `notes` to say aloud.
+        The images, with `notes` for the user.
 
     Raises:
         UserError: no such name or path, nothing usable in it, labels that do not fit, no test part, broken

@@ -1,4 +1,4 @@
-"""Which image stands where in endless training: shuffled epochs that follow each other without a seam.
+"""Order of images in training: shuffled epochs that follow each other without a gap.
 
 As in the authors' input pipeline (tf2/data.py: shuffle, repeat, batch): position p of the endless sequence is image
 `order(epoch)[p % n]` of epoch p // n. So a batch may straddle two epochs, or hold several where it is larger than the

@@ -97,7 +97,7 @@ class Source(Protocol):
         ...
 
 
-def some(names: list[str], most: int = 5) -> str:
+def some(names: list[str], max_named: int = 5) -> str:
     """The first few names for a sentence, unprintable characters escaped, and how many more there are."""
-    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
+    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:max_named])
+    return shown if len(names) <= max_named else f"{shown} and {len(names) - max_named:,} more"

@@ -1,6 +1,6 @@
-"""Which images train and which test, and which keep their label: seeded, balanced, the same everywhere.
+"""Seeded, stratified train/test splits and label subsets, the same on every machine.
 
-The draws are raw PCG64 words, whose stream NumPy guarantees for all versions (that of
+The random numbers are raw PCG64 words, whose stream NumPy guarantees for all versions (that of
 `Generator.permutation` it does not), so a seed that is stated in a paper means the same images on another
 machine in another year.
 """

@@ -1,4 +1,4 @@
-"""Open images and encoders and write files as the commands do: with a progress bar and messages."""
+"""Open images and encoders and write files for commands, with progress bars and messages."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -78,7 +78,7 @@ class LeftOut:
         self._first: list[str] = []
 
     def add(self, skipped: Skipped) -> None:
-        """The first one is said at once, so that nobody waits for an hour to learn of it."""
+        """Count a file; the first one is reported at once."""
         if not self.count:
             say(f"{some([skipped.key])} is left out ({skipped.reason}); others like it are counted at the end.")
         self.count += 1
@@ -86,12 +86,12 @@ class LeftOut:
             self._first.append(f"{skipped.key} ({skipped.reason})")
 
     def named(self) -> str:
-        """For a sentence."""
+        """The first few files with their reasons, for a sentence."""
         more = self.count - len(self._first)
-        return some(self._first, most=MAX_NAMED) + (f" and {more:,} more" if more else "")
+        return some(self._first, max_named=MAX_NAMED) + (f" and {more:,} more" if more else "")
 
     def tell(self, num_used: int) -> None:
-        """Say how many were left out beside those that were used."""
+        """Report how many files were left out, if any."""
         if self.count:
             say(f"{self.count:,} of {self.count + num_used:,} files left out: {self.named()}.")
 
@@ -148,7 +148,7 @@ def side_of(run: Path, source: str, asked: int | None) -> int | None:
 
 
 def lasting(source: str) -> str:
-    """What the user typed, such that it means the same from every folder."""
+    """The data argument with an absolute path, so that it is valid from every working folder."""
     name, colon, place = source.partition(":")
     if name in NAMES:
         return f"{name}:{Path(place).expanduser().resolve()}" if colon else source
@@ -190,7 +190,7 @@ def _contains(path: Path, text: str) -> bool:
 
 
 def require_writable(path: Path) -> None:
-    """Fail before the work and not after it."""
+    """Reject a path that cannot be written, before the work begins."""
     require_possible(path)
     try:
         folder = path.parent
@@ -205,13 +205,13 @@ def require_writable(path: Path) -> None:
 
 
 def tell_if_replaced(path: Path) -> None:
-    """Say so before the work that will end in another content."""
+    """Report that an existing file will be replaced."""
     if path.is_file():
         say(f"{path} is there already and will be replaced.")
 
 
 def write(path: Path, content: bytes) -> None:
-    """Make the file, and the folders that it needs."""
+    """Write a file atomically and create its parent folders."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)

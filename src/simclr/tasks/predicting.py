@@ -1,7 +1,7 @@
-"""`simclr predict MODEL IMAGES --out FILE`: the likeliest classes of any number of images, as a table.
+"""`simclr predict MODEL IMAGES --out FILE`: write the most probable classes of any number of images to a table.
 
-Rows are written as they are made, in the order of the keys: a million images need the memory of a thousand, but for
-their names. The file appears at the end, whole.
+Rows are written in the order of the keys, batch by batch, so that memory grows by the names of the images alone. The
+file is published at the end.
 """
 
 import os
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def predict(args: "Predict") -> None:
-    """The command.
+    """Run the command.
 
     Raises:
         UserError: MODEL is no classifier, does not fit the images or gives scores that are not finite, there is no
@@ -76,7 +76,7 @@ def _open_images(args: "Predict", channels: int, bad: LeftOut) -> Images:
 
 
 def _check(args: "Predict") -> None:
-    """What can be wrong before the model is read."""
+    """Reject arguments that are wrong whatever the model is."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "simclr predict works in one process, with threads; start it without torchrun, or give each process a "
@@ -90,7 +90,7 @@ def _check(args: "Predict") -> None:
 
 
 def _columns(args: "Predict", classes: list[str]) -> dict[str, Any]:
-    """Names and kinds of the table's columns."""
+    """Names and types of the table's columns."""
     if not 1 <= args.top <= len(classes):
         raise UserError(f"--top was {args.top}; it must be between 1 and {len(classes)}, the number of classes.")
     columns: dict[str, Any] = {"key": str}
@@ -106,7 +106,7 @@ def _columns(args: "Predict", classes: list[str]) -> dict[str, Any]:
 
 
 def _rows(args: "Predict", model: Model, keys: Sequence[str], views: Tensor) -> list[Any]:
-    """The values of each column."""
+    """Values of each column for a batch of images."""
     network = model.classifier
     assert network is not None
     with inference(network):

@@ -1,4 +1,4 @@
-"""A table in a file that grows batch by batch and appears whole or not at all: .csv or .parquet, by its name."""
+"""Write a table batch by batch to a .csv or .parquet file, which is published atomically at the end."""
 
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from simclr.errors import UserError
 from simclr.files import replacing, writing
 
 ROW_GROUP = 16_384
-"""Rows that are kept until they are written, in .parquet, whose readers want them in groups."""
+"""Minimum number of rows in a row group of a .parquet file; rows are buffered until then."""
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 """Text that begins with one of these gets a ' in front in .csv: a spreadsheet would run it as a formula. The ' itself
@@ -19,11 +19,11 @@ is among them, so that taking one leading ' away always gives the text back."""
 Columns = Mapping[str, type[str] | type[float]]
 """Name -> kind, in order; numbers are float32."""
 Write = Callable[[Sequence[Sequence[Any]]], None]
-"""Takes the values of each column for some more rows."""
+"""Appends rows, given as the values of each column."""
 
 
 def require_table(path: Path) -> None:
-    """Refuse a name, or an installation, that no table can come from.
+    """Reject a file name without a supported extension, or a missing pyarrow.
 
     Raises:
         UserError: Another ending than .csv and .parquet, or the latter without pyarrow.
@@ -42,7 +42,7 @@ def require_table(path: Path) -> None:
 
 @contextmanager
 def open_table(path: Path, columns: Columns) -> Iterator[Write]:
-    """A function that adds rows; at the end they are in `path`, after an exception nothing is.
+    """Context that gives a function to append rows; `path` is written at its end, and not after an exception.
 
     In .csv text is quoted and numbers are not, lines end in a line feed, and the encoding is UTF-8; a number has as
     many digits as tell it from its neighbours. Text that a spreadsheet would take for a formula (it begins with = + -

@@ -4,7 +4,7 @@ import numpy as np
 
 from simclr.config.encoder import TIMM, TORCHVISION
 from simclr.data.images import Images
-from simclr.data.readers.scan import some
+from simclr.data.source import some
 from simclr.errors import UserError
 from simclr.models.classifier import pretrained_classifier, usual_names
 from simclr.tasks.opening import load_model

@@ -1,9 +1,8 @@
-"""A folder's images decoded once into memory-mapped files, for all processes, epochs and runs.
+"""Packs: the images of a folder decoded once into memory-mapped files, for all processes, epochs and runs.
 
-A pack is a folder of shards (`shard.py`). That is all: there is no list of the shards, and an image is in the pack if
-some whole shard has it under the SHA-256 of its file's content. So one rule serves a pack that is new,
-one whose making was killed, one with a damaged shard, and one whose images have changed since: what is not in it is
-decoded and added as further shards.
+A pack is a folder of shards (`shard.py`) without a list of them: an image is in the pack if an intact shard has it
+under the SHA-256 of its file's content. The same rule therefore serves a new pack, one whose writing was killed, one
+with a damaged shard, and one whose images have changed: what is missing is decoded and added as further shards.
 
 One process of a machine writes at a time, under a file lock; the others wait for what it writes. Where a network's
 file system keeps no locks, two may write the same images twice: that costs room and harms nothing. Pixels of files
@@ -28,8 +27,8 @@ import numpy as np
 from simclr.data.digests import decode_found
 from simclr.data.pack.place import KEEP_FREE, room_for, size_text
 from simclr.data.pack.shard import ENDING, Shard, ShardWriter
-from simclr.data.readers.decode import DECODER, Passing, in_order
-from simclr.data.readers.scan import Found
+from simclr.data.readers.decode import DECODER, TransientReason, in_order
+from simclr.data.readers.scan import FileEntry
 from simclr.files import FileLock, reason_of
 
 SHARD_BYTES = 128 << 20
@@ -45,8 +44,8 @@ Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
 
 
-class Spot(NamedTuple):
-    """Where an image lies."""
+class Location(NamedTuple):
+    """Position of an image in a pack."""
 
     shard: Shard
     row: int
@@ -61,17 +60,17 @@ class Spot(NamedTuple):
         return math.prod(self.shape)
 
 
-def stamp(file: Found) -> str:
-    """What an image is known by: the content of its file, and what decoded it."""
+def stamp(file: FileEntry) -> str:
+    """Key of an image in a pack: the content of its file, and what decoded it."""
     return f"{DECODER} {file.digest.hex()}"
 
 
 class Pack:
-    """The images of a folder that are decoded already.
+    """The decoded images of a folder.
 
     Args:
         place: The pack's folder; it need not exist.
-        say: Told of what is found damaged.
+        say: Called with a message about each damaged shard.
     """
 
     def __init__(self, place: Path, say: Say) -> None:
@@ -80,7 +79,7 @@ class Pack:
         self.damaged: list[Path] = []
         """Shards that are not whole, to be removed."""
         self._shards: dict[str, Shard | None] = {}  # by name; None for one that cannot be used
-        self._found: dict[str, Spot | str] = {}
+        self._found: dict[str, Location | str] = {}
         self._set_aside: set[Path] = set()
         self.refresh()
 
@@ -117,7 +116,7 @@ class Pack:
                 continue
             self._shards[path.name] = shard
             self._found.update(shard.left_out)
-            self._found.update((name, Spot(shard, row)) for row, name in enumerate(shard.files))
+            self._found.update((name, Location(shard, row)) for row, name in enumerate(shard.files))
         return len(self._found)
 
     def remove_damaged(self) -> None:
@@ -127,16 +126,16 @@ class Pack:
             del self._shards[path.name]
         self.damaged = []
 
-    def find(self, file: Found) -> Spot | str | None:
-        """Where an image lies, or why its file is none; None where the pack does not know it."""
+    def find(self, file: FileEntry) -> Location | str | None:
+        """Position of an image, or why its file cannot be decoded; None if the pack does not have it."""
         return self._found.get(stamp(file))
 
-    def lacking(self, files: Sequence[Found]) -> list[Found]:
-        """Those that the pack does not know and could: files that were read, one of each content."""
+    def missing(self, files: Sequence[FileEntry]) -> list[FileEntry]:
+        """Files with a digest that the pack does not have, one of each content."""
         unknown = {file.digest: file for file in reversed(files) if file.digest and self.find(file) is None}
         return list(reversed(unknown.values()))
 
-    def read(self, spot: Spot) -> np.ndarray | None:
+    def read(self, spot: Location) -> np.ndarray | None:
         """(H, W, 1 or 3) read-only pixels in the memory map; None where they are damaged on the disk.
 
         A damaged shard is set aside for the next opening to make anew; its other images are still good to read.
@@ -156,7 +155,7 @@ class Pack:
 
 
 def open_pack(
-    place: Path, files: Sequence[Found], *, side: int | None, workers: int, progress: Progress | None, say: Say
+    place: Path, files: Sequence[FileEntry], *, side: int | None, workers: int, progress: Progress | None, say: Say
 ) -> tuple[Pack, list[str]]:
     """The pack of `files`, first completed where it can be.
 
@@ -164,20 +163,20 @@ def open_pack(
         side: As in `decode_file`.
         workers: Decoding threads.
         progress: Called with (files done, files in all) while images are added.
-        say: Told at once what takes long or has gone wrong.
+        say: Called with messages about work that takes long and about failures.
 
     Returns:
-        The pack, and sentences to say aloud. It may lack images, if the disk is full or may not be written.
+        The pack, and notes for the user. Images may be missing from it if the disk is full or read-only.
     """
     pack = Pack(place, say)
     notes = []
     try:
-        if pack.damaged or pack.lacking(files):
+        if pack.damaged or pack.missing(files):
             place.mkdir(parents=True, exist_ok=True)
             with _lock(pack, len(files), progress, say):
                 pack.refresh()
                 _remove_leftovers(pack, say)
-                if lacking := pack.lacking(files):
+                if lacking := pack.missing(files):
                     notes += _complete(pack, lacking, side, workers, progress, say)
     except OSError as error:
         notes.append(f"The pack {place} cannot be written ({reason_of(error)}): --pack names another folder.")
@@ -186,19 +185,19 @@ def open_pack(
     return pack, notes
 
 
-def say_if_stale(pack: Pack, files: Sequence[Found] | None) -> list[str]:
-    """What to say of a pack that holds more for former files than for `files`, all those of the folder, if known."""
+def say_if_stale(pack: Pack, files: Sequence[FileEntry] | None) -> list[str]:
+    """A note where more than half of a pack belongs to files that are gone; `files` are all of the folder, if known."""
     if files is None:
         return []
     spots = {pack.find(file) for file in files}
-    stale = pack.num_pixel_bytes - sum(spot.num_bytes for spot in spots if isinstance(spot, Spot))
+    stale = pack.num_pixel_bytes - sum(spot.num_bytes for spot in spots if isinstance(spot, Location))
     if stale <= pack.num_pixel_bytes / 2:
         return []
     return [f"{size_text(stale)} of the pack are of files that have changed or gone: delete it, and it is made anew."]
 
 
 def _complete(
-    pack: Pack, files: Sequence[Found], side: int | None, workers: int, progress: Progress | None, say: Say
+    pack: Pack, files: Sequence[FileEntry], side: int | None, workers: int, progress: Progress | None, say: Say
 ) -> list[str]:
     """Add files to the pack, as far as the disk has room; sentences on what could not be added."""
     needed, no_room = room_for(pack.place, files, side)
@@ -213,7 +212,7 @@ def _complete(
                 done = _write_shard(pack, decoded, done, lambda now: progress and progress(now, len(files)))
                 pack.refresh()
         except OSError as error:
-            rest = len(pack.lacking(files))
+            rest = len(pack.missing(files))
             return [
                 f"The pack is not complete ({reason_of(error)}): {rest:,} of {len(files):,} new images are not in it."
             ]
@@ -221,7 +220,7 @@ def _complete(
 
 
 def _write_shard(
-    pack: Pack, decoded: Iterator[tuple[Found, "_Decoded | str"]], done: int, count: Callable[[int], object]
+    pack: Pack, decoded: Iterator[tuple[FileEntry, "_Decoded | str"]], done: int, count: Callable[[int], object]
 ) -> int:
     """Write the next images as one shard; how many are then done."""
     if shutil.disk_usage(pack.place).free < KEEP_FREE:
@@ -232,7 +231,7 @@ def _write_shard(
             file, result = following
             if not isinstance(result, str):
                 writer.add(stamp(file), *result)
-            elif not isinstance(result, Passing):
+            elif not isinstance(result, TransientReason):
                 writer.leave_out(stamp(file), result)
             done += 1
             count(done)
@@ -244,7 +243,7 @@ class _Decoded(NamedTuple):
     crc: int
 
 
-def _decode_and_sum(file: Found, side: int | None) -> _Decoded | str:
+def _decode_and_sum(file: FileEntry, side: int | None) -> _Decoded | str:
     pixels = decode_found(file, side)
     if isinstance(pixels, str):
         return pixels

@@ -1,4 +1,4 @@
-"""Where a folder's pack lies, whether it is worth having one, and whether the disk has room for it."""
+"""Location of a folder's pack, whether a pack is worthwhile, and whether the disk has room for it."""
 
 import errno
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from simclr.data.readers.scan import Found
+from simclr.data.readers.scan import FileEntry
 from simclr.errors import UserError
 
 SLOW_SECONDS = 5.0
-"""Decoding that takes longer than this on one core is worth a pack."""
+"""A pack is made where decoding takes longer than this on one core."""
 SECONDS_PER_FILE, SECONDS_PER_BYTE = 1.5e-4, 1 / 35e6
 """Of decoding on one core: PNG files of 28 x 28, and JPEG files of 500 x 375 and 90 KB (docs/lab-notes.md)."""
 SIDES = (512, 384, 320, 256, 224, 192, 160, 128, 96, 64)
@@ -24,7 +24,7 @@ UNKNOWN_FREE = 4 * 10**9
 """Bytes taken as free where the operating system does not say: what a small machine has to spare."""
 
 
-def pack_place(setting: str, root: Path, files: Sequence[Found], side: int | None) -> Path | None:
+def pack_place(setting: str, root: Path, files: Sequence[FileEntry], side: int | None) -> Path | None:
     """The folder of the pack of `root`, or None where none is wanted.
 
     Args:
@@ -54,7 +54,7 @@ def pack_place(setting: str, root: Path, files: Sequence[Found], side: int | Non
 
 
 def user_cache() -> Path:
-    """Where what can be made again is kept for this user: ~/.cache/simclr.
+    """The user's cache folder, ~/.cache/simclr.
 
     Raises:
         OSError: This user has no home folder, as in containers that are run under a number.
@@ -68,7 +68,7 @@ def user_cache() -> Path:
         raise OSError(errno.ENOENT, "this user has no home folder, and XDG_CACHE_HOME is not set") from None
 
 
-def room_for(place: Path, files: Sequence[Found], side: int | None) -> tuple[int, str | None]:
+def room_for(place: Path, files: Sequence[FileEntry], side: int | None) -> tuple[int, str | None]:
     """Bytes that the pixels of `files` take, judging by their headers, and what to do where they do not fit."""
     free = shutil.disk_usage(place).free
     shapes = np.array([file.shape or (0, 0, 0) for file in files], np.int64).reshape(-1, 3)

@@ -28,7 +28,7 @@ _MAGIC = b"simclr shard 1\n\0"
 
 
 class Shard:
-    """A shard that lies on the disk, opened.
+    """An existing shard, opened for reading.
 
     Attributes:
         num_bytes: Of the file.
@@ -69,7 +69,7 @@ class Shard:
         self._checked = np.zeros(len(self.files), bool)
 
     def expect(self, i: int) -> None:
-        """Ask the disk for an image that is about to be read, whole and ahead of the reading."""
+        """Ask the system to read an image ahead."""
         if hasattr(mmap, "MADV_WILLNEED"):
             page = int(self._bounds[i]) // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_WILLNEED, page, int(self._bounds[i + 1]) - page)
@@ -85,7 +85,7 @@ class Shard:
 
 
 class ShardWriter:
-    """A shard in the making, under a passing name; it appears when the `with` ends, or not at all after an error."""
+    """Writes a shard under a temporary name; it is published when the `with` block ends without an error."""
 
     def __init__(self, path: Path) -> None:
         self.num_bytes = 0
@@ -118,7 +118,7 @@ class ShardWriter:
         self.num_bytes += pixels.nbytes
 
     def leave_out(self, stamp: str, reason: str) -> None:
-        """Remember that a file is no image."""
+        """Record that a file cannot be decoded."""
         self._left_out[stamp] = reason
 
     def _publish(self) -> None:

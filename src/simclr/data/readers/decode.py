@@ -1,10 +1,10 @@
-"""One image file -> uint8 pixels, or the reason why not.
+"""Decode one image file to uint8 pixels, or state why that fails.
 
 Whatever Pillow reads becomes gray (H, W, 1) or RGB (H, W, 3): the first frame, turned as its EXIF tag says,
 alpha composited on white, 16 bits rounded to 8. Colour profiles (ICC) are not applied. Pillow narrows
-16-bit *colour* files itself, by dropping the low byte. Files are material from strangers: sizes are read
+16-bit *colour* files itself, by dropping the low byte. Files are not trusted: sizes are read
 from the header before any pixel is decoded, only raster formats are tried (an EPS file would start
-Ghostscript), and no error leaves this file.
+Ghostscript), and every error becomes a reason.
 """
 
 import os
@@ -55,20 +55,20 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Passing(str):
-    """A reason that lies in the machine and not in the file, such as a lack of memory: it may pass."""
+class TransientReason(str):
+    """A reason that comes from the machine and not from the file, such as a lack of memory; a retry may succeed."""
 
 
-class Changed(Passing):
-    """The reason of a file that is not the one that was expected."""
+class Changed(TransientReason):
+    """The reason for refusing a file whose content is not the expected one."""
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Generator[Result, None, None]:
-    """Work that decodes, done in the order of `items` with `workers` threads; a few are in flight at a time.
+    """Ordered map with `workers` threads, for decoding; a bounded number of results is ahead of the consumer.
 
-    Pillow lets go of the interpreter lock while it decodes, so threads suffice.
+    Pillow releases the interpreter lock while it decodes, so threads suffice.
     """
-    hush_pillow()
+    silence_pillow()
     if workers < 1:
         yield from map(work, items)
         return
@@ -88,7 +88,7 @@ def decode_image(source: Path | Image.Image) -> np.ndarray:
     Raises:
         UserError: it cannot be read; the sentence says why.
     """
-    hush_pillow()
+    silence_pillow()
     pixels = (refusal(source) or decoded(source)) if isinstance(source, Image.Image) else decode_file(source)
     if isinstance(pixels, str):
         raise UserError(f"{source} cannot be used as an image: {pixels}.")
@@ -271,9 +271,9 @@ def reason_of_damage(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"decompression bomb: more than {MAX_PIXELS:,} pixels"  # from Pillow's own, higher limit
     if isinstance(error, MemoryError):
-        return Passing("needs more memory than there is")
+        return TransientReason("needs more memory than there is")
     if isinstance(error, OSError) and error.errno is not None:
-        return Passing((error.strerror or text).lower())
+        return TransientReason((error.strerror or text).lower())
     if isinstance(error, EOFError) or "truncated" in text.lower():
         return "truncated"
     return f"damaged: {text or type(error).__name__}"
@@ -286,10 +286,10 @@ def allowed_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def hush_pillow() -> None:
-    """Ignore the warnings that Pillow's readers give on odd files, which `-W error` would turn into refusals.
+def silence_pillow() -> None:
+    """Ignore the warnings of Pillow's readers about unusual files, which `-W error` would turn into errors.
 
-    The filter is never taken back: `warnings.catch_warnings` swaps a list of the whole process, and with
+    The filter is never removed: `warnings.catch_warnings` swaps a list of the whole process, and with
     batches decoded in one thread and another using it too, either could restore a list that the other
     has left.
     """

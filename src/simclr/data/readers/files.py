@@ -13,9 +13,9 @@ from simclr.data.images import Images, Split, choose_channels
 from simclr.data.pack.place import pack_place
 from simclr.data.readers.decode import shrunk_size
 from simclr.data.readers.header import read_header
-from simclr.data.readers.scan import Found, some
+from simclr.data.readers.scan import FileEntry
 from simclr.data.readers.store import FileStore, PackPlan, Reading
-from simclr.data.source import Skipped
+from simclr.data.source import Skipped, some
 from simclr.errors import UserError
 from simclr.files import reason_of
 
@@ -44,9 +44,9 @@ class FileList:
     """
 
     root: Path
-    files: Sequence[Found]
+    files: Sequence[FileEntry]
     unreachable: Sequence[Skipped] = ()
-    every: Sequence[Found]
+    every: Sequence[FileEntry]
     label: Callable[[list[int]], Labelling]
     name: str
     split: Split
@@ -81,7 +81,7 @@ def open_files(listed: FileList, reading: Reading) -> Images:
     num_channels, said = choose_channels(reading.channels, shapes[:, 2] == 1)
     notes += said
     if skipped:
-        named = some([f"{item.key} ({item.reason})" for item in skipped], most=10)
+        named = some([f"{item.key} ({item.reason})" for item in skipped], max_named=10)
         notes.append(f"{len(skipped):,} of {total:,} files left out: {named}.")
     plan, said = _plan_pack(listed, reading)
     usable = files if len(kept) == len(files) else [files[row] for row in kept]
@@ -108,7 +108,7 @@ def open_files(listed: FileList, reading: Reading) -> Images:
     return images
 
 
-def _by_header(files: Sequence[Found]) -> tuple[list[int], dict[int, str]]:
+def _by_header(files: Sequence[FileEntry]) -> tuple[list[int], dict[int, str]]:
     """Positions of the files that are images by their header, and of the others with the reason."""
     kept, reasons = [], {}
     for row, file in enumerate(files):

@@ -11,8 +11,9 @@ import numpy as np
 from simclr.data.images import Images, Split, part_of
 from simclr.data.labels import index_labels, read_label_file
 from simclr.data.readers.files import FileList, Labelling, open_files
-from simclr.data.readers.scan import Found, scan_folder, some
+from simclr.data.readers.scan import FileEntry, scan_folder
 from simclr.data.readers.store import Reading
+from simclr.data.source import some
 from simclr.errors import UserError
 
 TEST_FOLDERS = ("test", "val")
@@ -80,14 +81,14 @@ def open_folder(
     )
 
 
-def _parts(files: Sequence[Found]) -> list[str]:
+def _parts(files: Sequence[FileEntry]) -> list[str]:
     """["train/", "test/"] where the folder brings its own split, else []."""
     tops = {file.key.partition("/")[0] for file in files if "/" in file.key}
     test = [name for name in TEST_FOLDERS if name in tops]
     return ["train/", f"{test[0]}/"] if "train" in tops and test else []
 
 
-def _labels_from_folders(files: Sequence[Found], all_files: Sequence[Found], parts: Sequence[str]) -> Labelling:
+def _labels_from_folders(files: Sequence[FileEntry], all_files: Sequence[FileEntry], parts: Sequence[str]) -> Labelling:
     """Labels and classes; the classes are those of both parts, so that a number means one class."""
     prefixes = parts or [""]
     folder_of = [_class_folder(file.key, prefixes) for file in files]

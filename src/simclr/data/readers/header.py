@@ -1,7 +1,7 @@
-"""What an image file's header says: the shape that its decoded pixels will have, or why it has none.
+"""Shape of an image from the header of its file: what decoding will return, or why it cannot.
 
-No pixel is decoded, but for the few files whose header does not tell: an image with a palette is gray or colour by the
-entries that its pixels use, and a PNG file may state its turn behind the pixels.
+No pixel is decoded except where the header does not determine the shape: an image with a palette is gray or colour
+depending on the entries that its pixels use, and a PNG file may state its orientation after the pixels.
 """
 
 import io
@@ -58,7 +58,7 @@ def parse_header(file: BinaryIO) -> Shape | str:
 
 
 def _is_sideways(image: Image.Image) -> bool:
-    """Whether `to_pixels` will exchange the height and width that Pillow states now."""
+    """Whether `to_pixels` will exchange height and width as Pillow states them before decoding."""
     if isinstance(image, TiffImageFile):  # newer versions of Pillow state the size of the turned image
         turned = image.tag_v2.get(ExifTags.Base.Orientation) in _SIDEWAYS
         return turned and image.size == (image.tag_v2.get(IMAGEWIDTH), image.tag_v2.get(IMAGELENGTH))
@@ -69,7 +69,7 @@ def _is_sideways(image: Image.Image) -> bool:
 
 
 def _states_turn_late(file: BinaryIO) -> bool:
-    """Whether a PNG file has EXIF or XMP behind its pixels, where Pillow looks only after decoding."""
+    """Whether a PNG file has EXIF or XMP after its pixels, which Pillow reads only when it decodes."""
     place = file.tell()
     try:
         file.seek(8)

@@ -18,7 +18,7 @@ import numpy as np
 from simclr.data.images import Images, Split
 from simclr.data.readers.decode import ENDINGS
 from simclr.data.readers.files import FileList, Labelling, open_files
-from simclr.data.readers.scan import Found
+from simclr.data.readers.scan import FileEntry
 from simclr.data.readers.store import Reading
 from simclr.data.source import Skipped
 from simclr.data.splits import label_subset
@@ -74,10 +74,10 @@ def open_parts(
     place = _place(name, folder, layout)
     rows, classes = _listing(name, place, layout)
     found = [_found(place, path) for _, path, _ in rows]
-    every = [file for file in found if isinstance(file, Found)]
+    every = [file for file in found if isinstance(file, FileEntry)]
     wanted = [split == "all" or (part == "test") == (split == "test") for part, _, _ in rows]
     asked = [(row, file) for row, file, is_wanted in zip(rows, found, wanted, strict=True) if is_wanted]
-    chosen = [(row, file) for row, file in asked if isinstance(file, Found)]
+    chosen = [(row, file) for row, file in asked if isinstance(file, FileEntry)]
     parts: list[Part] = []
 
     def label(kept: list[int]) -> Labelling:
@@ -132,14 +132,14 @@ def _place(name: str, folder: Path | None, layout: Layout) -> Path:
     raise UserError(f"{folder} does not hold {name}: there is no {places[0] / layout.mark}; {layout.laid_out}.")
 
 
-def _found(place: Path, path: str) -> Found | Skipped:
+def _found(place: Path, path: str) -> FileEntry | Skipped:
     try:
         status = os.stat(place / path)
     except OSError as error:
         return Skipped(path, f"cannot be reached: {(error.strerror or str(error)).lower()}")
     if not stat.S_ISREG(status.st_mode):
         return Skipped(path, "not a regular file")
-    return Found(path, place, path, stamp_of(status))
+    return FileEntry(path, place, path, stamp_of(status))
 
 
 def _food101(place: Path) -> Listing:

@@ -18,7 +18,7 @@ from simclr.data.images import Channels, Images, Split, array_images, part_of
 from simclr.data.labels import UNLABELLED, index_labels
 from simclr.data.pack.place import free_memory, size_text
 from simclr.data.readers.decode import composite
-from simclr.data.readers.scan import some
+from simclr.data.source import some
 from simclr.errors import UserError
 from simclr.files import open_regular
 
@@ -50,7 +50,7 @@ def _open(archive: zipfile.ZipFile, path: Path, split: Split, channels: Channels
     has_own_split = "x_train" in members and "x_test" in members
     if has_own_split == ("x" in members):
         raise UserError(
-            f"{path} holds {some(sorted(members), most=20) or 'nothing'}: give either x (and y), or x_train and "
+            f"{path} holds {some(sorted(members), max_named=20) or 'nothing'}: give either x (and y), or x_train and "
             "x_test (and y_train and y_test)."
         )
     part = part_of(split, has_own_split, str(path))

@@ -1,6 +1,6 @@
-"""Which image files a folder holds, at any depth, in an order that is the same on every machine.
+"""List the image files of a folder, at any depth, in an order that is the same on every machine.
 
-Nothing is opened here: FIFOs and devices are only looked at, and symbolic links to folders are followed once.
+No file is opened: FIFOs and devices are recognised by their status. Symbolic links to folders are followed once.
 """
 
 import heapq
@@ -15,17 +15,17 @@ from simclr.data.source import Skipped, some
 from simclr.files import Stamp, reason_of, stamp_of
 
 
-class Found(NamedTuple):
-    """A regular file with an image's ending, in few bytes: there may be millions."""
+class FileEntry(NamedTuple):
+    """A regular file with the extension of an image; a tuple, because there may be millions."""
 
     key: str
-    """Its path below the folder, with forward slashes, as it can be printed."""
+    """Path below the folder, with forward slashes, in printable form."""
     root: Path
-    """The folder, one object for all of its files."""
+    """The folder; the same object for all of its files."""
     below: str
-    """Its path below the folder; nearly always the very string that is the key."""
+    """Path below the folder; the same string as the key unless the name is not UTF-8."""
     stamp: Stamp
-    """Its size in bytes, times and inode when it was looked at."""
+    """Size in bytes, times and inode at the time of the scan."""
     digest: bytes = b""
     """SHA-256 of its content (`digests.identify`), empty where it is not known."""
     shape: tuple[int, int, int] | None = None
@@ -33,7 +33,7 @@ class Found(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """Where it is."""
+        """Path of the file."""
         return self.root / self.below
 
     @property
@@ -42,15 +42,15 @@ class Found(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """What a folder holds: files sorted by key, what could not be reached, sentences about the rest."""
+    """Result of a scan: files sorted by key, entries that could not be reached, notes about the rest."""
 
-    files: list[Found]
+    files: list[FileEntry]
     skipped: list[Skipped]
     notes: list[str]
 
 
 def scan_folder(root: Path, besides: Path | None = None) -> Scan:
-    """Look through a folder.
+    """List a folder.
 
     A folder that is reached twice (through links) is read once, under its real path where that lies inside
     `root`. Links to `root` or to a folder above it are loops and not followed. Hidden folders are left out.
@@ -58,7 +58,7 @@ def scan_folder(root: Path, besides: Path | None = None) -> Scan:
     Args:
         besides: A file that may lie inside and is not data (the label file).
     """
-    files: list[Found] = []
+    files: list[FileEntry] = []
     skipped: list[Skipped] = []
     endings: Counter[str] = Counter()
     hidden: list[str] = []
@@ -96,7 +96,7 @@ def scan_folder(root: Path, besides: Path | None = None) -> Scan:
             elif ending not in ENDINGS:
                 endings[ending] += besides is None or not _same_file(Path(path), besides)
             elif status is not None and stat.S_ISREG(mode):
-                files.append(Found(_text(below), root, below, stamp_of(status)))
+                files.append(FileEntry(_text(below), root, below, stamp_of(status)))
             else:
                 skipped.append(Skipped(_text(below), problem))
     return Scan(sorted(files), sorted(skipped), _notes(+endings, hidden))

@@ -14,9 +14,9 @@ import numpy as np
 from simclr.data.digests import decode_found, known_digests
 from simclr.data.fingerprint import digest_of_files
 from simclr.data.images import Channels
-from simclr.data.pack.pack import Pack, Spot, open_pack, say_if_stale
-from simclr.data.readers.decode import Changed, Passing, in_order
-from simclr.data.readers.scan import Found
+from simclr.data.pack.pack import Location, Pack, open_pack, say_if_stale
+from simclr.data.readers.decode import Changed, TransientReason, in_order
+from simclr.data.readers.scan import FileEntry
 from simclr.errors import UserError
 
 MEMORY_SHARE = 0.25
@@ -28,7 +28,7 @@ SMALLEST_SIDE = 16
 
 Progress = Callable[[int, int], None]
 Counting = Callable[[str], AbstractContextManager[Progress | None]]
-"""What is done -> a context with a callback (done, total), or with None where nobody looks."""
+"""Description of the work -> a context that gives a callback (done, total), or None where no progress is shown."""
 
 
 def uncounted(_: str) -> AbstractContextManager[Progress | None]:
@@ -51,7 +51,7 @@ class Reading:
             and runs; or the folder to keep them in. It changes no pixel.
         allow_empty: Whether files of which none can be used are opened, as no image, instead of refused.
         side: Images whose shorter side is longer are shrunk to it (`decode.shrink`), with a pack or without.
-        say: Told at once what takes long or has gone wrong.
+        say: Called with messages about work that takes long and about failures.
     """
 
     strict: bool = False
@@ -70,11 +70,11 @@ class Reading:
 
 
 class PackPlan(NamedTuple):
-    """Where a pack is to be, and whose images it holds."""
+    """Location and contents of a pack that is to be completed."""
 
     place: Path
     root: Path
-    every: Sequence[Found] | None
+    every: Sequence[FileEntry] | None
     """All files of the folder, of other parts too, as a pack is shared by the parts; None: there are no other parts."""
 
 
@@ -87,7 +87,7 @@ class FileStore:
         notes: Sentences for the user that are known at opening.
     """
 
-    def __init__(self, files: Sequence[Found], sizes: np.ndarray, reading: Reading, plan: PackPlan | None) -> None:
+    def __init__(self, files: Sequence[FileEntry], sizes: np.ndarray, reading: Reading, plan: PackPlan | None) -> None:
         """Decodes nothing.
 
         Args:
@@ -151,7 +151,7 @@ class FileStore:
         ready = {row: self._at_hand(row, spot) for row, spot in spots.items()}
         missing = [row for row, pixels in ready.items() if pixels is None and row not in self.damaged]
         for row, result in self._decode(missing):
-            if isinstance(result, Passing):
+            if isinstance(result, TransientReason):
                 raise UserError(self._changed(row, result))
             if isinstance(result, str):
                 self._tell_first_damage(row, result)
@@ -193,11 +193,11 @@ class FileStore:
         for note in self.prepare():
             self._reading.say(note)
 
-    def _spot(self, row: int) -> Spot | None:
+    def _spot(self, row: int) -> Location | None:
         found = None if self._pack is None else self._pack.find(self.files[row])
         return None if isinstance(found, str) else found
 
-    def _at_hand(self, row: int, spot: Spot | None) -> np.ndarray | None:
+    def _at_hand(self, row: int, spot: Location | None) -> np.ndarray | None:
         """Pixels that need no decoding."""
         if spot is not None and self._pack is not None:
             return self._pack.read(spot)
@@ -216,7 +216,7 @@ class FileStore:
                 self._is_good[row] = True
                 if self._kept is not None and self._spot(row) is None:
                     self._kept[row] = result
-            elif not isinstance(result, Passing):
+            elif not isinstance(result, TransientReason):
                 self.damaged[row] = result
             yield row, result
 
