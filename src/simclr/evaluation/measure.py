@@ -7,6 +7,7 @@
     supervised  the same network from scratch on the same labels
 
 Each result is kept in the store as soon as it is there (`results.py`), under everything that determines it (`keys.py`).
+A further metric belongs into `_accuracies`; METRICS_VERSION is then raised, so that stored results are measured anew.
 """
 
 from collections.abc import Callable, Iterator, Sequence
