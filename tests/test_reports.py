@@ -107,7 +107,8 @@ def test_label_free_measures_and_copies() -> None:
 def test_a_model_card_takes_results_of_its_weights_alone(tmp_path: Path) -> None:
     """Another encoder may have the very same accuracies on the same images."""
     encoder = build_encoder(EncoderConfig("small", channels=1, size=8, width=0.25), seed=0)
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "run.json").write_text('{"method": "simclr", "machine": {"cpu_threads": 1}}')
     store = ResultStore(tmp_path / "evaluation" / "results.jsonl")
     for weights, subject in ((digest_of(encoder), "encoder"), ("other", "encoder"), ("third", "random")):
         for seed in (0, 1):
