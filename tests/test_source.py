@@ -2,6 +2,9 @@
 
 import itertools
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from simclr.data import Images, Source, open_data
 from simclr.data.images import array_images
+from simclr.data.presets import open_transfer_set
 from simclr.data.readers import decode, store
 from simclr.data.readers.decode import decode_file
 from simclr.data.readers.folder import open_folder
@@ -145,8 +149,7 @@ def test_the_next_readable_image_takes_the_place_of_a_damaged_one(tmp_path: Path
             with Image.open(photos / images.keys[j]) as image:
                 np.testing.assert_array_equal(pixels, np.asarray(image))
     assert [item.key for item in images.replaced] == DAMAGED
-    if not pack:  # which says how many it could not decode
-        assert sum("takes its place" in text for text in said) == 1
+    assert sum("takes its place" in text for text in said) == 1
     part = images.subset([2, 9])  # within a part the next image is one of the part
     assert part.items_read([0, 1]).tolist() == [1, 1] and len(part.read([0, 1])[0]) == len(part.read([1])[0])
     with pytest.raises(UserError, match=r"None of the 2 images of photos can be decoded, the first is dog/11\.png"):
@@ -189,6 +192,28 @@ def test_arrays_are_sources_too() -> None:
     assert images.items_read([3, -1]).tolist() == [3, 4] and images.replaced == []
     good, read, damaged = images.read_readable(np.array([1, 2]))
     assert good.tolist() == [1, 2] and damaged == [] and np.array_equal(np.asarray(read)[..., 0], pixels[1:3])
+
+
+def test_one_progress_bar_is_shown_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos, shown, active = write_photos(tmp_path / "photos"), [], []
+
+    @contextmanager
+    def counting(work: str) -> Iterator[Callable[[int, int], None]]:
+        assert not active, f"{work} within {active}"
+        active.append(work)
+        shown.append(work)
+        yield lambda done, total: None
+        active.pop()
+
+    reading = Reading(pack=str(tmp_path / "packs"), counting=counting)
+    sets = open_transfer_set(str(photos), reading=reading)
+    assert len(sets.learn) + len(sets.test) == 9
+    assert shown == ["Opening files", "Decoding images", "Checking images"]
+    with pytest.raises(UserError, match="cannot be used"):
+        open_folder(photos, reading=replace(reading, strict=True))
+    (photos / "dog" / "note.png").unlink()
+    with pytest.raises(UserError, match="3 of 12 files"):
+        open_folder(photos, reading=replace(reading, strict=True))
 
 
 def test_pixels_stay_in_memory_where_all_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +277,7 @@ def test_embed_leaves_damaged_images_out(simclr, tmp_path: Path) -> None:
     assert summary["images"] == 12 and summary["images_left_out"] == 1
     assert summary["images_replaced"] == 3
     code, _, said = simclr("embed", tmp_path / "run", photos, "--out", tmp_path / "damaged.npz")
-    assert code == 0 and "3 of 12 files left out" in said, said
+    assert code == 0 and "3 of 12 files left out" in said and "takes its place" not in said, said
     for key in DAMAGED:
         (photos / key).unlink()
     assert simclr("embed", tmp_path / "run", photos, "--out", tmp_path / "whole.npz")[0] == 0

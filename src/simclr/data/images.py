@@ -48,6 +48,10 @@ class Store(Protocol):
         """Digest of the contents of some rows."""
         ...
 
+    def tell_replaced(self, row: int) -> None:
+        """Say, the first time, that another image is read in the place of a damaged one."""
+        ...
+
 
 class MemoryStore:
     """Pixels in memory: (n, H, W, 1 or 3) uint8, or n arrays (H, W, 1 or 3)."""
@@ -73,6 +77,9 @@ class MemoryStore:
     def contents_of(self, rows: np.ndarray) -> str:
         """Digest of the pixels."""
         return digest_of_arrays(self._pixels[row] for row in rows)
+
+    def tell_replaced(self, row: int) -> None:
+        """Never called."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,9 +160,8 @@ class Images:
         indices = np.array(indices, np.int64) % max(1, len(self))
         if self.store.damaged:
             for position, i in enumerate(indices):
-                while int(self.rows[i]) in self.store.damaged:
-                    i = (i + 1) % len(self)
-                indices[position] = i
+                following = (np.arange(len(self)) + i) % len(self) if int(self.rows[i]) in self.store.damaged else [i]
+                indices[position] = next((j for j in following if int(self.rows[j]) not in self.store.damaged), i)
         return indices
 
     @property
@@ -256,6 +262,7 @@ class Images:
         return {i: Skipped(self.keys[i], found[row]) for i, row in rows if row in found}
 
     def _next_readable(self, index: int) -> np.ndarray:
+        self.store.tell_replaced(int(self.rows[index]))
         for step in range(1, len(self)):
             (pixels,) = self.store(self.rows[[(index + step) % len(self)]])
             if pixels is not None:

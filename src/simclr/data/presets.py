@@ -106,6 +106,8 @@ def open_transfer_set(
 
 
 def _readable(images: Images, reading: Reading) -> Images:
+    for note in images.prepare():
+        reading.say(note)
     with reading.counting("Checking images") as progress:
         return images.readable(progress)
 

@@ -137,6 +137,8 @@ def _plan_pack(listed: FileList, reading: Reading) -> tuple[PackPlan | None, lis
 
 
 def _require_undamaged(root: Path, images: Images, total: int, reading: Reading) -> None:
+    for note in images.prepare():
+        reading.say(note)
     with reading.counting("Checking images") as progress:
         damaged = images.check(progress)
     if damaged:

@@ -153,9 +153,7 @@ class FileStore:
         for row, result in self._decode(missing):
             if isinstance(result, TransientReason):
                 raise UserError(self._changed(row, result))
-            if isinstance(result, str):
-                self._tell_first_damage(row, result)
-            else:
+            if not isinstance(result, str):
                 ready[row] = result
         return [ready[int(row)] for row in rows]
 
@@ -220,12 +218,13 @@ class FileStore:
                 self.damaged[row] = result
             yield row, result
 
-    def _tell_first_damage(self, row: int, reason: str) -> None:
+    def tell_replaced(self, row: int) -> None:
+        """Say, the first time, that another image is read in the place of a damaged one."""
         if not self._told:
             self._told = True
             self._reading.say(
-                f"{self.files[row].key} cannot be decoded ({reason}): the next readable image takes its place, as for "
-                "any other like it; they are counted at the end, and `simclr check` names them all."
+                f"{self.files[row].key} cannot be decoded ({self.damaged[row]}): the next readable image takes its "
+                "place, as for any other like it; they are counted at the end, and `simclr check` names them all."
             )
 
     def _changed(self, row: int, reason: str) -> str:
