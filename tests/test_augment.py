@@ -1,6 +1,6 @@
 """Random numbers, view parameters and pixels: against known answers, torchvision and invariances.
 
-The authors' own vectors are in test_reference_views.py.
+The authors' own vectors are in test_reference.py.
 """
 
 import colorsys

@@ -1,7 +1,7 @@
 """The papers' linear probe: a linear classifier on frozen features, trained on crops and flips (SimCLR B.6).
 
 Batch norm is in inference mode, which the authors' TF1 code and the paper intend and their TF2 code does not reach
-(docs/architecture.md). Nesterov momentum, lr 0.1 x batch / 256 without warm-up, 90 epochs, no regularisation.
+(docs/fidelity.md). Nesterov momentum, lr 0.1 x batch / 256 without warm-up, 90 epochs, no regularisation.
 
 Every epoch passes all images through the encoder. With few images the exact optimum on features of the central crop
 (evaluation/logistic.py) takes seconds instead, and needs no learning rate; `choose_linear_solver` says which suits.

@@ -1,1 +1,1 @@
-"""Methods: modules that turn a batch into a loss and metrics; the loop in train.py trains any of them."""
+"""Methods: modules that turn a batch into a loss and metrics; training/loop.py trains any of them."""

@@ -1,6 +1,6 @@
 """Encoders and heads: the authors' ResNet, any timm model, projection heads, batch norm over all processes.
 
-Importing the package, or `models.config`, does not import torch.
+Importing the package, or `config.encoder`, does not import torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
 """Before a run: what fits, what it costs, how long it takes on this machine (`simclr plan DATA`).
 
-Memory is counted on two tiny batches (memory.py). Time is measured on steps that train exactly as the run would, on
-its own images, for each memory strategy: at the run's batch where that fits and takes seconds, else at a
+Memory is counted on two tiny batches (training/memory.py). Time is measured on steps that train exactly as the run
+would, on its own images, for each memory strategy: at the run's batch where that fits and takes seconds, else at a
 smaller one, and extended: encoder and views grow with the images, the loss with their square, the update not at all.
 
 Shapes: n images a step.

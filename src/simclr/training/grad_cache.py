@@ -6,7 +6,7 @@ arXiv:2101.06983).
     backward  each chunk passes again, with a graph, which takes its projections' gradient on to the parameters
 
 One more forward than an ordinary step, so about 4/3 of its time. The gradient is exact for what the network
-computes, and that is chunk by chunk: batch norm sees one chunk at a time (docs/architecture.md, ghost batch norm).
+computes, and that is chunk by chunk: batch norm sees one chunk at a time (docs/memory.md, ghost batch norm).
 Both passes must see the same: views are made again from their counters, random layers draw again from the
 state they had, autocast is as it was. To autograd it is one function of the parameters, whose gradients come all
 at once, so DistributedDataParallel exchanges them once a step, as ever.

@@ -1,4 +1,4 @@
-"""The compiled inner loops of `augment/cpu.py`: one uint8 image and one `VIEW` record in, one finished view out.
+"""The compiled inner loops of `views/cpu.py`: one uint8 image and one `VIEW` record in, one finished view out.
 
 A view is made in at most three passes over planes that stay in a core's cache: resize and the colour operations up
 to contrast (which needs the mean of the whole view), the other operations, and blur.

@@ -1,4 +1,4 @@
-"""The Triton kernels of `augment/cuda.py`: uint8 images and one `VIEW` record a view in, finished views out.
+"""The Triton kernels of `views/cuda.py`: uint8 images and one `VIEW` record a view in, finished views out.
 
     make_kernel   one program a view: resize, colours, grayscale; views without blur are then finished
     blur_kernel   one program a blurred view: rows in place, then columns
