@@ -7,11 +7,10 @@ for bit. The run's folder is a temporary one; what stays is the encoder. (The mo
 Shapes: n images, H x W pixels, C = 1 (gray) or 3 (RGB) channels, F features.
 """
 
-import re
 import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import fields
 from numbers import Number
@@ -37,6 +36,7 @@ from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import Stopped, UserError
 from simclr.tasks import pretrain_images as pretraining
+from simclr.tasks.api import in_python_words
 from simclr.training.device import find_device
 from simclr.training.progress import hushed, say
 from simclr.training.run import RunFolder
@@ -128,7 +128,7 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         Raises:
             UserError: A ValueError: what was given, what is allowed, what to try.
         """
-        with _in_python_words():
+        with in_python_words():
             given = self._given_settings()
             images = self._images(X, fitting=True)
             if self.pretrained is not None:
@@ -150,7 +150,7 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             UserError: X is not what the encoder was made for.
         """
         check_is_fitted(self)
-        with _in_python_words():
+        with in_python_words():
             device = find_device(self.device)
             return self.embedder_.to(device).embed(self._images(X, fitting=False))
 
@@ -295,13 +295,3 @@ def _is_table(X: Any) -> bool:
 
 def _is_row(item: Any) -> bool:
     return isinstance(item, Number | list | tuple) or getattr(item, "ndim", 0) == 1
-
-
-@contextmanager
-def _in_python_words() -> Iterator[None]:
-    """Sentences that name a flag of the command, such as --batch-size, name the parameter: batch_size."""
-    try:
-        yield
-    except UserError as error:
-        words = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda flag: flag[1].replace("-", "_"), str(error))
-        raise type(error)(words).with_traceback(error.__traceback__) from None

@@ -42,8 +42,11 @@ class Report:
     """File name -> PNG."""
 
 
-def evaluate(args: "Evaluate", finetune_over: Callable[[FinetuneConfig], FinetuneConfig]) -> None:
+def evaluate(args: "Evaluate", finetune_over: Callable[[FinetuneConfig], FinetuneConfig]) -> list[Result]:
     """The command: what can be checked is checked first, and each result is kept as soon as it is there.
+
+    Returns:
+        All that was measured.
 
     Args:
         finetune_over: Puts the flags that were given on top of a recipe for fine-tuning.
@@ -66,6 +69,7 @@ def evaluate(args: "Evaluate", finetune_over: Callable[[FinetuneConfig], Finetun
                 _print_and_write(session, results, reports, picture)
             if session.failed:
                 raise UserError(f"{len(session.failed)} of the results above are missing: {session.failed[0]}")
+            return [*results, *(result for report in reports.values() for result in report.results)]
         except Stopped as stopped:
             folder = results_folder(args)
             kept = (

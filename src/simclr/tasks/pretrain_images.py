@@ -138,6 +138,11 @@ def settle_memory(
     new: bool, budget: int | None,
 ) -> PretrainConfig:  # fmt: skip
     """The settings with memory strategy and chunk resolved; those of a run that has begun are part of its result."""
+    if config.memory == "grad-cache" and not method.grad_cache:
+        raise UserError(
+            f"{method.__name__} cannot be trained with --memory grad-cache, because it does not split its forward "
+            "pass; take plain or checkpointing."
+        )
     if not new:
         saved = run.config
         return replace(config, memory="plain" if saved.memory == "auto" else saved.memory, chunk=saved.chunk)
@@ -227,7 +232,10 @@ def build_method(
     encoder_config = EncoderConfig(
         name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=channels, size=config.size,
     )  # fmt: skip
-    method = kind.build(build_encoder(encoder_config, seed=config.seed), config, world)
+    encoder = build_encoder(encoder_config, seed=config.seed)
+    with torch.random.fork_rng([]):  # weights that a method draws from torch's generator depend on the seed alone
+        torch.manual_seed(config.seed % 2**63)
+        method = kind.build(encoder, config, world)
     return method.to(world.device).to(memory_format=torch.channels_last)
 
 

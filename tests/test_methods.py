@@ -1,0 +1,143 @@
+"""The contract of methods: each trains, resumes bit for bit, and is the same on two processes and in any memory."""
+
+import os
+import re
+import signal
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simclr.config.pretrain import PretrainConfig
+from simclr.data.opening import open_data
+from simclr.distributed import DistributedContext
+from simclr.errors import Stopped, UserError
+from simclr.methods.simclr import SimCLR
+from simclr.tasks import pretrain_images as pretraining
+from simclr.training.memory import measure
+from simclr.training.run import RunFolder
+from simclr.weights.folder import load
+from test_distributed import in_processes
+
+PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
+CONFIG = PretrainConfig(
+    size=8, encoder="small", width=0.5, strength=0.5, batch_size=48, epochs=3, warmup_epochs=0, lr=0.1, optimizer="sgd",
+    head_dim=16, log_every=3, save_every=4, knn_every=0, workers=0,
+)  # fmt: skip
+
+
+def page_blocks():
+    return re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+
+
+def sim_siam():
+    """The method of the page, in a module of its own."""
+    namespace = {"__name__": "page"}
+    exec(compile(page_blocks()[0], str(PAGE), "exec"), namespace)
+    return namespace["SimSiam"]
+
+
+METHODS = {"simclr": lambda: SimCLR, "the page's": sim_siam}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return open_data("digits").subset(np.arange(150))
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return METHODS[request.param]()
+
+
+def train(images, path, method, config=CONFIG, world=None):
+    world = world or DistributedContext()
+    run = RunFolder(path)
+    manifest = None if run.exists else pretraining.manifest_of(images, "digits", {}, method)
+    pretraining.pretrain_images(images, config, run, world, manifest=manifest, method=method)
+    return run
+
+
+def weights(run):
+    newest = max((run.path / "checkpoints").glob("*.pt"))
+    return torch.load(newest, weights_only=True)["method"]
+
+
+def test_a_run_stopped_by_a_signal_ends_with_the_same_bits(images, method, tmp_path, monkeypatch):
+    whole = train(images, tmp_path / "whole", method)
+    real, calls = pretraining.make_views, []
+
+    def views(*args, **kwargs):
+        calls.append(0)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(pretraining, "make_views", views)
+        train(images, tmp_path / "parted", method)
+    parted = train(images, tmp_path / "parted", method)
+    assert parted.metrics.read_bytes() == whole.metrics.read_bytes()
+    ours, theirs = weights(parted), weights(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_it_learns_and_its_encoder_is_published(images, method, tmp_path):
+    run = train(images, tmp_path / "run", method, replace(CONFIG, epochs=12))
+    records = run.read_metrics()
+    assert records[-1]["loss"] < records[0]["loss"]
+    shown = [text.format(records[0][name]) for name, text in method.metric_formats.items()]
+    assert len(shown) == len(method.metric_formats) > 0
+    assert run.method == pretraining.method_name(method)
+    features = load(run.path).embed(images)
+    assert features.shape == (150, load(run.path).encoder.num_features) and np.isfinite(features).all()
+
+
+@pytest.mark.parametrize("strategy", ["checkpointing", "grad-cache"])
+def test_each_memory_strategy_is_the_plain_step_or_refused(images, method, tmp_path, strategy):
+    config = replace(CONFIG, epochs=1, memory=strategy, chunk=48 if strategy == "grad-cache" else 0)  # one chunk
+    if strategy == "grad-cache" and not method.grad_cache:
+        with pytest.raises(UserError, match="cannot be trained with --memory grad-cache"):
+            train(images, tmp_path / "refused", method, config)
+        return
+    plain = weights(train(images, tmp_path / "plain", method, replace(CONFIG, epochs=1, memory="plain")))
+    other = weights(train(images, tmp_path / "other", method, config))
+    for name, value in plain.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_memory_is_counted_without_knowing_the_method(images, method):
+    built = pretraining.build_method(CONFIG, 1, DistributedContext(), method)
+    footprint = measure(built, CONFIG, images, torch.float32)
+    assert footprint.need("plain", 64) > footprint.need("plain", 16) > 0
+    assert (footprint.projections is not None) == method.grad_cache
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_equal_one(tmp_path, name):
+    in_processes(2, tmp_path, partial(check_processes, tmp_path, name))
+
+
+def check_processes(folder, name, world):
+    images, method = open_data("digits").subset(np.arange(150)), METHODS[name]()
+    config = replace(CONFIG, epochs=1, lr=0.01)
+    run = train(images, folder / "shared", method, config, world)
+    world.barrier()  # the main process has written its checkpoint
+    shared = weights(run)
+    alone = weights(train(images, folder / f"alone-{world.rank}", method, config))
+    for key, value in alone.items():
+        torch.testing.assert_close(shared[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    definition, use = page_blocks()
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    exec(compile(definition, str(PAGE), "exec"), namespace)
+    exec(compile(use.replace("epochs=20", "epochs=2"), str(PAGE), "exec"), namespace)
+    assert "knn" in capsys.readouterr().out and (tmp_path / "runs/simsiam/encoder/model.safetensors").is_file()
+    assert len(definition.splitlines()) <= 45
