@@ -14,6 +14,8 @@ import torch
 from simclr.cli.main import main
 from skips import counted, violations
 
+pytest.register_assert_rewrite("helpers")
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on the CPU
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers import in_processes
 from simclr import UserError
 from simclr.config.distill import DISTILL_RECIPES, DistillConfig, find_distill_recipe
 from simclr.config.encoder import EncoderConfig
@@ -34,7 +35,6 @@ from simclr.tasks.teacher import open_teacher, teachers_columns
 from simclr.training.run import RunFolder
 from simclr.views.policy import crop_and_flip
 from simclr.weights.folder import Model, load, save_classifier, save_encoder
-from test_distributed import in_processes
 
 CONFIG = replace(
     DISTILL_RECIPES["small-distill"], lr=0.05, warmup_epochs=0, epochs=0, min_steps=12, batch_size=32, flip=0.0,

@@ -13,6 +13,7 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers import gloo_threads, in_processes
 from simclr import UserError, distributed
 from simclr.data.images import array_images
 from simclr.distributed import DistributedContext, joined, start, stop
@@ -86,25 +87,6 @@ def test_equals_a_single_process(size, tmp_path):
 @pytest.mark.multiprocess
 def test_a_lost_process_is_an_error_and_not_a_hang(tmp_path):
     in_processes(2, tmp_path, check_lost_process)
-
-
-def in_processes(size: int, folder: Path, check: Callable[[DistributedContext], None]) -> None:
-    """Run `check` in `size` processes; a failed assertion in any of them fails the test."""
-    spawn(run_check, args=(size, str(folder / "store"), check), nprocs=size)
-
-
-def run_check(rank: int, size: int, store: str, check: Callable[[DistributedContext], None]) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    with joined("cpu", timeout=timedelta(seconds=60), init_method=f"file://{store}") as world:
-        check(world)
-    assert not gloo_threads()
-
-
-def gloo_threads() -> list[str]:
-    """Threads of a process group, which end with the last reference to it; empty on systems without /proc."""
-    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
-    return [name for name in names if "gloo_runloop" in name]
 
 
 def check_everything(world: DistributedContext) -> None:

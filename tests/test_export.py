@@ -10,6 +10,7 @@ from torch import nn
 from torchvision import models
 
 import simclr
+from helpers import CLASS_NAMES, as_trained, random_inputs, relative_error
 from simclr.errors import UserError
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder
 from simclr.models.classifier import Classifier
@@ -18,28 +19,7 @@ from simclr.tasks.export import export
 from simclr.tasks.options.using import Export
 from simclr.weights.folder import save_classifier, save_encoder
 
-CLASSES = ["cat", "Hund", "oiseau à plumes"]
 NORMAL = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
-
-
-def as_trained(module: nn.Module) -> nn.Module:
-    """Batch norm as training leaves it: no two channels alike, and no branch switched off."""
-    generator = torch.Generator().manual_seed(1)
-    for layer in module.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            for tensor, low in ((layer.weight, 0.5), (layer.bias, -0.3), (layer.running_mean, -0.3)):
-                if tensor is not None:
-                    nn.init.uniform_(tensor, low, low + 0.8, generator=generator)
-            nn.init.uniform_(layer.running_var, 0.5, 1.5, generator=generator)
-    return module.eval()
-
-
-def relative(found: torch.Tensor | np.ndarray, expected: torch.Tensor) -> float:
-    return float((torch.as_tensor(found) - expected).norm() / expected.norm())
-
-
-def images(config: EncoderConfig, count: int) -> torch.Tensor:
-    return torch.rand(count, config.channels, config.size, config.size, generator=torch.Generator().manual_seed(2))
 
 
 def normalised(config: EncoderConfig, x: torch.Tensor) -> torch.Tensor:
@@ -62,9 +42,9 @@ def saved(config: EncoderConfig, folder: Path, *, classifier: bool) -> nn.Module
     if not classifier:
         save_encoder(encoder, folder, preprocessing="torchvision", origin={})
         return encoder
-    network = Classifier(encoder, None, len(CLASSES)).eval()
+    network = Classifier(encoder, None, len(CLASS_NAMES)).eval()
     nn.init.normal_(network.linear.weight, generator=torch.Generator().manual_seed(4))
-    save_classifier(network, folder, classes=CLASSES, preprocessing="torchvision", origin={})
+    save_classifier(network, folder, classes=CLASS_NAMES, preprocessing="torchvision", origin={})
     return network
 
 
@@ -80,8 +60,8 @@ def test_names_and_arithmetic_are_theirs() -> None:
     config = EncoderConfig("resnet50", channels=3, size=66)
     whole = as_trained(models.resnet50())
     state = {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith("fc.")}
-    encoder, x = from_torchvision(state, config), images(config, 2)
-    assert relative(encoder(x), theirs_to_features(whole, x)) < 1e-5
+    encoder, x = from_torchvision(state, config), random_inputs(config, 2)
+    assert relative_error(encoder(x), theirs_to_features(whole, x)) < 1e-5
     back = to_torchvision(encoder)
     assert list(back) and back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
     for name, tensor in from_timm(to_timm(encoder), config).state_dict().items():
@@ -97,7 +77,7 @@ def test_a_resnet_in_another_library_and_back(library, ending, size, classifier,
     config = EncoderConfig(
         "resnet50", channels=channels, size=size, stem="imagenet", **(NORMAL if channels == 3 else {})
     )
-    network, x = saved(config, tmp_path / "encoder", classifier=classifier), images(config, 3)
+    network, x = saved(config, tmp_path / "encoder", classifier=classifier), random_inputs(config, 3)
     export(Export(run=tmp_path / "encoder", format=library, out=tmp_path / f"weights{ending}"))
     printed = capsys.readouterr()
     file = tmp_path / f"weights{ending or '.safetensors'}"
@@ -108,15 +88,15 @@ def test_a_resnet_in_another_library_and_back(library, ending, size, classifier,
     again = loaded.classifier if classifier else loaded.encoder
     with torch.no_grad():
         expected = network(x)
-        assert relative(theirs(normalised(config, x)), expected) < 1e-5
-        assert relative(again(x), expected) < 1e-6
+        assert relative_error(theirs(normalised(config, x)), expected) < 1e-5
+        assert relative_error(again(x), expected) < 1e-6
         theirs.maxpool = nn.MaxPool2d(3, 2, padding=1)  # as the library has it
-        stock = relative(theirs(normalised(config, x)), expected)
+        stock = relative_error(theirs(normalised(config, x)), expected)
     if size == 64:
         assert stock > 1e-3 and described["differs"] in printed.err and "pads every side by 1" in printed.err
     else:
         assert stock < 1e-5 and described["differs"] is None
-    assert loaded.preprocessing == "torchvision" and loaded.classes == (CLASSES if classifier else [])
+    assert loaded.preprocessing == "torchvision" and loaded.classes == (CLASS_NAMES if classifier else [])
     assert loaded.encoder.config == config
     said = described["preprocessing"]
     assert said["size"] == [size, size] and said["channels"] == channels and said["mean"] == list(config.mean or (0.0,))
@@ -134,14 +114,14 @@ def test_a_resnet_in_another_library_and_back(library, ending, size, classifier,
 @pytest.mark.parametrize("classifier", [False, True], ids=["features", "logits"])
 def test_their_own_models_go_home(library, name, channels, size, classifier, tmp_path, monkeypatch, capsys) -> None:
     config = EncoderConfig(f"{library}/{name}", channels=channels, size=size, **(NORMAL if channels == 3 else {}))
-    network, x = saved(config, tmp_path / "encoder", classifier=classifier), images(config, 2)
+    network, x = saved(config, tmp_path / "encoder", classifier=classifier), random_inputs(config, 2)
     export(Export(run=tmp_path / "encoder", format=library, out=tmp_path / "weights"))
     theirs = run_lines(capsys.readouterr().out, tmp_path, monkeypatch)
     loaded = simclr.load(tmp_path / "weights.safetensors")
     again = loaded.classifier if classifier else loaded.encoder
     with torch.no_grad():
-        assert relative(theirs(normalised(config, x)), network(x)) < 1e-5
-        assert relative(again(x), network(x)) < 1e-6
+        assert relative_error(theirs(normalised(config, x)), network(x)) < 1e-5
+        assert relative_error(again(x), network(x)) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -182,7 +162,7 @@ def test_a_refusal_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_classifier_on_the_head_stays_behind_with_a_word(tmp_path: Path, capsys) -> None:
     encoder = as_trained(build_encoder(EncoderConfig("timm/resnet10t", channels=1, size=32)))
     network = Classifier(encoder, ProjectionHead(encoder.num_features), 3, head_layer=1).eval()
-    save_classifier(network, tmp_path / "encoder", classes=CLASSES, preprocessing="google", origin={})
+    save_classifier(network, tmp_path / "encoder", classes=CLASS_NAMES, preprocessing="google", origin={})
     export(Export(run=tmp_path / "encoder", format="timm", out=tmp_path / "w.pth"))
     assert "stands on layer 1 of the projection head" in capsys.readouterr().err
     loaded = simclr.load(tmp_path / "w.pth")

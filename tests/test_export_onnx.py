@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import simclr
+from helpers import CLASS_NAMES, as_trained, random_inputs, relative_error
 from simclr.config.encoder import RESNETS
 from simclr.errors import UserError
 from simclr.evaluation.subjects import EvaluatedModel
@@ -21,7 +22,6 @@ from simclr.tasks.export import export
 from simclr.tasks.options.using import Export
 from simclr.weights.exporters import onnx_file
 from simclr.weights.folder import save_classifier, save_encoder
-from test_export import CLASSES, as_trained, images, relative
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -45,7 +45,7 @@ def classifier(tmp_path_factory) -> tuple[Classifier, Path]:
     network = Classifier(encoder, ProjectionHead(encoder.num_features), 3, head_layer=1).eval()
     as_trained(network)
     nn.init.normal_(network.linear.weight, generator=torch.Generator().manual_seed(4))
-    save_classifier(network, folder / "encoder", classes=CLASSES, preprocessing="google", origin={})
+    save_classifier(network, folder / "encoder", classes=CLASS_NAMES, preprocessing="google", origin={})
     export(Export(run=folder / "encoder", format="onnx", out=folder / "w.onnx"))
     return network, folder / "w.onnx"
 
@@ -53,15 +53,15 @@ def classifier(tmp_path_factory) -> tuple[Classifier, Path]:
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_features_and_logits_at_any_batch_size(classifier, count: int) -> None:
     network, file = classifier
-    session, x = onnxruntime.InferenceSession(file), images(SMALL, count)
+    session, x = onnxruntime.InferenceSession(file), random_inputs(SMALL, count)
     features, logits = session.run(["features", "logits"], {"images": x.numpy()})
     with torch.no_grad():
-        assert relative(features, network.encoder(x)) < 1e-5 and relative(logits, network(x)) < 1e-5
+        assert relative_error(features, network.encoder(x)) < 1e-5 and relative_error(logits, network(x)) < 1e-5
 
 
 def test_the_file_says_what_it_expects(classifier) -> None:
     said = onnxruntime.InferenceSession(classifier[1]).get_modelmeta().custom_metadata_map
-    assert json.loads(said["classes"]) == CLASSES
+    assert json.loads(said["classes"]) == CLASS_NAMES
     preprocessing = json.loads(said["preprocessing"])
     assert preprocessing["size"] == [40, 40] and preprocessing["channels"] == 3
     assert preprocessing["normalisation"] == "inside the network" and preprocessing["mean"] == [0.4, 0.5, 0.6]
@@ -100,9 +100,9 @@ def test_it_refuses_what_it_was_not_made_for(classifier) -> None:
 def test_every_kind_of_block_and_stem(config: EncoderConfig, tmp_path: Path, monkeypatch) -> None:
     """One block a group: the exporter's time is what this costs."""
     monkeypatch.setitem(RESNETS, config.name, RESNETS[config.name]._replace(blocks=(1, 1, 1, 1)))
-    encoder, x = exported(config, tmp_path), images(config, 3)
+    encoder, x = exported(config, tmp_path), random_inputs(config, 3)
     with torch.no_grad():
-        assert relative(simclr.load(tmp_path / "w.onnx").encoder(x), encoder(x)) < 1e-5
+        assert relative_error(simclr.load(tmp_path / "w.onnx").encoder(x), encoder(x)) < 1e-5
 
 
 def test_two_files_are_two_encoders_to_the_evaluation() -> None:

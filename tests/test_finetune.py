@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import simclr
+from helpers import in_processes
 from simclr import UserError
 from simclr.config.encoder import EncoderConfig
 from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
@@ -26,7 +27,6 @@ from simclr.evaluation.linear import linear
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.training.run import RunFolder
-from test_distributed import in_processes
 
 SHAPE = EncoderConfig("small", channels=1, size=8, width=0.5)
 CONFIG = replace(

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import simclr
+from helpers import NarrowResNet, with_random_state
 from hostile_pickles import FILES
 from simclr.config.encoder import EncoderConfig
 from simclr.errors import UserError
@@ -27,7 +28,6 @@ from simclr.models.heads import ProjectionHead
 from simclr.weights.folder import digest_of, save_classifier, save_encoder
 from simclr.weights.importers.import_torch import import_torch
 from skips import NO_PIPES
-from test_import_torch import Narrow, shaken
 
 ALLOWANCE = 200 << 20  # bytes beside four times the file
 
@@ -98,7 +98,7 @@ def test_an_archive_with_a_directory_of_a_million_records(tmp_path: Path) -> Non
 @pytest.mark.parametrize("zipped", [True, False])
 def test_many_tensors_in_one_large_storage_are_read_once(zipped: bool, tmp_path: Path) -> None:
     """As torch.save writes views: the storage is read once for all of them, not once for each."""
-    model = shaken(Narrow())
+    model = with_random_state(NarrowResNet())
     state = model.state_dict()
     flat = torch.cat([value.flatten() for value in state.values() if value.is_floating_point()])
     parts = iter(flat.split([value.numel() for value in state.values() if value.is_floating_point()]))
@@ -109,7 +109,7 @@ def test_many_tensors_in_one_large_storage_are_read_once(zipped: bool, tmp_path:
 
 
 def test_two_large_storages_in_turn_are_read_once(tmp_path: Path) -> None:
-    state = shaken(Narrow()).state_dict()
+    state = with_random_state(NarrowResNet()).state_dict()
     storages = [torch.zeros(1 << 16), torch.zeros(1 << 16)]
     views = {}
     for i, (name, value) in enumerate(state.items()):

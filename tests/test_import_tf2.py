@@ -10,6 +10,7 @@ import torch
 
 import simclr
 from bundle_writer import authors_variables, field, write_bundle
+from helpers import MUTATIONS, mutate_bytes, peak_bytes_of
 from object_graph_writer import VALUE, object_graph, write_tf2
 from simclr.config.encoder import RESNETS
 from simclr.errors import UserError
@@ -19,7 +20,6 @@ from simclr.tasks.options.using import Import
 from simclr.weights.importers.import_tf import import_tf
 from simclr.weights.importers.object_graph import ObjectGraph
 from simclr.weights.importers.tensor_bundle import TensorBundle
-from test_tensor_bundle import MUTATIONS, mutate, peak
 
 REFERENCE = Path(os.environ.get("SIMCLR_TF2_REFERENCE", Path(__file__).parent / "reference" / "tf2_checkpoints"))
 FOLDERS = sorted(path.parent for path in REFERENCE.glob("*/outputs.npz"))
@@ -135,11 +135,11 @@ def test_mutated_checkpoints(tmp_path: Path) -> None:
     refused, count = 0, MUTATIONS // 4 if MUTATIONS < 1000 else MUTATIONS
     for seed in range(count):
         rng = np.random.default_rng(seed)
-        damaged = mutate(graph, rng)
+        damaged = mutate_bytes(graph, rng)
         (tmp_path / "y.data-00000-of-00001").unlink(missing_ok=True)
         content = {"a": np.zeros(1, "float32"), OBJECT_GRAPH: damaged} if seed % 4 else names | {OBJECT_GRAPH: damaged}
         write_bundle(tmp_path / "y", content)
-        assert peak(lambda: graph_alone(tmp_path / "y")) < 8 * len(graph) + 100_000, seed
+        assert peak_bytes_of(lambda: graph_alone(tmp_path / "y")) < 8 * len(graph) + 100_000, seed
         try:
             found = import_tf(tmp_path / "y").encoder.state_dict()
         except UserError as error:

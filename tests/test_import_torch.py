@@ -17,45 +17,15 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 import simclr
+from helpers import MUTATIONS, NarrowResNet, mutate_bytes, peak_bytes_of, with_random_state
 from simclr.errors import UserError
 from simclr.models.external.torchvision_bridge import IMAGENET
 from simclr.tasks.import_ import import_checkpoint
 from simclr.tasks.options.using import Import
 from simclr.weights.importers.import_torch import CIFAR10, import_torch
 from simclr.weights.importers.torch_file import TorchFile
-from test_tensor_bundle import MUTATIONS, mutate, peak
 
 BASIC18 = (resnet.BasicBlock, [2, 2, 2, 2])
-
-
-class Narrow(resnet.ResNet):
-    """A torchvision ResNet of few channels, so that tests are quick: planes are divided by `self.divisor`."""
-
-    divisor = 16
-
-    def __init__(self, block: type = resnet.BasicBlock, blocks: list[int] = [2, 2, 2, 2]) -> None:  # noqa: B006
-        super().__init__(block, blocks)
-        self.conv1 = nn.Conv2d(3, 64 // self.divisor, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64 // self.divisor)
-        self.fc = nn.Identity()
-
-    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
-        if planes == 64:
-            self.inplanes = 64 // self.divisor
-        return super()._make_layer(block, planes // self.divisor, blocks, stride, dilate)
-
-
-def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every number of its state random, so that none can be left out unseen."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                scale = value[0].numel() ** -0.5 if value.ndim > 1 else 0.3
-                value.copy_(scale * torch.randn(value.shape, generator=generator))
-                if name.endswith(("running_var", "weight")) and value.ndim == 1:
-                    value.abs_().add_(0.5)
-    return model.eval()
 
 
 def cifar(model: resnet.ResNet, padding: int = 1) -> resnet.ResNet:
@@ -85,7 +55,7 @@ def same_features(
 
 def test_lightly_of_torchvision(tmp_path: Path) -> None:
     """Its documented module, as Lightning saves it: with hyper-parameters of a class that is not installed."""
-    model = shaken(nn.Sequential(*list(Narrow().children())[:-1]))
+    model = with_random_state(nn.Sequential(*list(NarrowResNet().children())[:-1]))
     head = under("projection_head.layers.", nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32)).state_dict())
     state = under("backbone.", model.state_dict()) | head
     torch.save({"state_dict": OrderedDict(state), "epoch": 3, "hyper": Path("x"), "loops": {"a": [1, 2.5, None, True]}},
@@ -98,7 +68,7 @@ def test_lightly_of_torchvision(tmp_path: Path) -> None:
 @pytest.mark.parametrize("relu", [True, False])
 def test_lightly_of_its_own_resnet(relu: bool, tmp_path: Path) -> None:
     """Its ResNetGenerator's names; in a Sequential of its children, as in its example, no ReLU follows the stem."""
-    whole = cifar(shaken(cifar(Narrow())))  # the second: a fresh first convolution
+    whole = cifar(with_random_state(cifar(NarrowResNet())))  # the second: a fresh first convolution
     if relu:
         names = whole.state_dict()
         model: nn.Module = whole
@@ -116,7 +86,7 @@ def test_lightly_of_its_own_resnet(relu: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("small", [True, False])
 def test_solo_learn(small: bool, tmp_path: Path) -> None:
     """Its 3x3 stem pads by 2, and CIFAR-10 has its own normalisation."""
-    model = shaken(cifar(Narrow(), padding=2) if small else Narrow())
+    model = with_random_state(cifar(NarrowResNet(), padding=2) if small else NarrowResNet())
     rest = {"projector.0.weight": torch.ones(3, 2), "classifier.bias": torch.ones(5)}
     torch.save({"state_dict": under("backbone.", model.state_dict()) | rest}, tmp_path / "a.ckpt")
     normalisation = CIFAR10 if small else IMAGENET
@@ -128,8 +98,10 @@ def test_solo_learn(small: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_moco(zipped: bool, tmp_path: Path) -> None:
     """Both of torch.save's formats; the released files are of the older one."""
-    model = shaken(Narrow(resnet.Bottleneck, [3, 4, 6, 3]))
-    state = under("module.encoder_q.", model.state_dict()) | under("module.encoder_k.", shaken(Narrow()).state_dict())
+    model = with_random_state(NarrowResNet(resnet.Bottleneck, [3, 4, 6, 3]))
+    state = under("module.encoder_q.", model.state_dict()) | under(
+        "module.encoder_k.", with_random_state(NarrowResNet()).state_dict()
+    )
     fc = {"module.encoder_q.fc.0.weight": torch.ones(4, 4), "module.queue": torch.ones(4, 9)}
     content = {"epoch": 200, "arch": "resnet50", "state_dict": state | fc, "optimizer": {"state": {}, "lr": 0.03}}
     torch.save(content, tmp_path / "moco.pth.tar", _use_new_zipfile_serialization=zipped)
@@ -140,7 +112,7 @@ def test_moco(zipped: bool, tmp_path: Path) -> None:
 
 def test_torchvision_and_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A state_dict by itself, halves, channels last; and the encoder's folder gives the same features."""
-    model = shaken(resnet.resnet18(num_classes=7))
+    model = with_random_state(resnet.resnet18(num_classes=7))
     state = {name: value for name, value in model.state_dict().items() if "tracked" not in name}
     save_file(state, tmp_path / "a.safetensors")
     model.fc = nn.Identity()
@@ -154,7 +126,7 @@ def test_torchvision_and_safetensors(tmp_path: Path, capsys: pytest.CaptureFixtu
     x = torch.rand(1, 3, 40, 40)
     with torch.no_grad():
         assert torch.equal(loaded.encoder(x), found.encoder(x))
-    narrow = shaken(Narrow())
+    narrow = with_random_state(NarrowResNet())
     turned = {
         name: v.to(memory_format=torch.channels_last) if v.ndim == 4 else v for name, v in narrow.state_dict().items()
     }
@@ -175,15 +147,15 @@ def test_torchvision_and_safetensors(tmp_path: Path, capsys: pytest.CaptureFixtu
     ],
 )
 def test_depths(block: type, blocks: list[int], name: str, tmp_path: Path) -> None:
-    model = shaken(Narrow(block, blocks))
+    model = with_random_state(NarrowResNet(block, blocks))
     torch.save(model.state_dict(), tmp_path / "a.pt")
     assert same_features(model, tmp_path / "a.pt", size=64).encoder.config.name == f"torchvision/{name}"
 
 
 def test_what_does_not_fit(tmp_path: Path) -> None:
-    model = Narrow()
+    model = NarrowResNet()
     state = model.state_dict()
-    small = under("backbone.", cifar(Narrow()).state_dict())
+    small = under("backbone.", cifar(NarrowResNet()).state_dict())
     big = {name: torch.zeros(()).expand(v.shape) for name, v in state.items()}
     cases = {
         "lacks layer4.1.bn2.weight": {k: v for k, v in state.items() if k != "layer4.1.bn2.weight"},
@@ -251,7 +223,7 @@ class Payload:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_would_run_a_command(zipped: bool, tmp_path: Path) -> None:
-    state = Narrow().state_dict()
+    state = NarrowResNet().state_dict()
     for i, content in enumerate(({"state_dict": state, "x": Payload(tmp_path / "made")}, Payload(tmp_path / "made"))):
         file = tmp_path / f"{i}.pt"
         torch.save(content, file, _use_new_zipfile_serialization=zipped)
@@ -279,7 +251,7 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 def test_mutated_files(kind: str, tmp_path: Path) -> None:
     """Each ends in one sentence or in an encoder; an archive's has the numbers that were written: it has checksums."""
-    model = shaken(Narrow())
+    model = with_random_state(NarrowResNet())
     state = model.state_dict()
     whole = tmp_path / "whole"
     if kind == "safetensors":
@@ -292,7 +264,7 @@ def test_mutated_files(kind: str, tmp_path: Path) -> None:
         rng = np.random.default_rng(seed)
         (tmp_path / "x").write_bytes(damaged(content, rng))
         try:
-            held = peak(lambda: TorchFile(tmp_path / "x"))
+            held = peak_bytes_of(lambda: TorchFile(tmp_path / "x"))
             assert held < 8 * len(content), seed
             found = import_torch(tmp_path / "x").encoder.backbone.state_dict()
         except UserError as error:
@@ -308,8 +280,8 @@ def test_mutated_files(kind: str, tmp_path: Path) -> None:
 def damaged(content: bytes, rng: np.random.Generator) -> bytes:
     """Half of them where the description of the tensors is: at the beginning, or an archive's directory at the end."""
     if rng.random() < 0.5:
-        return mutate(content, rng)
+        return mutate_bytes(content, rng)
     edge = 20_000
     if content.startswith(b"PK") and rng.random() < 0.5:
-        return content[:-edge] + mutate(content[-edge:], rng)
-    return mutate(content[:edge], rng) + content[edge:]
+        return content[:-edge] + mutate_bytes(content[-edge:], rng)
+    return mutate_bytes(content[:edge], rng) + content[edge:]

@@ -127,3 +127,11 @@ def test_the_pages_name_what_exists():
             if folder in folders and not any((base / path).exists() for base in (ROOT, SRC / "simclr"))
         ]
     assert not missing
+
+
+def test_no_test_imports_from_another_test_file():
+    """What they share is in helpers.py and in other files whose names do not begin with test_."""
+    files = Path(__file__).parent.glob("test_*.py")
+    assert [
+        file.name for file in files if re.search(r"^\s*(?:from|import) test_", file.read_text(), re.MULTILINE)
+    ] == []

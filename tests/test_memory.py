@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import SMALL_RUN, Killed, assert_same, final_state
 from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
@@ -14,7 +15,6 @@ from simclr.tasks import pretrain_images as pretraining
 from simclr.training.memory import Footprint, Line, available, choose, list_strategies, measure, parse_bytes
 from simclr.training.meter import free_bytes, peak_bytes
 from simclr.training.run import RunFolder
-from test_train import CONFIG, Killed, assert_same, final_state
 
 # ---- counting
 
@@ -35,7 +35,7 @@ def test_the_meter_counts_what_lives_at_once():
 
 def test_the_count_of_tiny_steps_foretells_a_large_one():
     images = open_data("digits")
-    config = replace(CONFIG, size=12, width=1.0)
+    config = replace(SMALL_RUN, size=12, width=1.0)
     method = pretraining.build_method(config, 1, DistributedContext())
     footprint = measure(method, config, images, torch.float32)
     fresh = pretraining.build_method(config, 1, DistributedContext())
@@ -113,7 +113,7 @@ def train(images, config, path, **settings):
     return run, pretraining.pretrain_images(images, config, run, DistributedContext(), manifest=manifest, **settings)
 
 
-SHORT = replace(CONFIG, epochs=3, workers=1)
+SHORT = replace(SMALL_RUN, epochs=3, workers=1)
 
 
 def test_a_cached_run_is_resumed_bit_for_bit_on_the_rung_it_began_on(images, tmp_path, monkeypatch, capsys):
@@ -163,14 +163,14 @@ def test_running_out_of_memory_is_said_in_words(images, tmp_path, monkeypatch, m
 
     monkeypatch.setattr(pretraining, "make_views", views)
     with pytest.raises(UserError, match=f"ran out of memory with --memory {memory}.*--memory {advice},"):
-        train(images, replace(CONFIG, memory=memory, chunk=chunk), tmp_path / "run")
+        train(images, replace(SMALL_RUN, memory=memory, chunk=chunk), tmp_path / "run")
 
 
 def test_a_chunk_must_divide_the_batch_and_belong_to_caching():
     with pytest.raises(UserError, match="--chunk was 8; it must be 0, unless --memory is grad-cache"):
-        replace(CONFIG, chunk=8)
+        replace(SMALL_RUN, chunk=8)
     with pytest.raises(UserError, match="--chunk was 5; it must divide the 32 images"):
-        pretraining.check_settings(replace(CONFIG, memory="grad-cache", chunk=5), DistributedContext())
+        pretraining.check_settings(replace(SMALL_RUN, memory="grad-cache", chunk=5), DistributedContext())
 
 
 # ---- the plan

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from helpers import in_processes
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.losses import nt_xent_dense
@@ -16,7 +17,6 @@ from simclr.models.activation_checkpointing import can_checkpoint, checkpoint_bl
 from simclr.models.batchnorm import track_once
 from simclr.training.grad_cache import GradCache
 from simclr.training.loop import _over_processes
-from test_distributed import in_processes
 
 B = 16
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import in_processes
 from simclr.config.pretrain import PretrainConfig
 from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
@@ -20,7 +21,6 @@ from simclr.tasks import pretrain_images as pretraining
 from simclr.training.memory import measure
 from simclr.training.run import RunFolder
 from simclr.weights.folder import load
-from test_distributed import in_processes
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 CONFIG = PretrainConfig(

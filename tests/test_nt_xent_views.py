@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import in_processes
 from simclr import UserError
 from simclr.config.pretrain import PretrainConfig
 from simclr.data.opening import open_data
@@ -19,7 +20,6 @@ from simclr.losses.operands import Operands
 from simclr.losses.streamed import others_logsumexp
 from simclr.tasks.pretrain_images import build_task
 from simclr.training.run import RunFolder
-from test_distributed import in_processes
 
 FORMS = [nt_xent_views_dense, nt_xent_views_streamed]
 TEMPERATURES = [0.01, 0.03, 0.1, 0.5, 1.0]

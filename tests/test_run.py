@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from helpers import in_processes
 from simclr.config.pretrain import PretrainConfig
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.files import FileLock
 from simclr.training.run import LOCK, RunFolder, create_run, hold, open_run
-from test_distributed import in_processes
 
 ORIGIN = {
     "data": {

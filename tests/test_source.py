@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from hostile_images import make_hostile
 from simclr.data import Images, Source, open_data
 from simclr.data.images import array_images
 from simclr.data.presets import open_transfer_set
@@ -21,7 +22,6 @@ from simclr.data.readers.header import read_header
 from simclr.data.readers.store import Reading
 from simclr.errors import UserError
 from simclr.views.device_images import DeviceImages
-from test_hostile_files import make_hostile
 
 RNG = np.random.default_rng(0)
 MODES = {

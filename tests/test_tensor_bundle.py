@@ -1,8 +1,5 @@
 """TensorFlow's checkpoints without TensorFlow: what was written comes back, and files from strangers do no harm."""
 
-import os
-import tracemalloc
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,13 +19,13 @@ from bundle_writer import (
     varint,
     write_bundle,
 )
+from helpers import MUTATIONS, mutate_bytes, peak_bytes_of
 from simclr.errors import UserError
 from simclr.models import EncoderConfig, LinearClassifier, ProjectionHead, build_encoder
 from simclr.weights.importers.crc32c import masked_crc32c
 from simclr.weights.importers.import_tf import import_tf
 from simclr.weights.importers.tensor_bundle import TensorBundle
 
-MUTATIONS = int(os.environ.get("SIMCLR_MUTATIONS", "200"))  # 10,000 take some minutes
 BYTES_PER_BYTE = 8  # allocated for each byte of the files
 
 
@@ -77,11 +74,11 @@ def test_mutated_checkpoints(small: Path, tmp_path: Path) -> None:
     for seed in range(MUTATIONS):
         rng = np.random.default_rng(seed)
         name = sorted(files)[int(rng.random() < 0.7)]  # .data..., .index
-        content = mutate(files[name], rng)
+        content = mutate_bytes(files[name], rng)
         content = sealed(content) if name.endswith(".index") and rng.random() < 0.5 else content
         for file in files:
             (tmp_path / file).write_bytes(content if file == name else files[file])
-        assert peak(lambda: read_all(tmp_path / small.name)) < allowed, seed
+        assert peak_bytes_of(lambda: read_all(tmp_path / small.name)) < allowed, seed
         try:
             found = import_tf(tmp_path / small.name).encoder.state_dict()
         except UserError as error:
@@ -99,16 +96,6 @@ def read_all(path: Path) -> None:
         for name in bundle.entries:
             with suppress(UserError):
                 bundle.read(name)
-
-
-def peak(work: Callable[[], None]) -> int:
-    """Most bytes that Python and NumPy held at once."""
-    tracemalloc.start()
-    try:
-        work()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 def entry(*, shape: bytes = b"", offset: int = 0, size: int = 4, more: bytes = b"") -> bytes:
@@ -175,29 +162,6 @@ def test_more_variables_than_a_network_has(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("simclr.weights.importers.tensor_bundle.MAX_INDEX_BYTES", 10)
     with pytest.raises(UserError, match="at most 10"):
         TensorBundle(tmp_path / "x")
-
-
-def mutate(content: bytes, rng: np.random.Generator) -> bytes:
-    """Damage as disks, networks and enemies do it."""
-    raw = bytearray(content)
-    at = int(rng.integers(len(raw)))
-    match int(rng.integers(7)):
-        case 0:
-            for where in rng.integers(0, len(raw), rng.integers(1, 9)):
-                raw[where] ^= 1 << int(rng.integers(8))
-        case 1:
-            del raw[at:]
-        case 2:
-            raw[at : at + 10] = varint(int(rng.integers(1 << 62)))
-        case 3:
-            raw[at:at] = rng.bytes(int(rng.integers(1, 100)))
-        case 4:
-            raw[-48:-8] = (varint(0) + varint(8) + varint(at) + varint(int(rng.integers(1 << 40)))).ljust(40, b"\0")
-        case 5:
-            return [b"", b"\x89PNG\r\n\x1a\n" + rng.bytes(500), rng.bytes(5000), bytes(5000), b"PK\3\4" * 99][at % 5]
-        case _:
-            raw[at : at + 8] = b"\xff" * 8
-    return bytes(raw)
 
 
 def sealed(index: bytes) -> bytes:

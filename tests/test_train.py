@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from simclr.config.pretrain import PretrainConfig
+from helpers import SMALL_RUN, Killed, assert_same, final_state
 from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext, stop
 from simclr.errors import Stopped, UserError
@@ -24,11 +24,6 @@ from simclr.training.checkpoint import checkpoints, load_newest
 from simclr.training.loop import Prefetcher, _over_processes
 from simclr.training.run import RunFolder
 from simclr.weights.folder import load
-
-CONFIG = PretrainConfig(
-    size=8, encoder="small", width=0.5, strength=0.5, batch_size=32, epochs=5, warmup_epochs=1, optimizer="lars",
-    lr=0.3, log_every=3, save_every=5, max_checkpoints=2, knn_every=0.7, workers=0,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,33 +40,9 @@ def train(images, config, path, world=None):
     )
 
 
-def final_state(run):
-    """All that must be equal bit for bit, and the bytes of the records."""
-    _, state = load_newest(run.checkpoints, pytest.fail)
-    return flatten(state), run.metrics.read_bytes()
-
-
-def flatten(value, name=""):
-    if isinstance(value, dict):
-        return {k: v for key, inner in value.items() for k, v in flatten(inner, f"{name}/{key}").items()}
-    if isinstance(value, list):
-        return flatten(dict(enumerate(value)), name)
-    return {name: value}
-
-
-def assert_same(a, b):
-    state_a, metrics_a = a
-    state_b, metrics_b = b
-    assert state_a.keys() == state_b.keys()
-    for name, value in state_a.items():
-        same = torch.equal(value, state_b[name]) if isinstance(value, torch.Tensor) else value == state_b[name]
-        assert same, name
-    assert metrics_a == metrics_b
-
-
 @pytest.fixture(scope="module")
 def undisturbed(images, tmp_path_factory):
-    run, outcome = train(images, CONFIG, tmp_path_factory.mktemp("runs") / "undisturbed")
+    run, outcome = train(images, SMALL_RUN, tmp_path_factory.mktemp("runs") / "undisturbed")
     assert outcome.finished and outcome.step == 150 * 5 // 32 + 1  # the authors' step count
     return run
 
@@ -94,7 +65,7 @@ def test_records_and_summary(undisturbed):
     assert "knn" in records[-1]
     summary = json.loads(undisturbed.summary.read_text())
     assert summary["steps"] == 24 and summary["images"] == 150
-    assert len(checkpoints(undisturbed.checkpoints)) == CONFIG.max_checkpoints
+    assert len(checkpoints(undisturbed.checkpoints)) == SMALL_RUN.max_checkpoints
 
 
 def test_the_published_encoder_brings_its_projection_head(undisturbed):
@@ -102,10 +73,6 @@ def test_the_published_encoder_brings_its_projection_head(undisturbed):
     published = load(undisturbed.path).head.state_dict()
     assert published.keys() == {name.removeprefix("head.") for name in state["method"] if name.startswith("head.")}
     assert all(torch.equal(tensor, state["method"][f"head.{name}"]) for name, tensor in published.items())
-
-
-class Killed(BaseException):
-    """Stands for a power cut: nothing catches it."""
 
 
 @pytest.mark.parametrize("moments", [(1,), (7,), (11, 13), (5, 6, 23)], ids=str)
@@ -123,7 +90,7 @@ def test_resume_is_exact(images, undisturbed, tmp_path, monkeypatch, moments):
 
         monkeypatch.setattr(pretraining, "make_views", views)
         try:
-            run, _ = train(images, CONFIG, tmp_path / "run")
+            run, _ = train(images, SMALL_RUN, tmp_path / "run")
         except Killed:
             continue
     assert_same(final_state(run), final_state(undisturbed))
@@ -136,7 +103,7 @@ def newest_step(path):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_worker_threads_change_nothing(images, undisturbed, tmp_path, workers):
-    run, _ = train(images, replace(CONFIG, workers=workers), tmp_path / "run")
+    run, _ = train(images, replace(SMALL_RUN, workers=workers), tmp_path / "run")
     assert_same(final_state(run), final_state(undisturbed))
 
 
@@ -151,11 +118,11 @@ def test_a_damaged_newest_checkpoint_costs_steps_not_bits(images, undisturbed, t
 
     monkeypatch.setattr(pretraining, "make_views", views)
     with pytest.raises(Killed):
-        train(images, CONFIG, tmp_path / "run")
+        train(images, SMALL_RUN, tmp_path / "run")
     monkeypatch.setattr(pretraining, "make_views", real)
     newest = checkpoints(tmp_path / "run" / "checkpoints")[0]
     newest.write_bytes(newest.read_bytes()[:1000])
-    run, _ = train(images, CONFIG, tmp_path / "run")
+    run, _ = train(images, SMALL_RUN, tmp_path / "run")
     said = capsys.readouterr().err
     assert newest.name in said and "Going on from step 5" in said
     assert_same(final_state(run), final_state(undisturbed))
@@ -210,9 +177,9 @@ def test_a_signal_saves_and_stops_cleanly(images, undisturbed, tmp_path, monkeyp
     monkeypatch.setattr(pretraining, "make_views", views)
     path = tmp_path / "run"
     with pytest.raises(Stopped, match=f"Stopped at step 9, saved; `simclr resume {path}` goes on") as stopped:
-        train(images, CONFIG, path)
+        train(images, SMALL_RUN, path)
     assert stopped.value.signal == number and newest_step(path) == 9
-    run, outcome = train(images, CONFIG, tmp_path / "run")
+    run, outcome = train(images, SMALL_RUN, tmp_path / "run")
     assert outcome.finished
     assert_same(final_state(run), final_state(undisturbed))
 
@@ -227,7 +194,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(imag
 
     monkeypatch.setattr(pretraining, "make_views", views)
     with pytest.raises(UserError, match=r"no longer finite.*last good checkpoint"):
-        train(images, CONFIG, tmp_path / "run")
+        train(images, SMALL_RUN, tmp_path / "run")
     step, state = load_newest(tmp_path / "run" / "checkpoints", pytest.fail)
     assert step == 5
     assert all(torch.isfinite(v).all() for v in state["method"].values())
@@ -245,8 +212,8 @@ def test_each_image_is_seen_once_an_epoch_whatever_the_number_of_processes(image
     monkeypatch.setattr(pretraining, "make_views", views)
 
     def batches_of(world):
-        make_inputs = pretraining._make_inputs(images, CONFIG, world, 2)
-        return make_batches(images, make_inputs, batch_size=CONFIG.batch_size, seed=CONFIG.seed, world=world)
+        make_inputs = pretraining._make_inputs(images, SMALL_RUN, world, 2)
+        return make_batches(images, make_inputs, batch_size=SMALL_RUN.batch_size, seed=SMALL_RUN.seed, world=world)
 
     one = batches_of(DistributedContext())
     whole = [one(step) for step in range(15)]
@@ -267,7 +234,7 @@ def gradients_of_a_step(rank, size, store, dtype, result):
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
         world = DistributedContext(rank=rank, size=size, local_rank=rank)
     images = open_data("digits").subset(np.arange(150))
-    config = replace(CONFIG, head_layers=3, knn_every=0, temperature=0.5, batch_size=64)
+    config = replace(SMALL_RUN, head_layers=3, knn_every=0, temperature=0.5, batch_size=64)
     task = pretraining.build_task(images, config, RunFolder(Path(store).parent / "none"), world)
     model = task.method.to(dtype)
     if size > 1:

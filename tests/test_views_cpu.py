@@ -1,6 +1,6 @@
 """The compiled kernels against the definition of a view: the same pixels, bit for bit.
 
-The definition itself is held to torchvision in test_augment.py and to the authors' vectors in test_reference.py.
+The definition itself is held to torchvision in test_views.py and to the authors' vectors in test_reference.py.
 """
 
 import os
