@@ -46,7 +46,8 @@ from simclr.models.classifier import Classifier
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.reports.evaluation import records
 from simclr.reports.table import Row, markdown_table, seeds_note
-from simclr.tasks.distill_images import distill
+from simclr.tasks.distill_images import distill_images
+from simclr.training.run import RunFolder
 from simclr.weights.folder import Model, load
 
 DEPTHS = ("none", 4, 3, 2, 1, "all")
@@ -163,8 +164,14 @@ def base_rows(results: list[Result]) -> list[Row]:
 
 def taught(teacher: Model, encoder: Encoder, train: Images, test: Images, seed: int, place: Path) -> float:
     """Test accuracy of a student that begins at this encoder."""
-    found = distill(
-        teacher, Classifier(encoder, None, len(teacher.classes)), train, DISTILLATION, place, seed=seed, test=test
+    found = distill_images(
+        teacher,
+        Classifier(encoder, None, len(teacher.classes)),
+        train,
+        DISTILLATION,
+        RunFolder(place),
+        seed=seed,
+        test=test,
     )
     assert found.accuracy is not None
     return found.accuracy
