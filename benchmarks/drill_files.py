@@ -436,7 +436,7 @@ def write(files: Files, folder: Path) -> None:
 
 
 def outcome(kind: str, folder: Path) -> str:
-    """ "loads", "refused", or a finding: what was raised, the seconds or the bytes."""
+    """Either "loads", "refused", or a finding: what was raised, the seconds or the bytes."""
     from simclr.errors import UserError
 
     size = sum(file.stat().st_size for file in folder.iterdir())

@@ -441,7 +441,8 @@ def undisturbed(verb: Verb, place: Path, inputs: Path) -> Undisturbed:
 
 def make_inputs(inputs: Path) -> None:
     """Images with labels, an encoder, a classifier, a ResNet that libraries know, somebody else's checkpoint, and a
-    run that stopped at a third of its steps."""
+    run that stopped at a third of its steps.
+    """
     inputs.mkdir(parents=True)
     generator = np.random.default_rng(0)
     for label, low in (("bright", 128), ("dark", 0)):

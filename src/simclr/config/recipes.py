@@ -33,9 +33,13 @@ class ImageFacts(Protocol):
     """What the choice of a recipe looks at; `simclr.data.Images` has it."""
 
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """1 (gray) or 3 (RGB)."""
+
     @property
-    def sizes(self) -> "np.ndarray": ...  # (n, 2) heights and widths
+    def sizes(self) -> "np.ndarray":
+        """(n, 2) heights and widths in pixels."""
+
     def __len__(self) -> int: ...
 
 

@@ -187,7 +187,7 @@ def _rows(file: Path) -> list[tuple[int, str, str | None]]:
 
 
 def _normal(path: str, folder: Path) -> str:
-    """A path as people write it (./a.png, a\\b.png, /data/a.png) as a key."""
+    r"""A path as people write it (./a.png, a\b.png, /data/a.png) as a key."""
     candidate = Path(path.replace("\\", "/"))
     if candidate.is_absolute() and candidate.is_relative_to(folder.resolve()):
         candidate = candidate.relative_to(folder.resolve())

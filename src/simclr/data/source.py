@@ -36,7 +36,7 @@ class Source(Protocol):
 
     @property
     def keys(self) -> Sequence[str]:
-        """n names of the items, unique and the same on every machine."""
+        """N names of the items, unique and the same on every machine."""
         ...
 
     @property

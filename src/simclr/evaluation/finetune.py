@@ -220,7 +220,7 @@ def _batches(
     preset: AugmentationPreset,
     world: DistributedContext,
 ) -> Callable[[int], Inputs]:
-    """step -> this process's views (B, C, S, S) and targets (B,), on its device."""
+    """Step -> this process's views (B, C, S, S) and targets (B,), on its device."""
     policy = crop_and_flip(
         preset, network.encoder.config.size, channels=train.channels, crop_min=config.crop_min, flip=config.flip
     )

@@ -57,8 +57,7 @@ def contrastive_accuracy_and_entropy(
 
 @torch.no_grad()
 def alignment(za: Tensor, zb: Tensor, alpha: float = 2.0) -> Tensor:
-    """Mean of |u - v|^alpha over positive pairs, u and v of unit length (Wang & Isola 2020,
-    arXiv:2005.10242).
+    """Mean of |u - v|^alpha over positive pairs of unit length (Wang & Isola 2020, arXiv:2005.10242).
 
     0 when the views of an image coincide; 2 on average for alpha = 2 when they have nothing in common.
 
@@ -93,8 +92,7 @@ def uniformity(z: Tensor, t: float = 2.0) -> Tensor:
 
 @torch.no_grad()
 def effective_rank(h: Tensor) -> Tensor:
-    """Number of directions that the features use: exp of the entropy of the singular values (RankMe,
-    arXiv:2210.02885).
+    """Number of directions that the features use: exp of the singular values' entropy (RankMe, arXiv:2210.02885).
 
     With p_k = s_k / sum(s) + 1e-7 it is exp(-sum p_k log p_k): from 1 (collapse to a line) to min(n, F). Not
     a number when a feature is not finite.

@@ -1,5 +1,6 @@
-"""NT-Xent, the contrastive loss of SimCLR (Chen et al. 2020, arXiv:2002.05709, equation 1 and algorithm 1), and
-its decoupled form DCL (Yeh et al. 2021, arXiv:2110.06848), for two views of each image or more.
+"""NT-Xent, the contrastive loss of SimCLR, and its decoupled form DCL, for two views of each image or more.
+
+Sources: Chen et al. 2020 (arXiv:2002.05709), equation 1 and algorithm 1; Yeh et al. 2021 (arXiv:2110.06848).
 
 Shapes: n images per process, W processes, V views of each image, N = V n W rows, D the width.
 
@@ -86,7 +87,9 @@ def nt_xent_views(
     world: DistributedContext | None = None,
     decoupled: bool = False,
 ) -> Tensor:
-    """`nt_xent` for any number of views: the mean over ordered pairs (i, p) of two views of one image of
+    """`nt_xent` for any number of views.
+
+    The mean over ordered pairs (i, p) of two views of one image of
 
         -s_ip + log sum_j exp(s_ij)
 

@@ -1,5 +1,6 @@
-"""Activation recomputation: keep the inputs of blocks only and run each block again in backward (Chen et al.
-2016, arXiv:1604.06174).
+"""Activation checkpointing: keep the inputs of blocks only and run each block again in backward.
+
+Source: Chen et al. 2016 (arXiv:1604.06174).
 
 A step takes about a third longer, one more forward, and holds one block's activations at a time. The loss, its
 gradients and the batch-norm statistics stay those of the whole batch, on a CPU bit for bit.

@@ -168,7 +168,7 @@ def _track_ours_once(layer: Any, _inputs: object) -> None:
 
 
 def _track_torch_once(layer: Any, _inputs: object, *, momentum: float | None) -> None:
-    """torch saves its running statistics for backward, so a recomputation must have them: it moves them by nothing."""
+    """Torch saves its running statistics for backward, so a recomputation must have them: it moves them by nothing."""
     layer.momentum = momentum
     if layer.training and _in_backward():
         layer.momentum = 0.0
@@ -236,7 +236,7 @@ class _BatchNormFunction(torch.autograd.Function):
     def backward(  # pyrefly: ignore[bad-override]
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """dx of the whole batch's loss; the parameters' gradients are sums over this process's rows only."""
+        """Dx of the whole batch's loss; the parameters' gradients are sums over this process's rows only."""
         x, weight, mean, variance, n, y = ctx.saved_tensors
         dy, inverse_std = grad_outputs[0], torch.rsqrt(variance + ctx.eps)
         kernels = _kernels() if _by_kernels(x) else None

@@ -67,7 +67,7 @@ class ProjectionHead(nn.Module):
         return self.first_layers(h, len(self.layers))
 
     def first_layers(self, h: Tensor, count: int) -> Tensor:
-        """h after the first `count` layers: h itself for 0; SimCLR v2 fine-tunes from 1 (`ft_proj_selector`)."""
+        """H after the first `count` layers: h itself for 0; SimCLR v2 fine-tunes from 1 (`ft_proj_selector`)."""
         for layer in self.layers[:count]:
             h = layer(h)
         return h

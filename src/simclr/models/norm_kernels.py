@@ -67,7 +67,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def normalize(x: Tensor, scale: Tensor, shift: Tensor, other: Tensor | None, relu: bool) -> Tensor:
-    """scale x + shift (+ other), rectified if asked: (B, C, H, W), channels-last like x and `other`."""
+    """Scale x + shift (+ other), rectified if asked: (B, C, H, W), channels-last like x and `other`."""
     folds, out = _folds(x), torch.empty_like(x)
     rows, target = _rows(x), _rows(out)
     beside = target if other is None else _rows(other)
@@ -96,7 +96,7 @@ def sums(dy: Tensor, out: Tensor | None, x: Tensor, mean: Tensor, inverse_std: T
 def input_grad(
     dy: Tensor, out: Tensor | None, x: Tensor, a: Tensor, b: Tensor, c: Tensor, *, with_other: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """a dy + b x + c where dy is masked as in `sums`, and the masked dy itself: the gradient of what was added."""
+    """A dy + b x + c where dy is masked as in `sums`, and the masked dy itself: the gradient of what was added."""
     folds, dx = _folds(x), torch.empty_like(x)
     rows, gradient = _rows(x), _rows(dy)
     masked = with_other and out is not None

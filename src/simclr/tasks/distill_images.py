@@ -189,7 +189,7 @@ def _batches(
     seed: int,
     world: DistributedContext,
 ) -> Callable[[int], Inputs]:
-    """step -> this process's views for student and teacher, its targets, and the labelled images of the whole batch."""
+    """Step -> this process's views for student and teacher, its targets, and the labelled images of the whole batch."""
     size, teachers_size = student.encoder.config.size, teacher.encoder.config.size
     dtype = precision_of(config.precision, world)
 

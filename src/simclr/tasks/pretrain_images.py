@@ -240,7 +240,7 @@ def build_method(
 
 
 def _knn_monitor(images: Images, encoder: Encoder, config: PretrainConfig) -> Callable[[], dict[str, float]] | None:
-    """kNN accuracy within the training images: a fifth of them asked of the rest. No test image is touched."""
+    """KNN accuracy within the training images: a fifth of them asked of the rest. No test image is touched."""
     if images.labels is None or not config.knn_every:
         return None
     labelled = np.flatnonzero(images.labels >= 0)

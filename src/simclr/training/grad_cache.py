@@ -1,5 +1,4 @@
-"""Gradient caching: a batch of any size in the memory of a part of it (GradCache, Gao et al. 2021,
-arXiv:2101.06983).
+"""Gradient caching: a batch of any size in the memory of a part of it (GradCache, Gao et al. 2021, arXiv:2101.06983).
 
     forward   each chunk of the images passes the network without a graph; only its projections are kept
     loss      over all projections, so every image is every other's negative; its gradient is taken as far as them

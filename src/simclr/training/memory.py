@@ -47,6 +47,7 @@ class Line:
     per_image: float
 
     def at(self, n: int) -> float:
+        """Bytes of a step of n images, with the margin."""
         return (self.fixed + self.per_image * n) * MARGIN
 
 

@@ -73,8 +73,10 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def free_bytes(world: DistributedContext) -> int:
-    """Bytes that this process may still take on its device: on a CPU its share of what the machine, and the cgroup
-    (container, batch job) that it lives in, have left."""
+    """Bytes that this process may still take on its device.
+
+    On a CPU its share of what the machine, and the cgroup (container, batch job) that it lives in, have left.
+    """
     if world.device.type == "cuda":
         unused = torch.cuda.memory_reserved(world.device) - torch.cuda.memory_allocated(world.device)
         return torch.cuda.mem_get_info(world.device)[0] + unused

@@ -50,22 +50,27 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def encoder(self) -> Path:
+        """Folder of the published weights."""
         return self.path / "encoder"
 
     @property
     def metrics(self) -> Path:
+        """File of the records, one JSON line each."""
         return self.path / "metrics.jsonl"
 
     @property
     def timing(self) -> Path:
+        """File of the machine's part of the records."""
         return self.path / "timing.jsonl"
 
     @property
     def summary(self) -> Path:
+        """File that is written when the run ends."""
         return self.path / "summary.json"
 
     @property

@@ -103,7 +103,7 @@ class Policy:
         gray: float | None = None,
         blur: float | None = None,
     ) -> "Policy":
-        """torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter, RandomGrayscale, GaussianBlur.
+        """Torchvision's RandomResizedCrop, RandomHorizontalFlip, ColorJitter, RandomGrayscale, GaussianBlur.
 
         Args:
             strength: as in `google`; 0 to 2.5, because a hue shift is at most half a turn.

@@ -1,5 +1,4 @@
-"""From uint8 images to batches for the encoder: two random views to train on, or one where there are labels,
-and one fixed view to evaluate.
+"""From uint8 images to batches for the encoder: random views to train on, and one fixed view to evaluate.
 
 >>> import numpy as np
 >>> from simclr.views.policy import Policy

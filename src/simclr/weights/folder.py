@@ -343,7 +343,10 @@ def digest_of(network: nn.Module) -> str:
 
 
 def _digest(described: dict[str, Any]) -> str:
-    """Of what gives the tensors their meaning; not of where they come from, which is free to be edited, nor of how far
-    the training had come, which changes from checkpoint to checkpoint."""
+    """Digest of what gives the tensors their meaning.
+
+    Not of where they come from, which is free to be edited, nor of how far the training had come, which changes from
+    checkpoint to checkpoint.
+    """
     meaning = {key: value for key, value in described.items() if key not in ("origin", "step", "total_steps")}
     return sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()

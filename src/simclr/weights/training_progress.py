@@ -18,11 +18,12 @@ class TrainingProgress:
 
     @property
     def finished(self) -> bool:
+        """Whether the training has reached its end."""
         return self.step >= self.total_steps
 
     @property
     def text(self) -> str:
-        """ "step 40 of 100"."""
+        """In words: "step 40 of 100"."""
         return f"step {self.step:,} of {self.total_steps:,}"
 
     def warning(self, name: object) -> str:

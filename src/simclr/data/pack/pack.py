@@ -52,11 +52,13 @@ class Location(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
         height, width, channels = self.shard.shapes[self.row].tolist()
         return height, width, channels
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the decoded image."""
         return math.prod(self.shape)
 
 
@@ -95,6 +97,7 @@ class Pack:
 
     @property
     def num_shards(self) -> int:
+        """Files that hold the images."""
         return len(self._shards)
 
     def refresh(self) -> int:

@@ -1,5 +1,4 @@
-"""The idx files of MNIST and its kin (yann.lecun.com/exdb/mnist): big-endian sizes, then bytes; gzipped or
-not.
+"""The idx files of MNIST and its kin (yann.lecun.com/exdb/mnist): big-endian sizes, then bytes; or gzipped.
 
 torchvision reads them too, but into tensors, and reports damage by assertion.
 """

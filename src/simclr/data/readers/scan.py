@@ -38,6 +38,7 @@ class FileEntry(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
+        """Size of the file."""
         return self.stamp[0]
 
 
@@ -119,7 +120,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 
 
 def _text(key: str) -> str:
-    """A key that can be printed and saved: bytes of a name that are not UTF-8 become \\x escapes."""
+    r"""A key that can be printed and saved: bytes of a name that are not UTF-8 become \x escapes."""
     if key.isascii():
         return key
     text = os.fsencode(key).decode("utf-8", "backslashreplace")

@@ -117,7 +117,7 @@ def metadata_of(content: bytes) -> dict[str, str]:
 
 
 def _open(content: bytes) -> Any:
-    """onnxruntime's session for a file that was checked.
+    """Onnxruntime's session for a file that was checked.
 
     Raises:
         UserError: The file is more than a graph with its weights, or onnxruntime is missing or cannot read it.

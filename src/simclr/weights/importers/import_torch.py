@@ -123,7 +123,7 @@ def _place(names: Mapping[str, str], format: Format, path: Path) -> str:
 
 
 def _torchvision_names(inside: Mapping[str, str]) -> tuple[dict[str, str], bool]:
-    """torchvision's name of each tensor -> its name in the file, and whether a ReLU follows the stem.
+    """Torchvision's name of each tensor -> its name in the file, and whether a ReLU follows the stem.
 
     In `nn.Sequential(*resnet.children())` numbers stand for names. lightly's own ResNet calls the ReLU as a function,
     so that in a Sequential of its children there is none: its groups then begin at 2.
