@@ -40,6 +40,37 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _let_interpreter_index()
 
 
+UNIT_FILES = (
+    "test_cache.py", "test_checkpoint.py", "test_config.py", "test_data.py", "test_deprecated.py",
+    "test_distillation.py", "test_evaluation_table.py", "test_files.py", "test_forms.py", "test_identity.py",
+    "test_knn.py", "test_label_free.py", "test_label_lists.py", "test_layout.py", "test_logistic.py",
+    "test_loss_metrics.py", "test_metrics.py", "test_nt_xent.py", "test_optim.py", "test_records.py",
+    "test_reference.py", "test_reports.py", "test_results.py", "test_retrieval.py", "test_schedule.py",
+    "test_views.py",
+)  # fmt: skip
+"""Files of the tier `unit`: together under a minute on two cores, and no test takes more than a few seconds."""
+
+
+def pytest_configure():
+    missing = [name for name in UNIT_FILES if not (Path(__file__).parent / name).exists()]
+    if missing:
+        raise pytest.UsageError(f"UNIT_FILES of tests/conftest.py names files that are gone: {', '.join(missing)}")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With -m unit other test files are not even imported."""
+    if config.option.markexpr == "unit" and collection_path.name.startswith("test_"):
+        return collection_path.name not in UNIT_FILES or None
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in UNIT_FILES and not item.get_closest_marker("multiprocess"):
+            item.add_marker("unit")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
     """With CI=true, a skip that is not allowed fails the run (skips.py)."""

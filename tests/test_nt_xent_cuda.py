@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 from simclr.losses import cuda
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = cuda.Launch(32, 16, 4, 1)
 TEMPERATURES = [0.01, 0.03, 0.1, 0.5, 1.0]

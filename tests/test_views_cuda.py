@@ -27,6 +27,7 @@ cuda = pytest.importorskip("simclr.views.cuda")
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 PRESETS = [Policy.google, Policy.torchvision]
+pytestmark = pytest.mark.gpu
 MIXED = [(40, 30), (1, 1), (3, 50), (33, 24)]
 LAST_BITS = 2e-6  # the mean that contrast needs is added up in another order
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason=NEEDS_GPU)
