@@ -29,6 +29,12 @@ TASKS = {
 """Command -> its options and what carries it out, each as module:name."""
 
 
+MAY_BE_PATHS = ("run", "teacher", "student", "labels", "only_labels")
+"""Options that name a file or folder, or something else."""
+NO_PATHS = ("random", "pixels", "same")
+"""Values of these that mean something else even where there is a folder of that name."""
+
+
 def resume(options: "Resume", overrides: Overrides, method: type[Method] | None = None) -> None:
     """Go on, refusing whatever would change the result.
 
@@ -127,7 +133,7 @@ def task_record(name: str, options: Any, overrides: Callable[..., Any]) -> dict[
     assert isinstance(overrides, Overrides)
     plain = asdict(replace(options, config=type(options.config)()))
     plain.pop("config")
-    kept = {name: _absolute(value) for name, value in plain.items()}
+    kept = {option: _absolute(option, value) for option, value in plain.items()}
     return {"name": name, "options": kept | {"settings": dict(overrides.values)}}
 
 
@@ -137,13 +143,14 @@ def opening_options(options: Any) -> dict[str, Any]:
     return {"labels": labels, "pack": options.pack, "side": options.pack_side}
 
 
-def _absolute(value: Any) -> Any:
-    """A value that JSON can hold; what names an existing file or folder, from anywhere."""
-    if isinstance(value, Path) or (isinstance(value, str) and ("/" in value or value.startswith("."))):
-        path = Path(value).expanduser()
-        return str(path.resolve()) if isinstance(value, Path) or path.exists() else value
-    if isinstance(value, str) and value and Path(value).exists():
-        return str(Path(value).resolve())
+def _absolute(name: str, value: Any) -> Any:
+    """The value of an option as JSON can hold it; a path means the same from every folder."""
+    if name == "data":
+        return lasting(value)
+    if isinstance(value, Path):
+        return str(value.expanduser().resolve())
+    if name in MAY_BE_PATHS and value not in NO_PATHS and value is not None and Path(value).expanduser().exists():
+        return str(Path(value).expanduser().resolve())
     return value
 
 
