@@ -18,6 +18,7 @@ from simclr.distributed import DistributedContext
 from simclr.errors import Stopped, UserError
 from simclr.methods.simclr import SimCLR
 from simclr.tasks import pretrain_images as pretraining
+from simclr.training.batches import Batch
 from simclr.training.memory import measure
 from simclr.training.run import RunFolder
 from simclr.weights.folder import load
@@ -107,6 +108,14 @@ def test_each_memory_strategy_is_the_plain_step_or_refused(images, method, tmp_p
     other = weights(train(images, tmp_path / "other", method, config))
     for name, value in plain.items():
         torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_method_may_ask_for_any_number_of_views(images):
+    world = DistributedContext()
+    batch = Batch(images.read(np.arange(9), copy=False), np.full(9, 4), np.arange(9), lambda: np.arange(9))
+    two, three = (pretraining._make_inputs(images, CONFIG, world, count)(batch) for count in (2, 3))
+    assert len(three) == 3 and all(torch.equal(ours, theirs) for ours, theirs in zip(two, three[:2], strict=True))
+    assert not torch.equal(three[2], three[0]) and three[2].shape == (9, 1, 8, 8)
 
 
 def test_memory_is_counted_without_knowing_the_method(images, method):
