@@ -10,7 +10,8 @@ from simclr.config.pretrain import PretrainConfig, load_config
 from simclr.config.records import RunRecord
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.training.run import RunFolder, claim, create_run, hold, open_run
+from simclr.training.lock import hold
+from simclr.training.run import RunFolder, claim, create_run, open_run
 
 ORIGIN = {
     "data": {

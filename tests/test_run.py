@@ -15,7 +15,8 @@ from simclr.config.pretrain import PretrainConfig
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.files import FileLock
-from simclr.training.run import LOCK, RunFolder, create_run, hold, open_run
+from simclr.training.lock import LOCK, hold
+from simclr.training.run import RunFolder, create_run, open_run
 
 ORIGIN = {
     "data": {
@@ -111,7 +112,8 @@ import json, os, signal, sys
 from pathlib import Path
 from simclr.config.pretrain import PretrainConfig
 from simclr.distributed import DistributedContext
-from simclr.training.run import create_run, hold
+from simclr.training.lock import hold
+from simclr.training.run import create_run
 
 calls = ["mkdir", "fsync", "replace", "open", "unlink", "rmdir"]
 real = {name: getattr(os, name) for name in calls}

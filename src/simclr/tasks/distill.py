@@ -24,8 +24,9 @@ from simclr.tasks.opening import lasting, load_model, open_parts
 from simclr.tasks.pretrain_images import data_record
 from simclr.tasks.resume import opening_options, task_record
 from simclr.tasks.teacher import open_teacher
+from simclr.training.lock import hold
 from simclr.training.progress import say
-from simclr.training.run import RunFolder, hold
+from simclr.training.run import RunFolder
 from simclr.weights.folder import Model
 
 if TYPE_CHECKING:

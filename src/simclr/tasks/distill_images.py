@@ -31,10 +31,11 @@ from simclr.tasks.teacher import teachers_columns
 from simclr.training.batches import Batch, Inputs, make_batches
 from simclr.training.device import precision_of
 from simclr.training.fit import fit
+from simclr.training.lock import hold
 from simclr.training.loop import Task
 from simclr.training.optim import build_optimizer
 from simclr.training.progress import Outcome, say
-from simclr.training.run import RunFolder, describe_machine, hold
+from simclr.training.run import RunFolder, describe_machine
 from simclr.views.policy import crop_and_flip
 from simclr.views.views import make_view
 from simclr.weights.folder import Model, digest_of, save_classifier

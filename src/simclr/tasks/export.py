@@ -10,8 +10,8 @@ from simclr.files import writing
 from simclr.models.classifier import Classifier
 from simclr.tasks.opening import load_model, require_writable, start_encoder_folder
 from simclr.tasks.push import CARD, PREPROCESSING, write_card, write_folder
+from simclr.training.lock import hold
 from simclr.training.progress import say
-from simclr.training.run import hold
 from simclr.weights.exporters.libraries import to_library
 from simclr.weights.exporters.onnx_file import BATCHES, to_onnx
 from simclr.weights.exporters.preprocessing import in_words, preprocessing_of

@@ -32,8 +32,9 @@ from simclr.tasks.opening import lasting, require_writable, side_of, write
 from simclr.tasks.options.labels import Evaluate, Finetune
 from simclr.tasks.pretrain_images import data_record
 from simclr.tasks.resume import opening_options, task_record
+from simclr.training.lock import hold
 from simclr.training.progress import counting, say
-from simclr.training.run import RunFolder, hold
+from simclr.training.run import RunFolder
 from simclr.weights.training_progress import TrainingProgress
 
 PIXELS_MOST = 1 << 30

@@ -10,8 +10,8 @@ from simclr.errors import UserError
 from simclr.files import MAX_RECORD_BYTES, read_regular, reason_of, writing
 from simclr.models.classifier import Classifier, usual_names
 from simclr.tasks.opening import require_writable, start_encoder_folder
+from simclr.training.lock import hold
 from simclr.training.progress import say
-from simclr.training.run import hold
 from simclr.weights.folder import save_classifier, save_encoder
 from simclr.weights.importers.import_tf import EMA, Imported, import_tf
 from simclr.weights.importers.import_torch import import_torch

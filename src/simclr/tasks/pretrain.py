@@ -15,9 +15,10 @@ from simclr.methods.method import Method
 from simclr.methods.simclr import SimCLR
 from simclr.tasks.opening import lasting, open_aloud
 from simclr.tasks.pretrain_images import check_settings, manifest_of, pretrain_images
+from simclr.training.lock import hold
 from simclr.training.memory import parse_bytes
 from simclr.training.progress import say
-from simclr.training.run import RunFolder, hold
+from simclr.training.run import RunFolder
 
 if TYPE_CHECKING:
     from simclr.tasks.options.pretraining import Pretrain

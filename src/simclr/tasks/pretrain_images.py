@@ -32,11 +32,12 @@ from simclr.models.inference import extract
 from simclr.training.batches import Batch, Inputs, make_batches
 from simclr.training.device import choose_kernels, precision_of
 from simclr.training.fit import fit
+from simclr.training.lock import hold
 from simclr.training.loop import Task
 from simclr.training.memory import out_of_memory, settle
 from simclr.training.optim import build_optimizer
 from simclr.training.progress import Outcome, ProgressCallback, say
-from simclr.training.run import RunFolder, describe_machine, hold
+from simclr.training.run import RunFolder, describe_machine
 from simclr.views.policy import Policy
 from simclr.views.views import make_view, make_views
 from simclr.weights.folder import save_encoder

@@ -16,8 +16,9 @@ from simclr.methods.simclr import SimCLR
 from simclr.tasks import pretrain_images as pretraining
 from simclr.tasks.opening import as_begun, lasting, open_aloud
 from simclr.training.device import same_threads
+from simclr.training.lock import hold
 from simclr.training.progress import say
-from simclr.training.run import RunFolder, hold, open_run
+from simclr.training.run import RunFolder, open_run
 
 if TYPE_CHECKING:
     from simclr.tasks.options.pretraining import Resume

@@ -17,9 +17,10 @@ from simclr.config.training import TrainingConfig
 from simclr.distributed import DistributedContext
 from simclr.errors import Stopped, UserError
 from simclr.training.device import choose_kernels, same_threads
+from simclr.training.lock import hold
 from simclr.training.loop import Outcome, Task, restore, train
 from simclr.training.progress import Progress, ProgressCallback, StepCallback, say
-from simclr.training.run import RunFolder, claim, hold
+from simclr.training.run import RunFolder, claim
 
 
 def fit(

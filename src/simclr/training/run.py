@@ -17,7 +17,6 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,9 @@ from typing import Any
 from simclr.config.pretrain import PretrainConfig, load_config, settings_digest
 from simclr.config.records import RunRecord, SummaryRecord, read_json, read_record, versioned
 from simclr.config.training import TrainingConfig
-from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.files import FileLock, is_temporary, open_regular, reason_of, sweep, write_atomically, writing
-
-LOCK = ".lock"
-"""Of a folder that a process is writing: held by that process (`hold`)."""
+from simclr.files import is_temporary, open_regular, reason_of, sweep, write_atomically, writing
+from simclr.training.lock import LOCK
 
 
 @dataclass(frozen=True)
@@ -164,63 +160,6 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of metrics.jsonl, oldest first."""
         return [json.loads(line) for line in _records(self.metrics, None)]
-
-
-_held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
-"""Folders that this thread holds."""
-
-
-@contextmanager
-def hold(folder: Path, world: DistributedContext) -> Iterator[None]:
-    """Keep every other process from writing a folder, by the lock FOLDER/.lock, until the end of the block.
-
-    The main process takes the lock; the folder is made if it is missing, and removed again if it stays empty. The lock
-    ends with the process, so one that was left by a killed process is no obstacle. Blocks for the same folder may
-    lie within one another.
-
-    Raises:
-        UserError: Another process holds the folder, or it cannot be written; in every process of the world.
-    """
-    place = folder.absolute()
-    if place in _held.get():
-        yield
-        return
-    lock, made = FileLock(place / LOCK), []
-    world.on_main(lambda: _acquire(folder, lock, made))
-    token = _held.set(_held.get() | {place})
-    try:
-        yield
-    finally:
-        _held.reset(token)
-        if world.is_main:
-            _release(lock, made)
-
-
-def _acquire(folder: Path, lock: FileLock, made: list[Path]) -> None:
-    """Take the lock of a folder, adding the folders that are made for it to `made`, innermost first."""
-    try:
-        with writing(folder):
-            acquired = None
-            while acquired is None:
-                made[:] = [place for place in (folder, *folder.parents) if not place.exists()]
-                folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    acquired = lock.acquire()
-                except FileNotFoundError:
-                    if folder.is_dir():  # else its last holder left it empty, and has removed it just now
-                        raise
-        if not acquired:
-            raise UserError(f"{folder} is being written by {lock.holder()}; wait for its end, or stop it first.")
-    except BaseException:
-        _release(lock, made)
-        raise
-
-
-def _release(lock: FileLock, made: list[Path]) -> None:
-    lock.release(remove=True)
-    for folder in made:
-        with suppress(OSError):  # not empty, or another process has begun there
-            folder.rmdir()
 
 
 def claim(run: RunFolder, config: PretrainConfig | TrainingConfig, manifest: Mapping[str, Any]) -> None:
