@@ -90,3 +90,26 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all(images, tmp_path):
     )
     done = torchrun(program, *arguments(images, tmp_path / "run")[2:])
     assert ended_together(done, "no longer finite at step 2"), done.stderr
+
+
+def test_a_signal_to_one_process_stops_all_in_peace_and_resume_goes_on(images, tmp_path):
+    program = tmp_path / "main.py"
+    program.write_text(
+        "import os, signal\n"
+        "from simclr.methods.simclr import SimCLR\n"
+        "forward, calls = SimCLR.forward, []\n"
+        "def disturbed(self, *views, detail=False):\n"
+        "    calls.append(1)\n"
+        "    if os.environ['RANK'] == '1' and len(calls) == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return forward(self, *views, detail=detail)\n"
+        "SimCLR.forward = disturbed\n"
+        "from simclr.cli.main import main\nmain()\n"
+    )
+    done = torchrun(program, *arguments(images, tmp_path / "run")[2:])
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("Stopped at step 2, saved") == 1, done.stderr
+    assert not (tmp_path / "run" / "summary.json").exists()
+    done = torchrun("-m", "simclr", "resume", tmp_path / "run")
+    assert done.returncode == 0 and done.stderr.count("Going on from step 2 of") == 1, done.stderr
+    assert (tmp_path / "run" / "summary.json").is_file()

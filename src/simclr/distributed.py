@@ -24,7 +24,7 @@ import torch.distributed.nn.functional  # before there is a group: its functions
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr.errors import ReportedElsewhere, UserError, shown
+from simclr.errors import ReportedElsewhere, Stopped, UserError, shown
 
 __all__ = ["DistributedContext", "all_gather_flat", "is_first_to_fail", "joined", "start", "stop"]
 
@@ -183,7 +183,7 @@ def joined(device: str = "auto", **meeting: Any) -> Iterator[DistributedContext]
     try:
         yield world
     except (Exception, KeyboardInterrupt) as error:
-        if world.size == 1:
+        if world.size == 1 or isinstance(error, Stopped):  # all processes stop after the same step
             raise
         if not is_first_to_fail(str(error)):
             raise ReportedElsewhere("Another process of this run failed first, and reports why.") from None

@@ -38,7 +38,7 @@ def main() -> None:
             print(f"simclr: {'' if rank == '0' else f'[process {rank}] '}{error}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stop:
-        if _reports(UserError("stopped")):
+        if os.environ.get("RANK", "0") == "0":
             print(stop, file=sys.stderr)
         if not _is_one_of_several():  # tell the shell, so that `&&` stops too; torchrun reports on its processes itself
             sys.exit(128 + stop.signal)

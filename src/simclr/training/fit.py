@@ -54,8 +54,9 @@ def fit(
         if manifest is not None:
             world.on_main(partial(claim, run, config, manifest))
         # 2. One arithmetic: sums depend on the number of threads and on the kernels.
-        if run.exists:
-            same_threads(world.on_main(lambda: run.cpu_threads), world)
+        threads = world.on_main(lambda: run.cpu_threads if run.exists else None)
+        if threads is not None:
+            same_threads(threads, world)
         choose_kernels(world, deterministic=config.deterministic)
         # 3. Weights, optimiser and step of the newest good checkpoint; records after that step are dropped.
         start = restore(task, run, world)
