@@ -307,7 +307,7 @@ def settings_for(
         )
     longest = config.epochs / 10
     if config.epochs < fitted.epochs and config.warmup_epochs == fitted.warmup_epochs > longest:
-        say(f"Warm-up of {longest:g} epochs: a tenth of this short run.")
+        say(f"The warm-up takes {longest:g} epochs, a tenth of this run, which is shorter than the recipe's.")
         config = replace(config, warmup_epochs=longest)
     return config
 

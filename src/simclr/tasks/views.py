@@ -4,11 +4,10 @@ from typing import TYPE_CHECKING
 
 from simclr.config.overrides import Overrides
 from simclr.config.pretrain import PretrainConfig
-from simclr.config.recipes import find_recipe
+from simclr.config.recipes import find_recipe, settings_for
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.tasks.opening import open_aloud, require_writable, write
-from simclr.tasks.pretrain import settled
 from simclr.tasks.pretrain_images import policy_of
 from simclr.training.progress import say
 
@@ -28,7 +27,7 @@ def views(options: "Views", overrides: Overrides) -> None:
     world = DistributedContext()
     channels = overrides(recipe.config if recipe else PretrainConfig()).channels
     images = open_aloud(options.data, world, channels=channels, pack=options.pack)
-    config = settled(recipe, images, overrides, world)
+    config = settings_for(recipe, images, overrides, on_gpu=False, say=lambda _: None)  # all sentences are on training
     policy = policy_of(config, images.channels)
     write(options.out, draw_views(images, policy, rows=options.images, columns=options.columns, seed=config.seed))
     say(f"The picture is in {options.out}.")
