@@ -63,11 +63,11 @@ class Slow(BaseException):
 def _resnet() -> Any:
     import torch
 
-    from test_import_torch import Narrow, shaken
+    from helpers import NarrowResNet, with_random_state
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return shaken(Narrow())
+        return with_random_state(NarrowResNet())
 
 
 def _torch(zipped: bool) -> Callable[[Path], None]:
@@ -191,7 +191,7 @@ def _read_all(source: Any, **options: Any) -> None:
 
 
 def _image(folder: Path) -> None:
-    from test_hostile_files import FORMATS, encoded
+    from hostile_images import FORMATS, encoded
 
     for ending in FORMATS:
         (folder / f"a.{ending}").write_bytes(encoded(ending))

@@ -224,7 +224,7 @@ def test_without_a_folder_for_the_cache_kernels_compile_all_the_same(tmp_path):
         copied = package / path.relative_to(source)
         copied.parent.mkdir(parents=True, exist_ok=True)
         copied.write_bytes(path.read_bytes())
-    (package / "augment" / "__pycache__").touch()
+    (package / "views" / "__pycache__").touch()
     (tmp_path / "file").touch()
     blocked = str(tmp_path / "file" / "folder")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HOME": blocked, "XDG_CACHE_HOME": blocked}

@@ -13,7 +13,8 @@ from simclr.config.pretrain import PretrainConfig
 from simclr.data.images import MemoryStore, array_images
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.tasks import pretrain
+from simclr.tasks.pretrain_images import _make_inputs
+from simclr.training import batches
 from simclr.views import reference, resize
 from simclr.views.device_images import DeviceImages
 from simclr.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, draw
@@ -257,13 +258,16 @@ def test_training_takes_its_views_from_images_that_stay_on_the_device(monkeypatc
         pixels, None, name="noise", split="all", has_own_split=False, classes=None, channels="auto"
     )  # fmt: skip
     config = PretrainConfig(size=8, batch_size=4, precision="fp32")
-    policy = pretrain.policy_of(config, channels=1)
-    world = DistributedContext(device=DEVICE)
-    expected = pretrain._batches(data, policy, config, DistributedContext())(1)  # straddles two epochs
-    monkeypatch.setattr(pretrain, "has_kernels", lambda device: True)
+
+    def batches_of(world):
+        inputs = _make_inputs(data, config, world, 2)
+        return batches.make_batches(data, inputs, batch_size=4, seed=config.seed, world=world, verbose=True)
+
+    expected = batches_of(DistributedContext())(1)  # straddles two epochs
+    monkeypatch.setattr(batches, "has_kernels", lambda device: True)
     for free, said in ((10_000, "stay there"), (100, "is sent there")):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
-        batch = pretrain._batches(data, policy, config, world)
+        batch = batches_of(DistributedContext(device=DEVICE))
         assert said in capsys.readouterr().err
         for ours, theirs in zip(batch(1), expected, strict=True):
             torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=LAST_BITS, check_stride=False)
