@@ -116,16 +116,25 @@ def distill_images(
         outcome = fit(task, run, config, world, manifest=record)
         tested: dict[str, float] = {}
         if test is not None and test_targets is not None:
-            networks = {"student": (student, student.encoder), "teacher": (taught_by, teacher.encoder)}
-            for name, (network, encoder) in networks.items():
-                logits = outputs(
-                    network, test, len(teacher.classes),
-                    size=encoder.config.size, preset=teacher.preprocessing, world=world,
-                )  # fmt: skip
-                tested[name] = accuracy(logits.argmax(axis=1), test_targets)
+            tested = _accuracies(teacher, student, test, test_targets, world)
         if world.is_main:
             _report_end(run, outcome, images, config, tested, test)
         return Distilled(student.eval(), outcome.step, tested.get("student"), tested.get("teacher"))
+
+
+def _accuracies(
+    teacher: Model, student: Classifier, test: Images, targets: np.ndarray, world: DistributedContext
+) -> dict[str, float]:
+    """Top-1 accuracy of "student" and "teacher" on labelled images, in [0, 1]."""
+    assert teacher.classifier is not None
+    networks = {"student": (student, student.encoder), "teacher": (teacher.classifier, teacher.encoder)}
+    tested = {}
+    for name, (network, encoder) in networks.items():
+        logits = outputs(
+            network, test, len(teacher.classes), size=encoder.config.size, preset=teacher.preprocessing, world=world
+        )  # (m, K)
+        tested[name] = accuracy(logits.argmax(axis=1), targets)
+    return tested
 
 
 def build_task(

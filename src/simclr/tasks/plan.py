@@ -179,6 +179,7 @@ def measure_plan(
                 need=footprint.need("grad-cache", config.batch_size, config.chunk),
             )
         timed_at, seconds = _time(strategy, footprint, budget, images, config, method, world)
+        steps_per_epoch = len(images) / config.batch_size
         strategies.append(
             StrategyPlan(
                 name=strategy.name,
@@ -187,8 +188,8 @@ def measure_plan(
                 fits=strategy.need <= budget,
                 timed_at=timed_at,
                 step_seconds=seconds,
-                views_per_second=2 * config.batch_size / seconds if seconds else None,
-                epoch_seconds=seconds * len(images) / config.batch_size if seconds else None,
+                views_per_second=method.num_views * config.batch_size / seconds if seconds else None,
+                epoch_seconds=seconds * steps_per_epoch if seconds else None,
                 run_seconds=seconds * steps if seconds else None,
             )
         )

@@ -117,10 +117,7 @@ def train(
             if log or save:
                 _stop_if_broken(finite, task, run, world, done)
             if log:  # the only synchronisation with the device
-                record = {"step": done, "lr": task.learning_rate(step)}
-                record |= {name: float(value) for name, value in metrics.items()}
-                if evaluate and task.evaluate is not None and world.is_main:
-                    record |= task.evaluate()
+                record = _record(task, step, metrics, evaluate=evaluate and world.is_main)
                 outcome.last = record
                 outcome.warnings = task.method.warnings(record)
                 outcome.seconds = time.perf_counter() - clock
@@ -143,6 +140,13 @@ def train(
     outcome.seconds = time.perf_counter() - clock
     outcome.wait_seconds = batches.wait_seconds
     return outcome
+
+
+def _record(task: Task, step: int, metrics: dict[str, Tensor], *, evaluate: bool) -> dict[str, float]:
+    """The record of a step: its number counted from 1, learning rate and metrics."""
+    record = {"step": step + 1, "lr": task.learning_rate(step)}
+    record |= {name: float(value) for name, value in metrics.items()}
+    return record | task.evaluate() if evaluate and task.evaluate is not None else record
 
 
 def _save(task: Task, run: RunFolder, step: int, world: DistributedContext, max_checkpoints: int) -> None:
