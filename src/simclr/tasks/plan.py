@@ -4,7 +4,7 @@ Memory is counted on two tiny batches (training/memory.py). Time is measured on 
 would, on its own images, for each memory strategy: at the run's batch where that fits and takes seconds, else at a
 smaller one, and extended: encoder and views grow with the images, the loss with their square, the update not at all.
 
-Shapes: n images a step.
+Shapes: n images per step.
 """
 
 import json
@@ -102,7 +102,7 @@ class Plan:
             f"{self.data}: {self.images:,} images, {'gray' if self.channels == 1 else 'colour'}",
             f"recipe {self.recipe}: {self.encoder} with {self.encoder_parameters:,} parameters, and "
             f"{self.head_parameters:,} in the head; views of {self.size} pixels",
-            f"{self.batch_size:,} images a step, {self.steps:,} steps, {self.epochs:,} epochs",
+            f"{self.batch_size:,} images per step, {self.steps:,} steps, {self.epochs:,} epochs",
             f"{self.device}, {readable(self.budget_bytes)} of memory to spend",
             "",
             f"{'strategy':<24}{'memory':>10}{'step':>12}{'views/s':>10}{'an epoch':>10}{'the run':>11}",

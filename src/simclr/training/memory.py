@@ -123,7 +123,7 @@ def choose(footprint: Footprint, n: int, budget: int) -> MemoryStrategy:
     raise UserError(
         f"--batch-size gives a process {n:,} images, which need {readable(least.need)} even with --memory {how}, and "
         f"there are {readable(budget)}; give a smaller --size, --width or --encoder, or a batch that splits evenly "
-        f"into chunks of {MIN_CHUNK} images a process."
+        f"into chunks of {MIN_CHUNK} images per process."
     )
 
 
