@@ -25,12 +25,12 @@ from simclr.models.heads import ProjectionHead
 from simclr.weights.folder import save_encoder
 
 SHAPE = EncoderConfig("small", channels=1, size=8, width=0.5)
-QUICK = Settings(recipe="small", over=lambda config: replace(config, min_steps=3, epochs=0, batch_size=16))
+QUICK = Settings(recipe="small", overrides=lambda config: replace(config, min_steps=3, epochs=0, batch_size=16))
 
 
 @pytest.fixture(autouse=True)
 def quick_baseline(monkeypatch):
-    monkeypatch.setitem(FINETUNE_RECIPES, "small-supervised", QUICK.over(FINETUNE_RECIPES["small-supervised"]))
+    monkeypatch.setitem(FINETUNE_RECIPES, "small-supervised", QUICK.overrides(FINETUNE_RECIPES["small-supervised"]))
 
 
 PROTOCOLS = ("knn", "linear", "logistic", "finetune", "supervised")

@@ -362,10 +362,10 @@ def _versions() -> dict[str, str]:
 def _first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, object, object] | None:
     """Name and values of the first entry that differs, within nested dicts too."""
     for name in {**ours, **theirs}:
-        one, other = ours.get(name), theirs.get(name)
-        if one != other:
-            nested = isinstance(one, dict) and isinstance(other, dict)
-            return _first_difference(one, other) if nested else (name, one, other)
+        our_value, their_value = ours.get(name), theirs.get(name)
+        if our_value != their_value:
+            nested = isinstance(our_value, dict) and isinstance(their_value, dict)
+            return _first_difference(our_value, their_value) if nested else (name, our_value, their_value)
     return None
 
 

@@ -143,8 +143,10 @@ def sweep(folder: Path, name: str | None = None) -> None:
         return
     prefix = "." if name is None else f".{_stem(name)}."
     with os.scandir(folder) as entries:
-        found = [Path(entry.path) for entry in entries if entry.name.startswith(prefix) and is_temporary(entry.name)]
-    for leftover in found:
+        leftovers = [
+            Path(entry.path) for entry in entries if entry.name.startswith(prefix) and is_temporary(entry.name)
+        ]
+    for leftover in leftovers:
         if not _is_being_written(leftover):
             leftover.unlink(missing_ok=True)
 
@@ -262,8 +264,8 @@ class FileLock:
     def holder(self) -> str:
         """Who holds the lock, for a sentence: "process 1234 on host", or "another process" where that is unknown."""
         try:
-            found = json.loads(read_regular(self.path, 4096))
-            return f"process {int(found['pid'])} on {str(found['host'])[:64]}"
+            record = json.loads(read_regular(self.path, 4096))
+            return f"process {int(record['pid'])} on {str(record['host'])[:64]}"
         except (OSError, ValueError, KeyError, TypeError):
             return "another process"
 

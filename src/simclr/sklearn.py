@@ -199,15 +199,15 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         given = {**given, "seed": seed, "device": world.device.type}
         recipe = find_recipe(self.recipe) if self.recipe is not None else None
 
-        over = Overrides(given)
-        pretraining.check_settings(over(recipe.config if recipe else PretrainConfig()), world)
+        overrides = Overrides(given)
+        pretraining.check_settings(overrides(recipe.config if recipe else PretrainConfig()), world)
         gpus = [world.device] if world.device.type == "cuda" else []
         with (
             nullcontext() if self.verbose else hushed(),
             TemporaryDirectory(prefix="simclr-") as folder,
             torch.random.fork_rng(gpus),  # the loop seeds torch's generator, which is the user's
         ):
-            config = settings_for(recipe, images, over, on_gpu=bool(gpus), say=say)
+            config = settings_for(recipe, images, overrides, on_gpu=bool(gpus), say=say)
             run = RunFolder(Path(folder), how_to_resume="a new fit", lasting=False)
             manifest = pretraining.manifest_of(images, images.name, {})
             try:

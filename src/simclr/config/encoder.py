@@ -155,8 +155,10 @@ class EncoderConfig:
         known = {field.name for field in fields(cls)}
         unknown, missing = sorted(set(values) - known), sorted({"name", "channels", "size"} - set(values))
         if unknown or missing:
-            found = [f"{shown(str(key))} is unknown" for key in unknown[:3]] + [f"{key} is missing" for key in missing]
-            raise UserError(f"The encoder's description does not fit: {', '.join(found)}; fields: {sorted(known)}.")
+            problems = [f"{shown(str(key))} is unknown" for key in unknown[:3]] + [
+                f"{key} is missing" for key in missing
+            ]
+            raise UserError(f"The encoder's description does not fit: {', '.join(problems)}; fields: {sorted(known)}.")
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
 

@@ -73,11 +73,11 @@ class TrainingConfig:
     max_checkpoints: int = 2
     """Newest checkpoints that are kept."""
 
-    def with_overrides(self, over: Callable[[Self], Self]) -> Self:
+    def with_overrides(self, overrides: Callable[[Self], Self]) -> Self:
         """These settings with a user's on top; whoever asks for other epochs means them, so `min_steps` gives way."""
-        asked = over(self)
-        named = asked.min_steps != self.min_steps
-        return asked if named or asked.epochs == self.epochs else replace(asked, min_steps=0)
+        config = overrides(self)
+        named = config.min_steps != self.min_steps
+        return config if named or config.epochs == self.epochs else replace(config, min_steps=0)
 
     def steps(self, num_images: int) -> int:
         """Updates of a training on so many images."""

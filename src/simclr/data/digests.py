@@ -116,8 +116,8 @@ def known_digests(root: Path, files: Sequence[FileEntry]) -> list[FileEntry] | N
     """The files with their digests where all of them are in the table; None where one is not."""
     root = root.resolve()
     table = _unwritten.get(root) or _load(_place(root)[0], lambda _: None)
-    found = [_known(file, table.get(name)) for file, name in zip(files, _names(root, files), strict=True)]
-    complete = [file for file in found if file is not None]
+    entries = [_known(file, table.get(name)) for file, name in zip(files, _names(root, files), strict=True)]
+    complete = [file for file in entries if file is not None]
     return complete if len(complete) == len(files) else None
 
 
@@ -284,14 +284,14 @@ def _keep(place: Path | None, new: Table, present: set[bytes], say: Callable[[st
 def _prune(newest: Path) -> None:
     """Remove the tables that were not used for longest, until the rest is small enough."""
     sweep(newest.parent)
-    found = []
+    tables = []
     for path in newest.parent.glob("*.digests"):
         with suppress(OSError):  # gone meanwhile
             status = path.stat()
             if path != newest:
-                found.append((status.st_mtime, status.st_size, path))
+                tables.append((status.st_mtime, status.st_size, path))
     total = newest.stat().st_size
-    for count, (_, size, path) in enumerate(sorted(found, reverse=True), start=2):
+    for count, (_, size, path) in enumerate(sorted(tables, reverse=True), start=2):
         total += size
         if count > MAX_TABLES or total > MAX_TABLES_BYTES:
             path.unlink(missing_ok=True)

@@ -257,9 +257,9 @@ class Images:
 
     def _damaged(self, progress: Progress | None) -> dict[int, Skipped]:
         """By index, the images that cannot be decoded."""
-        found = self.store.check(self.rows, progress)
-        rows = enumerate(self.rows.tolist()) if found else ()
-        return {i: Skipped(self.keys[i], found[row]) for i, row in rows if row in found}
+        reasons = self.store.check(self.rows, progress)
+        rows = enumerate(self.rows.tolist()) if reasons else ()
+        return {i: Skipped(self.keys[i], reasons[row]) for i, row in rows if row in reasons}
 
     def _next_readable(self, index: int) -> np.ndarray:
         self.store.tell_replaced(int(self.rows[index]))

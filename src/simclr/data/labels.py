@@ -142,11 +142,11 @@ def read_label_list(file: Path, images: Images) -> np.ndarray:
         with_name[key.rpartition("/")[2]].append(i)
     missing, ambiguous, chosen = [], [], []
     for name in names:
-        found = [i for i in with_name[name.rpartition("/")[2]] if f"/{images.keys[i]}".endswith(f"/{name}")]
-        if len(found) == 1:
-            chosen.append(found[0])
+        matches = [i for i in with_name[name.rpartition("/")[2]] if f"/{images.keys[i]}".endswith(f"/{name}")]
+        if len(matches) == 1:
+            chosen.append(matches[0])
         else:
-            (ambiguous if found else missing).append(name)
+            (ambiguous if matches else missing).append(name)
     wrong = [
         f"{len(group):,} {what} ({some(group, max_named=3)})"
         for what, group in (

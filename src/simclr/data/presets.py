@@ -140,10 +140,12 @@ def _lacking(learn: Images, preset: Preset | None) -> list[str]:
     if preset is None:
         return []
     shown = _labels(learn) if learn.targets is None else np.nonzero(learn.targets == 1)[1]
-    found = len(np.unique(shown))
-    if found == preset.num_classes:
+    num_present = len(np.unique(shown))
+    if num_present == preset.num_classes:
         return []
-    return [f"{learn.name} has {preset.num_classes} classes, and {found} of them are among the training images here."]
+    return [
+        f"{learn.name} has {preset.num_classes} classes, and {num_present} of them are among the training images here."
+    ]
 
 
 def _labels(images: Images) -> np.ndarray:

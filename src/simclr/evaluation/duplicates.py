@@ -123,26 +123,26 @@ def find_duplicates(
         )
     within = test is None
     searched = _read(images)
-    asked = searched if test is None else _read(test)
+    queried = searched if test is None else _read(test)
     first: dict[bytes, int] = {}  # hash -> first row
     for row, digest in enumerate(searched.hashes):
         first.setdefault(digest, row)
     identical = [
         (row, first[digest])
-        for row, digest in enumerate(asked.hashes)
+        for row, digest in enumerate(queried.hashes)
         if digest in first and not (within and first[digest] == row)
     ]
     known = {row for row, _ in identical}
     distinct = np.array(sorted(first.values()), np.int64)  # (n,) one row for each distinct image
-    flat = _are_flat(asked.thumbnails)
-    queries = [row for row in range(len(asked.images)) if row not in known and not flat[row]]  # m of them
-    near = _near_copies(searched, distinct, asked, np.array(queries, np.int64), within=within, progress=progress)
+    flat = _are_flat(queried.thumbnails)
+    queries = [row for row in range(len(queried.images)) if row not in known and not flat[row]]  # m of them
+    near = _near_copies(searched, distinct, queried, np.array(queries, np.int64), within=within, progress=progress)
 
-    names, asked_names = images.keys, asked.images.keys
+    names, asked_names = images.keys, queried.images.keys
     pairs = [Pair(names[o], asked_names[c], o, c, 1.0, "identical") for c, o in identical]
     pairs += [Pair(names[o], asked_names[c], o, c, round(value, 4), "near") for value, c, o in near]
     return Duplicates(
-        searched=_part(images), asked=_part(asked.images), num_searched=len(images), num_asked=len(asked.images),
+        searched=_part(images), asked=_part(queried.images), num_searched=len(images), num_asked=len(queried.images),
         num_identical=len(identical), num_near=len(near), num_flat=int(flat.sum()), pairs=pairs,
     )  # fmt: skip
 
@@ -160,7 +160,7 @@ class _Read(NamedTuple):
 def _near_copies(
     searched: _Read,
     distinct: np.ndarray,
-    asked: _Read,
+    queried: _Read,
     queries: np.ndarray,
     *,
     within: bool,
@@ -178,14 +178,14 @@ def _near_copies(
     sketches = torch.cat(blocks) if blocks else torch.empty(0, SKETCH**2)
     for done, rows in enumerate(_blocks(queries, QUERY_BLOCK)):
         count = CANDIDATES + within  # a query within the images finds itself too
-        nearness, nearest = _nearest(asked.thumbnails[rows], sketches, count)
+        nearness, nearest = _nearest(queried.thumbnails[rows], sketches, count)
         candidates = distinct[nearest.numpy()]
         worth = (nearness >= NEAREST_SKETCH).numpy()
         if within:
             worth &= candidates != rows[:, None]
         query, original = np.broadcast_to(rows[:, None], candidates.shape)[worth], candidates[worth]  # (P,)
-        sides = asked.images.sizes[query].min(1), searched.images.sizes[original].min(1)
-        similarity = _verify(asked.thumbnails, query, searched.thumbnails, original, sides)
+        sides = queried.images.sizes[query].min(1), searched.images.sizes[original].min(1)
+        similarity = _verify(queried.thumbnails, query, searched.thumbnails, original, sides)
         for row, other, value in zip(query.tolist(), original.tolist(), similarity.tolist(), strict=True):
             copy, source = (max(row, other), min(row, other)) if within else (row, other)
             if value > 0 and value > best.get(copy, (0.0, 0))[0]:

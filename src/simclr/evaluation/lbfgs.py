@@ -171,16 +171,16 @@ def minimise(
 
 def _inverse_hessian(gradient: Tensor, pairs: list[tuple[Tensor, Tensor]], first: Tensor) -> Tensor:
     """L-BFGS's estimate of inverse Hessian x gradient (Nocedal and Wright 2006, algorithm 7.4), from `first` on."""
-    q, found = gradient, []
+    q, steps = gradient, []
     for s, y in reversed(pairs):
         rho = 1 / (s * y).sum()
         alpha = rho * (s * q).sum()
         q = q - alpha * y
-        found.append((rho, alpha))
+        steps.append((rho, alpha))
     if pairs:
         s, y = pairs[-1]
         first = first * ((s * y).sum() / (y * first * y).sum())
     q = first * q
-    for (s, y), (rho, alpha) in zip(pairs, reversed(found), strict=True):
+    for (s, y), (rho, alpha) in zip(pairs, reversed(steps), strict=True):
         q = q + s * (alpha - rho * (y * q).sum())
     return q

@@ -57,7 +57,7 @@ class Settings:
     linear: Literal["auto", "sgd", "optimum"] = "auto"
     recipe: str | None = None
     """Recipe of fine-tuning; None: by the number of labels and the encoder's head."""
-    over: Callable[[FinetuneConfig], FinetuneConfig] = lambda config: config
+    overrides: Callable[[FinetuneConfig], FinetuneConfig] = lambda config: config
     """Returns the recipe with the settings that a user gives."""
     flip: float | None = None
     """Probability of a left-right flip in all training on labels, as in pretraining; None: the recipe's."""
@@ -256,7 +256,7 @@ def choose_finetune_config(subject: EvaluatedModel, split: Split, settings: Sett
     else:
         recipe = "small" if num_images <= SMALL else _papers_recipe(subject, split)
         config = _flipped(find_finetune_recipe(recipe), settings.flip)
-    return config.with_overrides(settings.over)
+    return config.with_overrides(settings.overrides)
 
 
 def supervised_recipe(network: nn.Module, num_images: int, flip: float | None) -> FinetuneConfig:

@@ -122,7 +122,7 @@ class Result:
 
     def to_dict(self) -> Entry:
         """Plain JSON values; `Result(**values)` reads them back."""
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 class ResultStore:

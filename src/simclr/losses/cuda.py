@@ -68,14 +68,14 @@ def log_sums(
     """
     packed = _pack(z, operands)
     tile = launch or _fitting(packed)
-    found = z.new_full((own.stop - own.start,), 0.0 if bounded else -math.inf)
+    sums = z.new_full((own.stop - own.start,), 0.0 if bounded else -math.inf)
     for first in range(own.start, own.stop, BAND):
         last = min(first + BAND, own.stop)
         # Columns are counted from the band's first row, round to the rows that come before our own.
         columns = len(z) - first + own.start
         row_tiles, strips = triton.cdiv(last - first, tile.rows), triton.cdiv(columns, tile.columns * STRIP)
-        of_rows = found.new_empty(strips, last - first)
-        of_columns = found.new_empty(row_tiles, columns)
+        of_rows = sums.new_empty(strips, last - first)
+        of_columns = sums.new_empty(row_tiles, columns)
         of_columns[:, : last - first] = 0.0 if bounded else -math.inf  # what tiles below the diagonal would add
         _run(
             _sums_kernel, row_tiles * strips, packed, tile,
@@ -85,12 +85,12 @@ def log_sums(
         rows, rest = slice(first - own.start, last - own.start), slice(first - own.start, None)
         of_columns = of_columns[:, : own.stop - first]  # beyond are the rows of other processes
         if bounded:
-            found[rows] += of_rows.sum(0)
-            found[rest] += of_columns.sum(0)
+            sums[rows] += of_rows.sum(0)
+            sums[rest] += of_columns.sum(0)
         else:
-            found[rows] = found[rows].logaddexp(of_rows.logsumexp(0))
-            found[rest] = found[rest].logaddexp(of_columns.logsumexp(0))
-    return found.log_() if bounded else found
+            sums[rows] = sums[rows].logaddexp(of_rows.logsumexp(0))
+            sums[rest] = sums[rest].logaddexp(of_columns.logsumexp(0))
+    return sums.log_() if bounded else sums
 
 
 def gradients(

@@ -89,11 +89,11 @@ class _OthersLogSumExp(torch.autograd.Function):
         if kernels:
             from simclr.losses import cuda
 
-            found = cuda.log_sums(z, temperature, own, group=group, bounded=bounded, operands=kernels)
+            own_log_sums = cuda.log_sums(z, temperature, own, group=group, bounded=bounded, operands=kernels)
         else:
             reduce = _log_of_sums if bounded else _merged_log_sums
-            found = reduce(z, temperature, own, group, tile)[own]
-        log_sums = world.all_gather_rows(found)  # (N,)
+            own_log_sums = reduce(z, temperature, own, group, tile)[own]
+        log_sums = world.all_gather_rows(own_log_sums)  # (N,)
         ctx.save_for_backward(z, log_sums)
         ctx.settings = temperature, bounded, group, own, tile, kernels
         return log_sums

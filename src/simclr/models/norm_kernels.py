@@ -59,9 +59,9 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     guess = rows.reshape(-1, x.shape[1])[:_BLOCK].mean(0)  # (C,)
     pilot = _repeated(guess, folds)
     shares = _shares(len(rows) // columns, columns)
-    found = np.zeros((len(shares), 2, columns))
-    _in_threads(_moments_shared, shares, rows, columns, pilot, found)
-    first, second = found.sum(0).reshape(2, folds, -1).sum(1) / (len(rows) // x.shape[1])  # (C,) each, fp64
+    partial_sums = np.zeros((len(shares), 2, columns))
+    _in_threads(_moments_shared, shares, rows, columns, pilot, partial_sums)
+    first, second = partial_sums.sum(0).reshape(2, folds, -1).sum(1) / (len(rows) // x.shape[1])  # (C,) each, fp64
     mean, variance = first + guess, np.maximum(second - first * first, 0)
     return torch.from_numpy(mean).float(), torch.from_numpy(variance).float()
 
@@ -86,10 +86,10 @@ def sums(dy: Tensor, out: Tensor | None, x: Tensor, mean: Tensor, inverse_std: T
     columns = folds * x.shape[1]
     centre = _repeated(mean.numpy(), folds)
     shares = _shares(len(rows) // columns, columns)
-    found = np.zeros((len(shares), 2, columns))
+    partial_sums = np.zeros((len(shares), 2, columns))
     mask = gradient if out is None else _rows(out)
-    _in_threads(_sums_shared, shares, gradient, mask, out is not None, rows, columns, centre, found)
-    sum_dy, sum_dy_x = torch.from_numpy(found.sum(0).reshape(2, folds, -1).sum(1))  # (C,) each, fp64
+    _in_threads(_sums_shared, shares, gradient, mask, out is not None, rows, columns, centre, partial_sums)
+    sum_dy, sum_dy_x = torch.from_numpy(partial_sums.sum(0).reshape(2, folds, -1).sum(1))  # (C,) each, fp64
     return sum_dy.float(), (sum_dy_x * inverse_std).float()
 
 

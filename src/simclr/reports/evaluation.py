@@ -67,7 +67,7 @@ def accuracy_summary(results: Sequence[Result]) -> dict[str, Any]:
 
 def records(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Results as plain JSON values, without details such as the outcomes of single images."""
-    return [{name: value for name, value in one.to_dict().items() if name != "details"} for one in results]
+    return [{name: value for name, value in result.to_dict().items() if name != "details"} for result in results]
 
 
 def results_by_subject(results: Sequence[Result]) -> dict[str, list[Result]]:

@@ -78,8 +78,8 @@ def seeds_note(rows: Sequence[Row]) -> str:
     numbers = sorted({len(values) for row in rows for values in row.values.values() if len(values)})
     if not numbers or numbers == [1]:
         return "one seed, so no spread"
-    over = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
-    return f"mean ± sample standard deviation over {over} seeds"
+    counts = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+    return f"mean ± sample standard deviation over {counts} seeds"
 
 
 def error_note(num_test: int, what: str = "an accuracy") -> str:

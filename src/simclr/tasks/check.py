@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from simclr.tasks.options.using import Check
 
 
-def check(args: "Check") -> None:
+def check(options: "Check") -> None:
     """Print a line "key: reason" for each file that cannot be used; exit code 1 where there are any.
 
     Raises:
         UserError: There is nothing at DATA, or an archive cannot be read at all.
     """
     reading = Reading(workers=os.cpu_count() or 1, memory_budget=0, allow_empty=True, say=say, counting=counting)
-    images = open_whole(args.data, reading)
+    images = open_whole(options.data, reading)
     with counting("Checking images", lines=True, unit="image") as progress:
         damaged = sorted([*images.skipped, *images.check(progress)])
     for item in damaged:

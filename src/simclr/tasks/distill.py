@@ -35,34 +35,34 @@ if TYPE_CHECKING:
 SAME = "same"
 
 
-def distill(args: "Distill", over: Overrides) -> None:
+def distill(options: "Distill", overrides: Overrides) -> None:
     """The command.
 
     Args:
-        over: Puts the flags that were given on top of a recipe.
+        overrides: Puts the flags that were given on top of a recipe.
     """
-    _check(args, over(DistillConfig()))
-    with distributed.joined(args.device) as world, hold(args.out, world):
-        result, test = _distill(args, over, world)
+    _check(options, overrides(DistillConfig()))
+    with distributed.joined(options.device) as world, hold(options.out, world):
+        result, test = _distill(options, overrides, world)
     if world.is_main:
         _print(result, test)
 
 
-def _distill(args: "Distill", over: Overrides, world: DistributedContext) -> tuple[Distilled, Images | None]:
+def _distill(options: "Distill", overrides: Overrides, world: DistributedContext) -> tuple[Distilled, Images | None]:
     """The student, and the images that it was tested on."""
-    teacher = open_teacher(args.teacher, size=args.teacher_size, main=world.is_main)
+    teacher = open_teacher(options.teacher, size=options.teacher_size, main=world.is_main)
     assert teacher.classifier is not None
-    student, how = open_student(args, teacher, main=world.is_main)
-    images, test = _open_images(args, teacher, world)
-    config = _settle(args, over, images, student, teacher, world)
+    student, student_description = open_student(options, teacher, main=world.is_main)
+    images, test = _open_images(options, teacher, world)
+    config = _settle(options, overrides, images, student, teacher, world)
     manifest = {
-        "data": data_record(images, lasting(args.data), opening_options(args)),
-        "task": task_record("distill", args, over),
+        "data": data_record(images, lasting(options.data), opening_options(options)),
+        "task": task_record("distill", options, overrides),
     }
     size = {name: sum(p.numel() for p in n.parameters()) for name, n in (("t", teacher.classifier), ("s", student))}
     say(
-        f"The student ({how}, {size['s']:,} parameters) learns from {args.teacher} ({size['t']:,}) on "
-        f"{len(images):,} images at temperature {config.temperature:g}; the run is in {args.out}.",
+        f"The student ({student_description}, {size['s']:,} parameters) learns from {options.teacher} ({size['t']:,}) "
+        f"on {len(images):,} images at temperature {config.temperature:g}; the run is in {options.out}.",
         main=world.is_main,
     )
     result = distill_images(
@@ -70,8 +70,8 @@ def _distill(args: "Distill", over: Overrides, world: DistributedContext) -> tup
         student,
         images,
         config,
-        RunFolder(args.out),
-        seed=args.seed,
+        RunFolder(options.out),
+        seed=options.seed,
         test=test,
         world=world,
         manifest=manifest,
@@ -79,7 +79,7 @@ def _distill(args: "Distill", over: Overrides, world: DistributedContext) -> tup
     return result, test
 
 
-def open_student(args: "Distill", teacher: Model, *, main: bool = True) -> tuple[Classifier, str]:
+def open_student(options: "Distill", teacher: Model, *, main: bool = True) -> tuple[Classifier, str]:
     """The network that is to learn, and what it is in words.
 
     Args:
@@ -89,68 +89,75 @@ def open_student(args: "Distill", teacher: Model, *, main: bool = True) -> tuple
         UserError: It cannot be built or loaded, has no such head layer, or takes other channels than the teacher.
     """
     expected = teacher.encoder.config
-    if args.encoder is not None:
+    if options.encoder is not None:
         config = EncoderConfig(
-            name=args.encoder, width=args.width, stem=args.stem, sk=args.sk, channels=expected.channels,
-            size=args.size or expected.size,
+            name=options.encoder, width=options.width, stem=options.stem, sk=options.sk, channels=expected.channels,
+            size=options.size or expected.size,
         )  # fmt: skip
-        encoder, head, how = build_encoder(config, seed=args.seed), None, f"a fresh {args.encoder}"
-    elif args.student == SAME:
-        encoder, how = build_encoder(expected, seed=args.seed), "fresh weights in the teacher's shape"
-        head = _fresh_head(teacher.head, encoder, args.seed)
+        encoder, head, description = build_encoder(config, seed=options.seed), None, f"a fresh {options.encoder}"
+    elif options.student == SAME:
+        encoder, description = build_encoder(expected, seed=options.seed), "fresh weights in the teacher's shape"
+        head = _fresh_head(teacher.head, encoder, options.seed)
     else:
-        loaded = load_model(args.student, main=main)
-        encoder, head, how = loaded.encoder, loaded.head, f"starting from {args.student}"
+        loaded = load_model(options.student, main=main)
+        encoder, head, description = loaded.encoder, loaded.head, f"starting from {options.student}"
     if encoder.config.channels != expected.channels:
         raise UserError(
-            f"The student {args.student} takes {encoder.config.channels}-channel images and the teacher {args.teacher} "
-            f"{expected.channels}-channel ones; take a student of the teacher's channels."
+            f"The student {options.student} takes {encoder.config.channels}-channel images and the teacher "
+            f"{options.teacher} {expected.channels}-channel ones; take a student of the teacher's channels."
         )
-    layer = args.head_layer
+    layer = options.head_layer
     if layer is None:
-        alike = args.student == SAME and args.encoder is None
+        alike = options.student == SAME and options.encoder is None
         layer = teacher.classifier.head_layer if alike and isinstance(teacher.classifier, Classifier) else 0
-    return Classifier(encoder, head, len(teacher.classes), head_layer=layer), how
+    return Classifier(encoder, head, len(teacher.classes), head_layer=layer), description
 
 
 def _fresh_head(like: ProjectionHead | None, encoder: Encoder, seed: int) -> ProjectionHead | None:
     return None if like is None else ProjectionHead(encoder.num_features, **like.to_dict(), seed=seed)
 
 
-def _check(args: "Distill", asked: DistillConfig) -> None:
+def _check(options: "Distill", config: DistillConfig) -> None:
     """Fail before anything is opened where flags do not go together."""
-    require_seed(args.seed)
-    if args.encoder is None:
-        given = {"width": args.width != 1, "stem": args.stem != "auto", "sk": args.sk, "size": args.size is not None}
+    require_seed(options.seed)
+    if options.encoder is None:
+        given = {
+            "width": options.width != 1,
+            "stem": options.stem != "auto",
+            "sk": options.sk,
+            "size": options.size is not None,
+        }
         if any(given.values()):
             names = ", ".join(f"--{name}" for name, is_given in given.items() if is_given)
             raise UserError(
                 f"{names} go with --encoder, which builds a fresh student; name one, such as --encoder small."
             )
-    elif args.student != SAME:
+    elif options.student != SAME:
         raise UserError(
-            f"--encoder {args.encoder} builds a fresh student and --student {args.student} names one; give one."
+            f"--encoder {options.encoder} builds a fresh student and --student {options.student} names one; give one."
         )
-    if args.labels is None and asked.alpha < 1:
+    if options.labels is None and config.alpha < 1:
         raise UserError(
-            f"--alpha was {asked.alpha:g}, which leaves {1 - asked.alpha:g} to labels, and none were named; give "
+            f"--alpha was {config.alpha:g}, which leaves {1 - config.alpha:g} to labels, and none were named; give "
             "--labels, such as 1%, or leave --alpha at 1."
         )
-    if args.labels is not None and asked.alpha == 1:
-        raise UserError(f"--labels {args.labels} would not count, because --alpha is 1; give a lower one, such as 0.5.")
-    if args.recipe is not None:
-        find_distill_recipe(args.recipe)
+    if options.labels is not None and config.alpha == 1:
+        raise UserError(
+            f"--labels {options.labels} would not count, because --alpha is 1; give a lower one, such as 0.5."
+        )
+    if options.recipe is not None:
+        find_distill_recipe(options.recipe)
 
 
-def _open_images(args: "Distill", teacher: Model, world: DistributedContext) -> tuple[Images, Images | None]:
+def _open_images(options: "Distill", teacher: Model, world: DistributedContext) -> tuple[Images, Images | None]:
     """Images to learn on, with the labels that may be used, and labelled ones to test on, if there are any."""
-    train, test = open_parts(args.data, world, labels=args.labels_file, pack=args.pack, side=args.pack_side)
+    train, test = open_parts(options.data, world, labels=options.labels_file, pack=options.pack, side=options.pack_side)
     channels = teacher.encoder.config.channels
     train = fit_channels(train, channels)
-    if args.only_labels is not None:
-        train = train.subset(_chosen(train, args.only_labels, args.seed))
-    if args.labels is not None:
-        chosen = _chosen(train, args.labels, args.seed)
+    if options.only_labels is not None:
+        train = train.subset(_chosen(train, options.only_labels, options.seed))
+    if options.labels is not None:
+        chosen = _chosen(train, options.labels, options.seed)
         assert train.labels is not None
         labels = np.full(len(train), -1)
         labels[chosen] = train.labels[chosen]
@@ -159,7 +166,7 @@ def _open_images(args: "Distill", teacher: Model, world: DistributedContext) -> 
     if test is None or test.labels is None or not (test.labels >= 0).any():
         say(f"{train.name} brings no labelled test images: nothing is tested at the end.", main=world.is_main)
         return train, None
-    if not args.test:
+    if not options.test:
         return train, None
     return train, fit_channels(test.subset(np.flatnonzero(test.labels >= 0)), channels)
 
@@ -172,15 +179,15 @@ def _chosen(images: Images, labels: str, seed: int) -> np.ndarray:
 
 
 def _settle(
-    args: "Distill", over: Overrides, images: Images, student: Classifier,
+    options: "Distill", overrides: Overrides, images: Images, student: Classifier,
     teacher: Model, world: DistributedContext,
 ) -> DistillConfig:  # fmt: skip
     """The complete settings: recipe, the temperature that suits the student, the flags on top."""
-    name = args.recipe or ("small-distill" if len(images) <= SMALL else "v2-distill")
-    if args.recipe is None:
+    name = options.recipe or ("small-distill" if len(images) <= SMALL else "v2-distill")
+    if options.recipe is None:
         say(f"Recipe {name} ({len(images):,} images); --recipe chooses another.", main=world.is_main)
     itself = student.encoder.config == teacher.encoder.config
-    return replace(find_distill_recipe(name), temperature=SELF if itself else SMALLER).with_overrides(over)
+    return replace(find_distill_recipe(name), temperature=SELF if itself else SMALLER).with_overrides(overrides)
 
 
 def _print(result: Distilled, test: Images | None) -> None:

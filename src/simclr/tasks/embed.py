@@ -29,24 +29,24 @@ MAX_COPY_ROWS = 4096  # rows in memory at a time while a file is copied
 _FEATURES = "features.npy"
 
 
-def embed(args: "Embed") -> None:
+def embed(options: "Embed") -> None:
     """`simclr embed RUN DATA --out FILE.npz`: features, keys and labels of every image of every split."""
-    require_writable(args.out)
-    tell_if_replaced(args.out)
-    model = load_model(args.run, device=args.device)
-    side = side_of(args.run, args.data, args.pack_side)
-    labels = str(args.labels_file) if args.labels_file else None
+    require_writable(options.out)
+    tell_if_replaced(options.out)
+    model = load_model(options.run, device=options.device)
+    side = side_of(options.run, options.data, options.pack_side)
+    labels = str(options.labels_file) if options.labels_file else None
     images = open_aloud(
-        args.data, DistributedContext(), split="all", labels=labels, pack=args.pack, side=side, once=True
+        options.data, DistributedContext(), split="all", labels=labels, pack=options.pack, side=side, once=True
     )  # fmt: skip
     images = fit_channels(images, model.encoder.config.channels)
     bad = LeftOut()
-    with writing(args.out):
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(args.out) as temporary:
+    with writing(options.out):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(options.out) as temporary:
             kept = _write(temporary, model, images, bad)
     bad.tell(len(kept))
-    say(f"{len(kept):,} features of width {model.encoder.num_features} are in {args.out}.")
+    say(f"{len(kept):,} features of width {model.encoder.num_features} are in {options.out}.")
 
 
 def _write(path: Path, model: Model, images: Images, bad: LeftOut) -> np.ndarray:

@@ -42,36 +42,38 @@ class Report:
     """File name -> PNG."""
 
 
-def evaluate(args: "Evaluate", finetune_over: Callable[[FinetuneConfig], FinetuneConfig]) -> list[Result]:
+def evaluate(options: "Evaluate", overrides: Callable[[FinetuneConfig], FinetuneConfig]) -> list[Result]:
     """The command: what can be checked is checked first, and each result is kept as soon as it is there.
 
     Returns:
         All that was measured.
 
     Args:
-        finetune_over: Puts the flags that were given on top of a recipe for fine-tuning.
+        overrides: Puts the flags that were given on top of a recipe for fine-tuning.
 
     Raises:
         UserError: RUN, DATA and the flags do not go together, or a result could not be measured.
     """
-    protocols = protocols_of(args.protocol)
-    check_flags(args, protocols, finetune_over)
-    with distributed.joined(args.device) as world:
+    protocols = protocols_of(options.protocol)
+    check_flags(options, protocols, overrides)
+    with distributed.joined(options.device) as world:
         try:
-            session = Session.open(args, protocols, world)
+            session = Session.open(options, protocols, world)
             session.check()
-            settings = Settings(linear=args.linear, recipe=args.finetune_recipe, over=finetune_over, flip=session.flip)
+            settings = Settings(
+                linear=options.linear, recipe=options.finetune_recipe, overrides=overrides, flip=session.flip
+            )
             results = session.measure([cast(Protocol, name) for name in protocols if name in ACCURACIES], settings)
             reports = {name: REPORTS[name](session) for name in protocols if name in REPORTS}
             session.tell_reused()
-            picture = _picture(session, results) if args.picture else None
+            picture = _picture(session, results) if options.picture else None
             if world.is_main:
                 _print_and_write(session, results, reports, picture)
             if session.failed:
                 raise UserError(f"{len(session.failed)} of the results above are missing: {session.failed[0]}")
             return [*results, *(result for report in reports.values() for result in report.results)]
         except Stopped as stopped:
-            folder = results_folder(args)
+            folder = results_folder(options)
             kept = (
                 f"what is done is in {folder}: the same command goes on" if folder else "nothing is kept without --out"
             )
@@ -92,41 +94,43 @@ def protocols_of(text: str) -> list[str]:
 
 
 def check_flags(
-    args: "Evaluate", protocols: Sequence[str], finetune_over: Callable[[FinetuneConfig], FinetuneConfig]
+    options: "Evaluate", protocols: Sequence[str], overrides: Callable[[FinetuneConfig], FinetuneConfig]
 ) -> None:
     """Reject flags that contradict one another or have no effect, before any image is opened.
 
     Raises:
         UserError: One sentence about the first of them.
     """
-    if len(args.data) != 1 and (list(protocols) != ["transfer"] or not args.data):
-        raise UserError(f"{len(args.data)} data sets were given; give one, or several with --protocol transfer alone.")
-    if args.seeds < 1:
-        raise UserError(f"--seeds was {args.seeds}; it must be at least 1.")
-    require_seed(args.seed, count=args.seeds)
-    for path in (args.json, args.picture):
+    if len(options.data) != 1 and (list(protocols) != ["transfer"] or not options.data):
+        raise UserError(
+            f"{len(options.data)} data sets were given; give one, or several with --protocol transfer alone."
+        )
+    if options.seeds < 1:
+        raise UserError(f"--seeds was {options.seeds}; it must be at least 1.")
+    require_seed(options.seed, count=options.seeds)
+    for path in (options.json, options.picture):
         if path is not None:
             require_writable(path)
-    if args.picture is not None and args.picture.suffix.lower() != ".png":
-        raise UserError(f"--picture was {args.picture}; the picture is a PNG file: give a name that ends in .png.")
-    if args.out is not None:
-        require_writable(args.out / "results.jsonl")
-    if args.finetune_recipe is not None:
-        find_finetune_recipe(args.finetune_recipe)
-    if args.leave_one_out and list(protocols) != ["knn"]:
+    if options.picture is not None and options.picture.suffix.lower() != ".png":
+        raise UserError(f"--picture was {options.picture}; the picture is a PNG file: give a name that ends in .png.")
+    if options.out is not None:
+        require_writable(options.out / "results.jsonl")
+    if options.finetune_recipe is not None:
+        find_finetune_recipe(options.finetune_recipe)
+    if options.leave_one_out and list(protocols) != ["knn"]:
         raise UserError(
-            f"--leave-one-out is about nearest neighbours; --protocol was {args.protocol!r}, give knn alone."
+            f"--leave-one-out is about nearest neighbours; --protocol was {options.protocol!r}, give knn alone."
         )
-    if args.labels is not None and (ignoring := [name for name in protocols if name in REPORTS]):
+    if options.labels is not None and (ignoring := [name for name in protocols if name in REPORTS]):
         raise UserError(
-            f"--labels was {args.labels!r}, and has no effect on {', '.join(ignoring)}: it is for "
+            f"--labels was {options.labels!r}, and has no effect on {', '.join(ignoring)}: it is for "
             f"{', '.join(ACCURACIES)}; curve takes --counts instead, the others all images. Ask for these in a call "
             "without --labels."
         )
-    flags_given = args.finetune_recipe is not None or finetune_over(FinetuneConfig()) != FinetuneConfig()
+    flags_given = options.finetune_recipe is not None or overrides(FinetuneConfig()) != FinetuneConfig()
     if flags_given and "finetune" not in protocols:
         raise UserError(
-            f"--finetune-recipe and --finetune.* are about the protocol finetune; --protocol was {args.protocol!r}, "
+            f"--finetune-recipe and --finetune.* are about the protocol finetune; --protocol was {options.protocol!r}, "
             "and supervised, linear and transfer have recipes of their own."
         )
 
@@ -136,9 +140,9 @@ def check_flags(
 
 def _curve(session: Session) -> Report:
     """Accuracy over the number of labels per class."""
-    args, subjects = session.args, session.subjects()
+    options, subjects = session.options, session.subjects()
     results, notes = curve_results(
-        subjects, session.split(args.seed, every=True), counts=args.counts or None, seeds=session.seeds,
+        subjects, session.split(options.seed, every=True), counts=options.counts or None, seeds=session.seeds,
         flip=session.flip, context=session.context,
     )  # fmt: skip
     curve = Curve.from_results(results, notes)
@@ -148,7 +152,7 @@ def _curve(session: Session) -> Report:
 
 def _probe(session: Session) -> Report:
     """What can be read from each layer: colour, rotation, noise, edges (the paper's table 3)."""
-    split, first = session.split(session.args.seed, every=True), session.subjects()[0]
+    split, first = session.split(session.options.seed, every=True), session.subjects()[0]
     results = [
         probe_result(subject, split, seed, session.context)
         for seed in session.seeds
@@ -163,7 +167,7 @@ def _label_free(session: Session) -> Report:
     subjects, images, test = session.subjects(), session.train, session.test
     results = [
         label_free_result(
-            subject, images, test, session.args.seed, copies=subject is subjects[0], context=session.context
+            subject, images, test, session.options.seed, copies=subject is subjects[0], context=session.context
         )
         for subject in subjects
     ]
@@ -176,15 +180,15 @@ def _label_free(session: Session) -> Report:
 
 def _transfer(session: Session) -> Report:
     """Several sets, each with its metric, in one table; and whether encoders differ by more than chance."""
-    args = session.args
+    options = session.options
     grid = replace(
-        PAPER_GRID, steps=args.grid_steps, rates=args.grid_rates or PAPER_GRID.rates,
-        decays=args.grid_decays or PAPER_GRID.decays,
+        PAPER_GRID, steps=options.grid_steps, rates=options.grid_rates or PAPER_GRID.rates,
+        decays=options.grid_decays or PAPER_GRID.decays,
     )  # fmt: skip
     results: list[Result] = []
     for seed in session.seeds:
         results += transfer_results(
-            session.subjects(seed), session.sets(seed), seed, grid=grid if args.transfer_by == "finetune" else None,
+            session.subjects(seed), session.sets(seed), seed, grid=grid if options.transfer_by == "finetune" else None,
             context=session.context,
         )  # fmt: skip
     tests = differences(results)
@@ -207,7 +211,7 @@ def _picture(session: Session, results: list[Result]) -> bytes:
     """An evaluation at a glance; all processes take part in making its features."""
     from simclr.reports.pictures import draw_evaluation
 
-    run, split = Path(session.args.run), session.split(session.args.seed)
+    run, split = Path(session.options.run), session.split(session.options.seed)
     metrics = RunFolder(run).read_metrics() if (run / "metrics.jsonl").is_file() else []
     return draw_evaluation(session.subjects()[0].features(split.test), split, mean_accuracies(results)[0], metrics)
 
@@ -216,7 +220,7 @@ def _print_and_write(
     session: Session, results: list[Result], reports: dict[str, Report], picture: bytes | None
 ) -> None:
     """The tables on standard output, and the files that the flags name."""
-    args = session.args
+    options = session.options
     if results:
         print(accuracy_text(results))
     for name, progress in session.unfinished().items():
@@ -227,24 +231,24 @@ def _print_and_write(
             if session.folder is not None:
                 write(session.folder / file, content)
                 say(f"A picture is in {session.folder / file}.")
-    if args.json is not None:
-        write(args.json, (json.dumps(_summary(session, results, reports), indent=2) + "\n").encode())
-    if args.picture is not None and picture is not None:
-        write(args.picture, picture)
-        say(f"The picture is in {args.picture}.")
+    if options.json is not None:
+        write(options.json, (json.dumps(_summary(session, results, reports), indent=2) + "\n").encode())
+    if options.picture is not None and picture is not None:
+        write(options.picture, picture)
+        say(f"The picture is in {options.picture}.")
 
 
 def _summary(session: Session, results: list[Result], reports: dict[str, Report]) -> dict[str, Any]:
     """What the JSON file holds: accuracies by name, every single result, and the reports."""
-    args, first = session.args, results[0] if results else None
+    options, first = session.options, results[0] if results else None
     every = [*results, *(result for report in reports.values() for result in report.results)]
     return {
         **accuracy_summary(results),
         "protocol": {
-            "run": args.run,
-            "data": args.data,
+            "run": options.run,
+            "data": options.data,
             "split": None if first is None else first.split,
-            "labels": args.labels,
+            "labels": options.labels,
             "seeds": list(session.seeds),
             "test_images": None if first is None else first.num_test,
         },

@@ -43,7 +43,7 @@ LONG = {"finetune", SUPERVISED, "curve", "probe", "transfer"}
 class Session:
     """The opened images, and the models that are evaluated on them."""
 
-    args: "Evaluate"
+    options: "Evaluate"
     protocols: list[str]
     train: Images
     test: Images | None
@@ -64,49 +64,49 @@ class Session:
     """Why results are missing."""
 
     @classmethod
-    def open(cls, args: "Evaluate", protocols: list[str], world: DistributedContext) -> "Session":
+    def open(cls, options: "Evaluate", protocols: list[str], world: DistributedContext) -> "Session":
         """Open images and model.
 
         Raises:
             UserError: One of them cannot be opened, or has no labels where it needs them.
         """
-        run = Path(args.run)
-        model = load_quietly(run) if _is_folder(args.run) else None
+        run = Path(options.run)
+        model = load_quietly(run) if _is_folder(options.run) else None
         first = None
         if protocols == ["transfer"]:
-            first = _transfer_set(args, args.data[0], args.seed, world)
+            first = _transfer_set(options, options.data[0], options.seed, world)
             train, test = first.learn, first.test
         else:
-            source = args.data[0]
-            side = side_of(run, source, args.pack_side)
-            train, test = open_parts(source, world, labels=args.labels_file, pack=args.pack, side=side)
-        cache, opened = open_cache(args.cache), {}
+            source = options.data[0]
+            side = side_of(run, source, options.pack_side)
+            train, test = open_parts(source, world, labels=options.labels_file, pack=options.pack, side=side)
+        cache, opened = open_cache(options.cache), {}
         if model is not None:
             like, preprocessing = model.encoder.config, model.preprocessing
-            opened[args.run, None] = subject_of(model, args.run, cache=cache, world=world)
+            opened[options.run, None] = subject_of(model, options.run, cache=cache, world=world)
         else:
-            like, preprocessing = _shape(args, train, world)
+            like, preprocessing = _shape(options, train, world)
         if test is None:
             _warn_if_seen(run, train, world)
-        folder = results_folder(args)
+        folder = results_folder(options)
         store = ResultStore(folder / "results.jsonl" if folder else None, world)
         if folder is not None and not world.broadcast(_can_be_made(folder, world)):
             say(f"{folder} cannot be written: nothing is kept there; --out names another folder.", main=world.is_main)
             folder = None
         return cls(
-            args=args, protocols=protocols, train=train, test=test, like=like, preprocessing=preprocessing,
+            options=options, protocols=protocols, train=train, test=test, like=like, preprocessing=preprocessing,
             cache=cache, store=store, world=world, folder=folder, _opened=opened, _first=first,
         )  # fmt: skip
 
     @property
     def seeds(self) -> range:
         """`--seeds` seeds from `--seed` on."""
-        return range(self.args.seed, self.args.seed + self.args.seeds)
+        return range(self.options.seed, self.options.seed + self.options.seeds)
 
     @property
     def flip(self) -> float | None:
         """Probability of a left-right flip in training on labels: that of pretraining; None: RUN is no run."""
-        run = RunFolder(Path(self.args.run))
+        run = RunFolder(Path(self.options.run))
         return run.config.flip if run.is_pretraining else None
 
     def check(self) -> None:
@@ -125,8 +125,8 @@ class Session:
                     makes_sense(protocol, subject, subjects[0]) for subject in subjects
                 ):
                     raise UserError(
-                        f"The protocol {protocol} trains a network, and {self.args.run} brings none to train; give a "
-                        "run's folder, timm/NAME or torchvision/NAME (supervised takes random too)."
+                        f"The protocol {protocol} trains a network, and {self.options.run} brings none to train; give "
+                        "a run's folder, timm/NAME or torchvision/NAME (supervised takes random too)."
                     )
         if self.folder is None and set(self.protocols) & LONG:
             self.tell("Results are kept for a second call only with --out FOLDER, or where RUN is a pretraining run.")
@@ -139,7 +139,7 @@ class Session:
     def tell_unfinished(self) -> None:
         """Warn about each subject whose training had not reached its end."""
         for name, progress in self.unfinished().items():
-            self.tell(progress.warning(self.args.run if name == ENCODER else name))
+            self.tell(progress.warning(self.options.run if name == ENCODER else name))
 
     def tell_reused(self) -> None:
         """Print how many results came from the file."""
@@ -152,14 +152,14 @@ class Session:
 
     def split(self, seed: int, *, every: bool = False) -> Split:
         """The images of a seed; with `every`, all labels whatever --labels says."""
-        labels = None if every else self.args.labels
-        return split_data(self.train, self.test, seed=seed, labels=labels, leave_one_out=self.args.leave_one_out)
+        labels = None if every else self.options.labels
+        return split_data(self.train, self.test, seed=seed, labels=labels, leave_one_out=self.options.leave_one_out)
 
     def sets(self, seed: int) -> list[TransferSet]:
         """The sets to transfer to."""
-        args = self.args
-        known = [self._first] if self._first is not None and seed == args.seed else []
-        sets = known + [_transfer_set(args, source, seed, self.world) for source in args.data[len(known) :]]
+        options = self.options
+        known = [self._first] if self._first is not None and seed == options.seed else []
+        sets = known + [_transfer_set(options, source, seed, self.world) for source in options.data[len(known) :]]
         for data in sets:
             self.tell(f"{data.name}: {data.how}.")
             for note in dict.fromkeys([*data.train.notes, *data.test.notes]):
@@ -168,10 +168,10 @@ class Session:
 
     def subjects(self, seed: int | None = None) -> list[EvaluatedModel]:
         """The model under test, and then those of --compare; `random` has the weights of the seed."""
-        seed = self.args.seed if seed is None else seed
-        names = list(dict.fromkeys([self.args.run, *self.args.compare]))
+        seed = self.options.seed if seed is None else seed
+        names = list(dict.fromkeys([self.options.run, *self.options.compare]))
         opened = [self._subject(name, seed) for name in names]
-        return [replace(opened[0], name=ENCODER), *opened[1:]] if _is_folder(self.args.run) else opened
+        return [replace(opened[0], name=ENCODER), *opened[1:]] if _is_folder(self.options.run) else opened
 
     def _subject(self, name: str, seed: int) -> EvaluatedModel:
         """Opened once; only random weights depend on the seed."""
@@ -181,7 +181,7 @@ class Session:
         if key not in self._opened:
             self._opened[key] = open_subject(
                 name, like=self.like, preprocessing=self.preprocessing, seed=seed, cache=self.cache, world=self.world,
-                size=self.args.size, pretrained=pretrained,
+                size=self.options.size, pretrained=pretrained,
             )  # fmt: skip
         return self._opened[key]
 
@@ -222,24 +222,24 @@ class Session:
         return results
 
 
-def _transfer_set(args: "Evaluate", source: str, seed: int, world: DistributedContext) -> TransferSet:
-    side = side_of(Path(args.run), source, args.pack_side)
+def _transfer_set(options: "Evaluate", source: str, seed: int, world: DistributedContext) -> TransferSet:
+    side = side_of(Path(options.run), source, options.pack_side)
     reading = Reading(
-        workers=os.cpu_count() or 1, pack=args.pack, side=side, say=partial(say, main=world.is_main),
+        workers=os.cpu_count() or 1, pack=options.pack, side=side, say=partial(say, main=world.is_main),
         counting=partial(counting, main=world.is_main),
     )  # fmt: skip
-    return open_transfer_set(source, seed=seed, labels=args.labels_file, reading=reading)
+    return open_transfer_set(source, seed=seed, labels=options.labels_file, reading=reading)
 
 
 def _is_folder(run: str) -> bool:
     return run not in (RANDOM, PIXELS) and not run.startswith((TIMM, TORCHVISION))
 
 
-def results_folder(args: "Evaluate") -> Path | None:
+def results_folder(options: "Evaluate") -> Path | None:
     """Where results are kept for a second call; None: nowhere."""
-    if args.out is not None:
-        return args.out
-    return Path(args.run) / "evaluation" if RunFolder(Path(args.run)).is_pretraining else None
+    if options.out is not None:
+        return options.out
+    return Path(options.run) / "evaluation" if RunFolder(Path(options.run)).is_pretraining else None
 
 
 def _can_be_made(folder: Path, world: DistributedContext) -> bool:
@@ -252,9 +252,9 @@ def _can_be_made(folder: Path, world: DistributedContext) -> bool:
     return True
 
 
-def _shape(args: "Evaluate", images: Images, world: DistributedContext) -> tuple[EncoderConfig, AugmentationPreset]:
+def _shape(options: "Evaluate", images: Images, world: DistributedContext) -> tuple[EncoderConfig, AugmentationPreset]:
     """The shape of the network that a name stands for: the recipe's for `random` and `pixels`."""
-    if args.run in (RANDOM, PIXELS):
+    if options.run in (RANDOM, PIXELS):
         recipe, _ = choose_recipe(images, on_gpu=world.device.type == "cuda")
         config, _ = fit_recipe(recipe, images)
         shape = EncoderConfig(
@@ -262,7 +262,7 @@ def _shape(args: "Evaluate", images: Images, world: DistributedContext) -> tuple
             size=config.size,
         )  # fmt: skip
         return shape, config.augmentation
-    return EncoderConfig(name=args.run, channels=3, size=args.size), "torchvision"
+    return EncoderConfig(name=options.run, channels=3, size=options.size), "torchvision"
 
 
 def _warn_if_seen(run: Path, images: Images, world: DistributedContext) -> None:

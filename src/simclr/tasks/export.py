@@ -22,40 +22,42 @@ if TYPE_CHECKING:
     from simclr.tasks.options.using import Export
 
 
-def export(args: "Export") -> None:
+def export(options: "Export") -> None:
     """The command.
 
     Raises:
         UserError: RUN is no run and no encoder's folder, the format cannot hold its network, or OUT cannot be written.
     """
-    if args.run.is_file():
-        raise UserError(f"{args.run} is a file that was exported already; give the folder of the run or the encoder.")
-    if args.licence is not None and args.format != "hub-folder":
+    if options.run.is_file():
+        raise UserError(
+            f"{options.run} is a file that was exported already; give the folder of the run or the encoder."
+        )
+    if options.licence is not None and options.format != "hub-folder":
         raise UserError("--licence goes into the model card of --format hub-folder; leave it out, or take that format.")
-    model = load_model(args.run)
-    with writing(args.out):
-        if args.format in ("safetensors", "hub-folder"):
-            _folder(args, model)
-        elif args.format == "onnx":
-            _onnx(model, _file(args.out, "onnx"))
+    model = load_model(options.run)
+    with writing(options.out):
+        if options.format in ("safetensors", "hub-folder"):
+            _folder(options, model)
+        elif options.format == "onnx":
+            _onnx(model, _file(options.out, "onnx"))
         else:
-            _state(model, args.format, _file(args.out, args.format))
+            _state(model, options.format, _file(options.out, options.format))
 
 
-def _folder(args: "Export", model: Model) -> None:
-    out = args.out
+def _folder(options: "Export", model: Model) -> None:
+    out = options.out
     if out.suffix == ".safetensors" or (out.exists() and not out.is_dir()):
-        raise UserError(f"--format {args.format} writes a folder, and --out was {out}; give the name of a folder.")
+        raise UserError(f"--format {options.format} writes a folder, and --out was {out}; give the name of a folder.")
     require_writable(out / "config.json")
-    ours = {PREPROCESSING: '"preset"'} | ({CARD: "library_name: simclr"} if args.format == "hub-folder" else {})
+    ours = {PREPROCESSING: '"preset"'} | ({CARD: "library_name: simclr"} if options.format == "hub-folder" else {})
     with hold(out, DistributedContext()):
         start_encoder_folder(out, ours=ours)
-        if args.format == "hub-folder":
-            write_card(args.run, model, out, licence=args.licence)
-        write_folder(args.run, model, out)
+        if options.format == "hub-folder":
+            write_card(options.run, model, out, licence=options.licence)
+        write_folder(options.run, model, out)
     say(f'The encoder is in {out}: simclr.load("{out}"); {PREPROCESSING} says what it expects.')
-    if args.format == "hub-folder":
-        unstated = " No licence is stated (--licence)." if args.licence is None else ""
+    if options.format == "hub-folder":
+        unstated = " No licence is stated (--licence)." if options.licence is None else ""
         say(f"The model card is {out / CARD}: read it, then `simclr push {out} USER/NAME`.{unstated}")
 
 
@@ -69,17 +71,17 @@ def _state(model: Model, library: Literal["torchvision", "timm"], out: Path) -> 
             "place for: the encoder goes without it (onnx and safetensors take both)."
         )
         classifier = None
-    found = to_library(library, model.encoder, classifier)
+    exported = to_library(library, model.encoder, classifier)
     described = _described(model, normalised="before", classes=[] if classifier is None else model.classes)
     described |= {
         "library": library,
-        "model": found.model,
-        "classifier": found.classifier,
-        "load": _loading(found.code, out),
-        "differs": found.differs,
+        "model": exported.model,
+        "classifier": exported.classifier,
+        "load": _loading(exported.code, out),
+        "differs": exported.differs,
     }
-    write_state(out, found.state, described)
-    for sentence in (note, found.differs):
+    write_state(out, exported.state, described)
+    for sentence in (note, exported.differs):
         if sentence:
             say(sentence)
     _say_where(out, described)

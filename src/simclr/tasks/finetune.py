@@ -46,64 +46,66 @@ NAMED_MOST = 20
 WORST = 5
 
 
-def finetune(args: Finetune, over: Overrides) -> None:
+def finetune(options: Finetune, overrides: Overrides) -> None:
     """The command.
 
     Args:
-        over: Puts the flags that were given on top of a recipe.
+        overrides: Puts the flags that were given on top of a recipe.
 
     Raises:
         UserError: RUN, DATA, settings and FOLDER do not go together.
     """
-    _check(args)
-    with distributed.joined(args.device) as world, hold(args.out, world):
-        _finetune(args, over, world)
+    _check(options)
+    with distributed.joined(options.device) as world, hold(options.out, world):
+        _finetune(options, overrides, world)
 
 
-def _finetune(args: Finetune, over: Overrides, world: DistributedContext) -> None:
-    session = Session.open(_as_evaluation(args), ["finetune"], world)
+def _finetune(options: Finetune, overrides: Overrides, world: DistributedContext) -> None:
+    session = Session.open(_as_evaluation(options), ["finetune"], world)
     session.tell_unfinished()
-    split = session.split(args.seed)
+    split = session.split(options.seed)
     session.tell(f"{session.train.name}: {split.description}.")
     subject, pixels = session.subjects()
-    config = choose_finetune_config(subject, split, Settings(recipe=args.finetune_recipe, over=over, flip=session.flip))
+    config = choose_finetune_config(
+        subject, split, Settings(recipe=options.finetune_recipe, overrides=overrides, flip=session.flip)
+    )
     session.tell(
         f"Training by {config.optimizer}, rate {config.lr:g}: {config.steps(len(split.train)):,} steps of "
         f"{config.batch_size} images (--epochs changes it)."
     )
     manifest = {
-        "data": data_record(session.train, lasting(args.data), opening_options(args)),
-        "task": task_record("finetune", args, over),
+        "data": data_record(session.train, lasting(options.data), opening_options(options)),
+        "task": task_record("finetune", options, overrides),
     }
-    network = _train(args, session, subject, split, config, manifest)
+    network = _train(options, session, subject, split, config, manifest)
     if world.is_main:
-        _tell(args, network, split, pixels, subject.progress)
+        _tell(options, network, split, pixels, subject.progress)
 
 
-def _check(args: Finetune) -> None:
+def _check(options: Finetune) -> None:
     """What can be wrong before any image is opened."""
-    if args.run == PIXELS:
+    if options.run == PIXELS:
         raise UserError("pixels are no network; give a run's folder, timm/NAME, torchvision/NAME or random.")
-    require_seed(args.seed)
-    if args.finetune_recipe is not None:
-        find_finetune_recipe(args.finetune_recipe)
-    require_writable(args.out / "summary.json")
-    run = RunFolder(args.out)
+    require_seed(options.seed)
+    if options.finetune_recipe is not None:
+        find_finetune_recipe(options.finetune_recipe)
+    require_writable(options.out / "summary.json")
+    run = RunFolder(options.out)
     if not run.exists:
         run.refuse_existing()
 
 
-def _as_evaluation(args: Finetune) -> Evaluate:
+def _as_evaluation(options: Finetune) -> Evaluate:
     """The same images, encoder and labels as `simclr evaluate` would take."""
     return Evaluate(
-        run=args.run, data=(args.data,), labels=args.labels, seed=args.seed, compare=(PIXELS,), size=args.size,
-        out=args.out, labels_file=args.labels_file, pack=args.pack, pack_side=args.pack_side, cache="off",
-        device=args.device,
+        run=options.run, data=(options.data,), labels=options.labels, seed=options.seed, compare=(PIXELS,),
+        size=options.size, out=options.out, labels_file=options.labels_file, pack=options.pack,
+        pack_side=options.pack_side, cache="off", device=options.device,
     )  # fmt: skip
 
 
 def _train(
-    args: Finetune,
+    options: Finetune,
     session: Session,
     subject: EvaluatedModel,
     split: Split,
@@ -115,8 +117,8 @@ def _train(
     train, test = (subject.fitted(images) for images in (split.train, split.test))
     with counting("training", main=session.world.is_main, lines=True) as progress:
         shared: dict[str, Any] = {
-            "seed": args.seed, "preset": subject.preprocessing, "world": session.world, "run": RunFolder(args.out),
-            "progress": progress, "manifest": manifest,
+            "seed": options.seed, "preset": subject.preprocessing, "world": session.world,
+            "run": RunFolder(options.out), "progress": progress, "manifest": manifest,
         }  # fmt: skip
         if subject.name == RANDOM:
             return supervised(subject.encoder.config, train, test, config, **shared)
@@ -124,14 +126,14 @@ def _train(
 
 
 def _tell(
-    args: Finetune, network: Finetuned, split: Split, pixels: EvaluatedModel, progress: TrainingProgress | None
+    options: Finetune, network: Finetuned, split: Split, pixels: EvaluatedModel, progress: TrainingProgress | None
 ) -> None:
     """The accuracies on standard output and in summary.json, beside those that cost nothing."""
     accuracies = _accuracies(network)
     by_class = _by_class(network)
     baselines = _baselines(split, pixels)
     num_test = len(split.test)
-    print(f"Test accuracy of {args.run}, trained on {len(split.train):,} labels, in %:")
+    print(f"Test accuracy of {options.run}, trained on {len(split.train):,} labels, in %:")
     for name, value in accuracies.items():
         print(f"  {name:<32}{100 * value:5.1f}")
     print("Beside it, top-1:")
@@ -143,23 +145,23 @@ def _tell(
         print(f"  {name:<32}{100 * by_class[name]:5.1f}")
     print(f"Test images: {num_test:,}, so {error_note(num_test, 'top-1')}.")
     summary = {
-        "run": args.run, "data": args.data, "split": split.description, "labels": args.labels, "seed": args.seed,
-        "images": len(split.train), "test_images": num_test, "steps": network.steps, "accuracy": accuracies,
-        "encoder_progress": None if progress is None else progress.to_dict(), "baselines": baselines,
-        "classes": network.classes, "by_class": by_class, "settings": asdict(network.config),
+        "run": options.run, "data": options.data, "split": split.description, "labels": options.labels,
+        "seed": options.seed, "images": len(split.train), "test_images": num_test, "steps": network.steps,
+        "accuracy": accuracies, "encoder_progress": None if progress is None else progress.to_dict(),
+        "baselines": baselines, "classes": network.classes, "by_class": by_class, "settings": asdict(network.config),
     }  # fmt: skip
-    write(args.out / "summary.json", versioned(summary))
-    side = side_of(Path(args.run), args.data, args.pack_side)
+    write(options.out / "summary.json", versioned(summary))
+    side = side_of(Path(options.run), options.data, options.pack_side)
     shrunk = "" if side is None else f" --pack-side {side}"
-    say(f"The classifier is in {args.out}: `simclr predict {args.out} IMAGES --out FILE.csv{shrunk}` uses it.")
+    say(f"The classifier is in {options.out}: `simclr predict {options.out} IMAGES --out FILE.csv{shrunk}` uses it.")
 
 
 def _accuracies(network: Finetuned) -> dict[str, float]:
     scores, targets = network.scores, network.targets
-    found = {"top-1": top_k(scores, targets, 1)}
+    accuracies = {"top-1": top_k(scores, targets, 1)}
     if len(network.classes) >= TOP5_FROM:
-        found["top-5"] = top_k(scores, targets, 5)
-    return found | {"mean per class": mean_per_class(scores.argmax(1), targets)}
+        accuracies["top-5"] = top_k(scores, targets, 5)
+    return accuracies | {"mean per class": mean_per_class(scores.argmax(1), targets)}
 
 
 def _by_class(network: Finetuned) -> dict[str, float]:
@@ -177,9 +179,9 @@ def _baselines(split: Split, pixels: EvaluatedModel) -> dict[str, float]:
     train, test = split.train.labels, split.test.labels
     assert train is not None and test is not None
     labels, counts = np.unique(train, return_counts=True)
-    found = {"always the commonest class": float((test == labels[counts.argmax()]).mean())}
+    accuracies = {"always the commonest class": float((test == labels[counts.argmax()]).mean())}
     if (len(train) + len(test)) * 4 * pixels.channels * pixels.size**2 > PIXELS_MOST:
         say("Raw pixels are left out beside it: so many images would take too much memory.")
-        return found
+        return accuracies
     near = knn(pixels.features(split.train), train, pixels.features(split.test))
-    return found | {"kNN on raw pixels": float((near == test).mean())}
+    return accuracies | {"kNN on raw pixels": float((near == test).mean())}

@@ -20,52 +20,52 @@ if TYPE_CHECKING:
     from simclr.tasks.options.using import Import
 
 
-def import_checkpoint(args: "Import") -> None:
+def import_checkpoint(options: "Import") -> None:
     """Read, write, and say what was found and what was left out.
 
     Raises:
         UserError: The checkpoint is damaged or of another network, or OUT holds something or cannot be written.
     """
-    require_writable(args.out / "config.json")
-    if args.format not in ("auto", "tensorflow") and not args.checkpoint.is_file():
-        raise UserError(f"There is no file {args.checkpoint}; check the path.")
-    tensorflow = args.format == "tensorflow" or (args.format == "auto" and not _is_torch(args.checkpoint))
-    with hold(args.out, DistributedContext()), writing(args.out, hint="give another folder"):
-        start_encoder_folder(args.out, ours={})
-        (_import_tf if tensorflow else _import_torch)(args)
-    say(f'The encoder is in {args.out}: `simclr evaluate {args.out} DATA`, or simclr.load("{args.out}").')
+    require_writable(options.out / "config.json")
+    if options.format not in ("auto", "tensorflow") and not options.checkpoint.is_file():
+        raise UserError(f"There is no file {options.checkpoint}; check the path.")
+    tensorflow = options.format == "tensorflow" or (options.format == "auto" and not _is_torch(options.checkpoint))
+    with hold(options.out, DistributedContext()), writing(options.out, hint="give another folder"):
+        start_encoder_folder(options.out, ours={})
+        (_import_tf if tensorflow else _import_torch)(options)
+    say(f'The encoder is in {options.out}: `simclr evaluate {options.out} DATA`, or simclr.load("{options.out}").')
 
 
 def _is_torch(path: Path) -> bool:
     return path.is_file() and path.suffix != ".index" and not path.suffix.startswith(".data-")
 
 
-def _import_torch(args: "Import") -> None:
-    if args.ema or args.classes or args.head_layer is not None:
+def _import_torch(options: "Import") -> None:
+    if options.ema or options.classes or options.head_layer is not None:
         raise UserError("--ema, --classes and --head-layer are about TensorFlow checkpoints; leave them out.")
-    if (args.mean is None) != (args.std is None):
+    if (options.mean is None) != (options.std is None):
         raise UserError("Only one of --mean and --std was given; give both, or neither.")
-    format = None if args.format in ("auto", "tensorflow") else args.format
-    found = import_torch(args.checkpoint, format=format, size=args.size, mean=args.mean, std=args.std)
+    format = None if options.format in ("auto", "tensorflow") else options.format
+    imported = import_torch(options.checkpoint, format=format, size=options.size, mean=options.mean, std=options.std)
     origin = {
-        "imported_from": str(args.checkpoint),
-        "format": f"PyTorch checkpoint of {found.format}",
-        "left_out": list(found.left_out),
+        "imported_from": str(options.checkpoint),
+        "format": f"PyTorch checkpoint of {imported.format}",
+        "left_out": list(imported.left_out),
     }
-    save_encoder(found.encoder, args.out, preprocessing="torchvision", origin=origin)
-    config = found.encoder.config
+    save_encoder(imported.encoder, options.out, preprocessing="torchvision", origin=origin)
+    config = imported.encoder.config
     relu = "" if config.stem_relu else " and without a ReLU, as in lightly's example"
     stem = f"3x3 stem padded by {config.stem_padding}, without max-pool{relu}" if config.stem == "cifar" else "7x7 stem"
     say(
-        f"Found, in the names of {found.format}: {config.name}, width {config.width:g}, {stem}, "
-        f"{found.encoder.num_features} features; images of {config.size} x {config.size} pixels (--size changes it)."
+        f"Found, in the names of {imported.format}: {config.name}, width {config.width:g}, {stem}, "
+        f"{imported.encoder.num_features} features; images of {config.size} x {config.size} pixels (--size changes it)."
     )
     say(
         f"Pixels in [0, 1] are normalised by mean {_numbers(config.mean)} and std {_numbers(config.std)}, "
-        f"{'as asked' if args.mean else 'the usual ones of that library (--mean, --std change them)'}; evaluation "
+        f"{'as asked' if options.mean else 'the usual ones of that library (--mean, --std change them)'}; evaluation "
         "images are resized and cropped as torchvision does."
     )
-    parts = Counter(name.removeprefix("module.").partition(".")[0] for name in found.left_out)
+    parts = Counter(name.removeprefix("module.").partition(".")[0] for name in imported.left_out)
     if parts:
         say(f"Left out: {', '.join(f'{part} ({_tensors(count)})' for part, count in parts.items())}.")
 
@@ -78,35 +78,35 @@ def _tensors(count: int) -> str:
     return f"{count} tensor{'' if count == 1 else 's'}"
 
 
-def _import_tf(args: "Import") -> None:
-    if args.mean is not None or args.std is not None:
+def _import_tf(options: "Import") -> None:
+    if options.mean is not None or options.std is not None:
         raise UserError(
             "--mean and --std are about PyTorch's checkpoints; the authors' networks take pixels in [0, 1]."
         )
-    imported = import_tf(args.checkpoint, size=args.size, ema=args.ema, head_layer=args.head_layer)
-    classifier, origin = imported.classifier, _origin(args, imported)
-    if classifier is None and (args.classes or args.head_layer is not None):
+    imported = import_tf(options.checkpoint, size=options.size, ema=options.ema, head_layer=options.head_layer)
+    classifier, origin = imported.classifier, _origin(options, imported)
+    if classifier is None and (options.classes or options.head_layer is not None):
         raise UserError("--classes and --head-layer are about the supervised head, and none was taken; leave them out.")
-    classes, how = ([], "") if classifier is None else _classes(args.classes, classifier.linear.out_features)
+    classes, description = ([], "") if classifier is None else _classes(options.classes, classifier.linear.out_features)
     if classifier is None:
-        save_encoder(imported.encoder, args.out, preprocessing="google", origin=origin, head=imported.head)
+        save_encoder(imported.encoder, options.out, preprocessing="google", origin=origin, head=imported.head)
     else:
         save_classifier(
-            classifier, args.out, classes=classes, preprocessing="google", origin=origin, head=imported.head
+            classifier, options.out, classes=classes, preprocessing="google", origin=origin, head=imported.head
         )
     _say_what_is_there(imported)
     if classifier is not None:
-        _say_how_it_classifies(classifier, imported, how, asked=args.head_layer is not None)
+        _say_how_it_classifies(classifier, imported, description, layer_given=options.head_layer is not None)
     for sentence in _left_out(imported):
         say(sentence)
 
 
-def _origin(args: "Import", imported: Imported) -> dict[str, Any]:
+def _origin(options: "Import", imported: Imported) -> dict[str, Any]:
     return {
-        "imported_from": str(args.checkpoint),
+        "imported_from": str(options.checkpoint),
         "format": f"TensorFlow {imported.version} checkpoint",
         "step": imported.step,
-        "ema": args.ema,
+        "ema": options.ema,
         "left_out": list(imported.left_out),
     }
 
@@ -144,11 +144,11 @@ def _say_what_is_there(imported: Imported) -> None:
         say(f"Projection head: {head.kind}, {len(head.layers)} layers, {head.dim} wide.")
 
 
-def _say_how_it_classifies(classifier: Classifier, imported: Imported, how: str, *, asked: bool) -> None:
+def _say_how_it_classifies(classifier: Classifier, imported: Imported, description: str, *, layer_given: bool) -> None:
     layer = classifier.head_layer
     where = "the encoder's output" if layer == 0 else f"layer {layer} of the projection head"
-    doubt = "" if asked or imported.head is None else " (--head-layer says otherwise)"
-    say(f"Supervised head on {where}{doubt}: {classifier.linear.out_features:,} classes, {how}.")
+    doubt = "" if layer_given or imported.head is None else " (--head-layer says otherwise)"
+    say(f"Supervised head on {where}{doubt}: {classifier.linear.out_features:,} classes, {description}.")
 
 
 def _left_out(imported: Imported) -> Iterator[str]:

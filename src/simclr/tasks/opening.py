@@ -138,10 +138,10 @@ def open_parts(
     return train, test
 
 
-def side_of(run: Path, source: str, asked: int | None) -> int | None:
+def side_of(run: Path, source: str, requested: int | None) -> int | None:
     """What --pack-side asks for, else how far the run shrank its images, for a folder that is to be shrunk alike."""
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     if not RunFolder(run).exists or not Path(source).expanduser().is_dir():
         return None
     return (RunFolder(run).origin.get("data") or {}).get("options", {}).get("side")

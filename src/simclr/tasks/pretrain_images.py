@@ -259,8 +259,8 @@ def _knn_monitor(images: Images, encoder: Encoder, config: PretrainConfig) -> Ca
     def monitor() -> dict[str, float]:
         features = [extract(encoder, part, preset=config.augmentation) for part in (bank, queries)]
         known = bank_labels[bank.items_read(np.arange(len(bank)))]
-        asked = query_labels[queries.items_read(np.arange(len(queries)))]
-        return {"knn": accuracy(knn(features[0], known, features[1]), asked)}
+        targets = query_labels[queries.items_read(np.arange(len(queries)))]
+        return {"knn": accuracy(knn(features[0], known, features[1]), targets)}
 
     return monitor
 

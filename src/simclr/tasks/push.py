@@ -70,19 +70,19 @@ def origin_of(source: Path) -> dict[str, Any]:
     return {}
 
 
-def push(args: "Push") -> None:
+def push(options: "Push") -> None:
     """Upload a hub folder, into a repository that is made if there is none.
 
     Raises:
         UserError: FOLDER is no hub folder, huggingface_hub is missing, or the hub refused.
     """
-    missing = [name for name in FILES if not (args.folder / name).is_file()]
+    missing = [name for name in FILES if not (options.folder / name).is_file()]
     if missing:
         raise UserError(
-            f"{args.folder} has no {', '.join(missing)}; make it with `simclr export RUN --format hub-folder --out "
-            f"{args.folder}`, and read its {CARD} before the world does."
+            f"{options.folder} has no {', '.join(missing)}; make it with `simclr export RUN --format hub-folder --out "
+            f"{options.folder}`, and read its {CARD} before the world does."
         )
-    load_model(args.folder)  # what cannot be loaded here cannot be loaded there
+    load_model(options.folder)  # what cannot be loaded here cannot be loaded there
     try:
         from huggingface_hub import HfApi
     except ImportError:
@@ -91,16 +91,19 @@ def push(args: "Push") -> None:
         ) from None
     api = HfApi()
     try:
-        api.create_repo(args.repo_id, private=args.private, exist_ok=True)
+        api.create_repo(options.repo_id, private=options.private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=args.repo_id, folder_path=args.folder, allow_patterns=list(FILES), commit_message=args.message
+            repo_id=options.repo_id,
+            folder_path=options.folder,
+            allow_patterns=list(FILES),
+            commit_message=options.message,
         )
     except Exception as error:  # refused, not reached, not logged in, no such name: of several libraries, by version
         raise UserError(
             f"Nothing was pushed: the hub was not reached or refused ({first_line(error)}); look at the network, the "
-            f"name {args.repo_id!r}, which is USER/NAME, and log in with `hf auth login`."
+            f"name {options.repo_id!r}, which is USER/NAME, and log in with `hf auth login`."
         ) from None
-    say(f"Pushed {', '.join(FILES)} to {args.repo_id}: {commit.commit_url}")
+    say(f"Pushed {', '.join(FILES)} to {options.repo_id}: {commit.commit_url}")
 
 
 def _public(origin: dict[str, Any]) -> dict[str, Any]:

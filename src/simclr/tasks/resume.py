@@ -116,17 +116,17 @@ def find_method(name: str) -> type[Method]:
         return SimCLR
     module, _, qualified = name.partition(":")
     try:
-        found: Any = import_module(module)
+        method: Any = import_module(module)
         for part in qualified.split("."):
-            found = getattr(found, part)
+            method = getattr(method, part)
     except (ImportError, AttributeError):
-        found = None
-    if not (isinstance(found, type) and issubclass(found, Method)):
+        method = None
+    if not (isinstance(method, type) and issubclass(method, Method)):
         raise UserError(
             f"The run's method {name} cannot be imported; start Python where {module} can be, or call "
             "simclr.resume(RUN, method=...) with it."
         )
-    return found
+    return method
 
 
 def task_record(name: str, options: Any, overrides: Callable[..., Any]) -> dict[str, Any]:

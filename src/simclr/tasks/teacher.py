@@ -49,8 +49,8 @@ def teachers_columns(teacher: Model, images: Images) -> np.ndarray:
             "(or --labels-file with path,label lines)."
         )
     columns = {name: column for column, name in enumerate(teacher.classes)}
-    found = np.unique(images.labels[images.labels >= 0])
-    names = {int(label): str(label) if images.classes is None else images.classes[label] for label in found}
+    used_labels = np.unique(images.labels[images.labels >= 0])
+    names = {int(label): str(label) if images.classes is None else images.classes[label] for label in used_labels}
     unknown = [name for name in names.values() if name not in columns]
     if unknown:
         raise UserError(

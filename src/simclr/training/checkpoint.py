@@ -56,8 +56,8 @@ def remove_oldest(folder: Path, *, max_checkpoints: int) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint files of a folder, newest step first."""
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
+    checkpoints = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(checkpoints, key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
 
 
 def step_of(path: Path) -> int:

@@ -100,7 +100,7 @@ def train(
     if start_step and world.is_main:
         _catch_up(task, run, start_step, outcome, config.max_checkpoints)
 
-    with _stop_signals() as asked, Prefetcher(task.batch, start_step, task.total_steps, config.workers) as batches:
+    with _stop_signals() as signals, Prefetcher(task.batch, start_step, task.total_steps, config.workers) as batches:
         for step, inputs in batches:
             done = step + 1
             last = done == task.total_steps
@@ -111,7 +111,7 @@ def train(
             finite &= torch.isfinite(loss.detach())
 
             outcome.step, outcome.steps_run = done, outcome.steps_run + 1
-            interrupted = world.any_rank(bool(asked))
+            interrupted = world.any_rank(bool(signals))
             save = done % config.save_every == 0 or last or interrupted
 
             if log or save:
@@ -133,7 +133,7 @@ def train(
                     run.sync()
                     _save(task, run, done, world, config.max_checkpoints)
             if interrupted:
-                outcome.signal = next(iter(asked), signal.SIGTERM)
+                outcome.signal = next(iter(signals), signal.SIGTERM)
                 break
 
     outcome.finished = outcome.step >= task.total_steps
@@ -320,19 +320,19 @@ def _timing(outcome: Outcome, task: Task) -> dict[str, float]:
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM ask the loop to save and stop by joining this list; a second Ctrl-C stops at once."""
-    asked: list[int] = []
+    signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield signals
         return
 
-    def ask(signum: int, _frame: object) -> None:
-        if asked and signum == signal.SIGINT:
+    def on_signal(signum: int, _frame: object) -> None:
+        if signals and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(signum)
+        signals.append(signum)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -118,12 +118,12 @@ def choose(footprint: Footprint, n: int, budget: int) -> MemoryStrategy:
     for strategy in strategies:
         if strategy.need <= budget:
             return strategy
-    least = min(strategies, key=lambda strategy: strategy.need)
-    how = f"{least.name} in chunks of {least.chunk}" if least.chunk else least.name
+    smallest = min(strategies, key=lambda strategy: strategy.need)
+    description = f"{smallest.name} in chunks of {smallest.chunk}" if smallest.chunk else smallest.name
     raise UserError(
-        f"--batch-size gives a process {n:,} images, which need {readable(least.need)} even with --memory {how}, and "
-        f"there are {readable(budget)}; give a smaller --size, --width or --encoder, or a batch that splits evenly "
-        f"into chunks of {MIN_CHUNK} images per process."
+        f"--batch-size gives a process {n:,} images, which need {readable(smallest.need)} even with --memory "
+        f"{description}, and there are {readable(budget)}; give a smaller --size, --width or --encoder, or a "
+        f"batch that splits evenly into chunks of {MIN_CHUNK} images per process."
     )
 
 

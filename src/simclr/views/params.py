@@ -191,8 +191,8 @@ def _first_legal(
     rows = np.arange(len(boxes))
     for first, last in zip((0, *until), until, strict=False):
         box, legal = candidates(rows, attempts(rows, first, last))
-        found = legal.any(axis=1)
-        boxes[rows[found]] = box[found, legal[found].argmax(axis=1)]
-        rows = rows[~found]
+        has_legal = legal.any(axis=1)
+        boxes[rows[has_legal]] = box[has_legal, legal[has_legal].argmax(axis=1)]
+        rows = rows[~has_legal]
         if not len(rows):
             return

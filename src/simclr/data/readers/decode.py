@@ -103,10 +103,10 @@ def decode_file(path: Path, side: int | None = None, expected: Stamp | None = No
         expected: What the file's stamp has to be before and after it is read; else the reason is a `Changed`.
     """
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
             return "not a regular file"  # opening a FIFO would wait for ever
-        if problem := too_large(found.st_size):
+        if problem := too_large(status.st_size):
             return problem
         with open(path, "rb") as file, Image.open(file, formats=allowed_formats()) as image:
             before = stamp_of(os.fstat(file.fileno()))
@@ -226,8 +226,8 @@ def _too_many_scans(image: Image.Image, file: BinaryIO) -> str | None:
 def _count_scans(content: bytes, limit: int) -> int:
     """Scans of a JPEG's first image, at most `limit` + 1; bytes within a segment, such as a thumbnail, do not count."""
     scans = place = 0
-    while scans <= limit and (found := _JPEG_MARKER.search(content, place)):
-        place = found.end()
+    while scans <= limit and (marker := _JPEG_MARKER.search(content, place)):
+        place = marker.end()
         marker = content[place - 1]
         if marker == 0xD9:  # end of image
             break

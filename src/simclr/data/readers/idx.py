@@ -51,8 +51,8 @@ def read_idx(folder: Path, name: str, num_dims: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}); fetch it again.") from error
     if place != size or too_long:
-        found = "more" if too_long else f"{place:,}"
-        raise UserError(f"{path} is damaged: its header claims {size:,} bytes and it has {found}; fetch it again.")
+        actual = "more" if too_long else f"{place:,}"
+        raise UserError(f"{path} is damaged: its header claims {size:,} bytes and it has {actual}; fetch it again.")
     return content.reshape(shape)
 
 

@@ -73,11 +73,11 @@ def open_parts(
     layout = LAYOUTS[name]
     place = _place(name, folder, layout)
     rows, classes = _listing(name, place, layout)
-    found = [_found(place, path) for _, path, _ in rows]
-    every = [file for file in found if isinstance(file, FileEntry)]
+    files = [_found(place, path) for _, path, _ in rows]
+    every = [file for file in files if isinstance(file, FileEntry)]
     wanted = [split == "all" or (part == "test") == (split == "test") for part, _, _ in rows]
-    asked = [(row, file) for row, file, is_wanted in zip(rows, found, wanted, strict=True) if is_wanted]
-    chosen = [(row, file) for row, file in asked if isinstance(file, FileEntry)]
+    rows_of_split = [(row, file) for row, file, is_wanted in zip(rows, files, wanted, strict=True) if is_wanted]
+    chosen = [(row, file) for row, file in rows_of_split if isinstance(file, FileEntry)]
     parts: list[Part] = []
 
     def label(kept: list[int]) -> Labelling:
@@ -91,7 +91,7 @@ def open_parts(
         FileList(
             root=place,
             files=[file for _, file in chosen],
-            unreachable=[file for _, file in asked if isinstance(file, Skipped)],
+            unreachable=[file for _, file in rows_of_split if isinstance(file, Skipped)],
             every=every,
             label=label,
             name=name,

@@ -110,8 +110,8 @@ def _directory_bytes(path: Path) -> int:
         tail = file.read()
     stated = [0]
     for signature, place, form in ((b"PK\x05\x06", 12, "<I"), (b"PK\x06\x06", 40, "<Q")):
-        for found in re.finditer(re.escape(signature), tail):
-            field = tail[found.start() + place :][: struct.calcsize(form)]
+        for match in re.finditer(re.escape(signature), tail):
+            field = tail[match.start() + place :][: struct.calcsize(form)]
             stated += struct.unpack(form, field) if len(field) == struct.calcsize(form) else ()
     return max(size for size in stated if size != 0xFFFFFFFF)  # which stands for "see the form of ZIP64"
 

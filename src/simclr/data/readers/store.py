@@ -126,10 +126,10 @@ class FileStore:
             notes += say_if_stale(self._pack, every)
             unpacked = []
             for row, file in enumerate(self.files):
-                found = self._pack.find(file)
-                if isinstance(found, str):
-                    self.damaged[row] = found
-                elif found is None:
+                location = self._pack.find(file)
+                if isinstance(location, str):
+                    self.damaged[row] = location
+                elif location is None:
                     unpacked.append(row)
                 else:
                     self._is_good[row] = True
@@ -160,14 +160,14 @@ class FileStore:
     def check(self, rows: np.ndarray, progress: Progress | None = None) -> Mapping[int, str]:
         """Decode the files that were not decoded before; the rows that cannot be, and why."""
         self._prepare_aloud()
-        found = {int(row): self.damaged[int(row)] for row in rows if int(row) in self.damaged}
-        unknown = [int(row) for row in rows if not self._is_good[row] and int(row) not in found]
+        reasons = {int(row): self.damaged[int(row)] for row in rows if int(row) in self.damaged}
+        unknown = [int(row) for row in rows if not self._is_good[row] and int(row) not in reasons]
         for done, (row, result) in enumerate(self._decode(unknown), start=1):
             if isinstance(result, str):
-                found[row] = result
+                reasons[row] = result
             if progress is not None:
                 progress(done, len(unknown))
-        return found
+        return reasons
 
     def contents_of(self, rows: np.ndarray) -> str:
         """SHA-256 of the contents of some files."""
@@ -192,8 +192,8 @@ class FileStore:
             self._reading.say(note)
 
     def _spot(self, row: int) -> Location | None:
-        found = None if self._pack is None else self._pack.find(self.files[row])
-        return None if isinstance(found, str) else found
+        location = None if self._pack is None else self._pack.find(self.files[row])
+        return None if isinstance(location, str) else location
 
     def _at_hand(self, row: int, spot: Location | None) -> np.ndarray | None:
         """Pixels that need no decoding."""

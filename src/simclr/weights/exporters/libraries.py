@@ -91,9 +91,9 @@ def trial_images(config: EncoderConfig, count: int) -> Tensor:
     return (smooth + 0.1 * torch.rand(smooth.shape, generator=generator)).clamp(0, 1)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
+def relative(computed: Tensor, expected: Tensor) -> float:
     """L2 norm of the difference over that of what is expected."""
-    return float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+    return float((computed - expected).norm() / expected.norm().clamp_min(1e-12))
 
 
 def _torchvision(name: str, config: EncoderConfig, num_classes: int | None) -> tuple[nn.Module, str | None, list[str]]:

@@ -169,13 +169,13 @@ def _infer_encoder(shapes: Mapping[str, Shape], size: int | None, graph: ObjectG
     first, last = (shapes.get(f"conv2d{_suffix(i)}/kernel", ()) for i in (0, num_convs - 1))
     if not all(len(shape) == 4 and min(shape) > 0 and max(shape) <= _MOST_CHANNELS for shape in (first, last)):
         raise UserError("The encoder in the checkpoint is no ResNet: its first or its last convolution is missing.")
-    found = _layouts(graph is not None and graph.averages).get((num_convs, first[0]))
-    if found is None:
+    layout = _layouts(graph is not None and graph.averages).get((num_convs, first[0]))
+    if layout is None:
         raise UserError(
             f"The encoder in the checkpoint has {num_convs} convolutions, the first with a kernel of {first[0]} x "
             f"{first[1]}, which none of the authors' ResNets has ({', '.join(_AUTHORS)})."
         )
-    name, stem, sk = found
+    name, stem, sk = layout
     width = _width(last[3], 2048 if RESNETS[name].bottleneck else 512)
     size = _SIZES[stem] if size is None else size
     return EncoderConfig(name, channels=first[2], size=size, width=width, stem=stem, sk=sk)
@@ -183,19 +183,19 @@ def _infer_encoder(shapes: Mapping[str, Shape], size: int | None, graph: ObjectG
 
 def _layouts(averages: bool) -> dict[tuple[int, int], tuple[str, Stem, bool]]:
     """(Number of convolutions, height of the first kernel) -> ResNet, stem, whether with selective kernels."""
-    found: dict[tuple[int, int], tuple[str, Stem, bool]] = {}
+    layouts: dict[tuple[int, int], tuple[str, Stem, bool]] = {}
     for name in _AUTHORS:
         shape = RESNETS[name]
         blocks, shortcuts = sum(shape.blocks), len(shape.blocks)
         after_stem = blocks * (3 if shape.bottleneck else 2) + shortcuts
         if shape.bottleneck or not averages:
-            found[1 + after_stem, 7] = name, "imagenet", False
-            found[1 + after_stem, 3] = name, "cifar", False
+            layouts[1 + after_stem, 7] = name, "imagenet", False
+            layouts[1 + after_stem, 3] = name, "cifar", False
         if shape.bottleneck or averages:  # two more convolutions weigh branches; ResNet-D's stem has three of 3x3
             weighing = 2 * blocks if shape.bottleneck else 0
-            found[3 + after_stem + weighing, 3] = name, "imagenet", True
-            found[1 + after_stem + weighing, 3] = name, "cifar", True
-    return found
+            layouts[3 + after_stem + weighing, 3] = name, "imagenet", True
+            layouts[1 + after_stem + weighing, 3] = name, "cifar", True
+    return layouts
 
 
 def _width(features: int, features_at_1: int) -> float:
@@ -255,9 +255,11 @@ def _require_same(names: Mapping[str, Tensor], shapes: Mapping[str, Shape], pref
     missing = [name for name in names if name not in shapes]
     parts = (prefix + ENCODER, prefix + HEAD, *([] if prefix else [CLASSIFIER, *_TF2_MODEL]))
     beside = [n for n in shapes if n.startswith(parts) and n not in names and not _is_slot(n, shapes)]
-    for found, what in ((missing, "lacks"), (beside, "has, beside what that network has,")):
-        if found:
-            raise UserError(f"The checkpoint is not quite the network that it seems to be: it {what} {_some(found)}.")
+    for unexpected, what in ((missing, "lacks"), (beside, "has, beside what that network has,")):
+        if unexpected:
+            raise UserError(
+                f"The checkpoint is not quite the network that it seems to be: it {what} {_some(unexpected)}."
+            )
     for name, tensor in names.items():
         if _turned(tensor.shape) != shapes[name]:
             raise UserError(

@@ -130,7 +130,7 @@ def _torchvision_names(inside: Mapping[str, str]) -> tuple[dict[str, str], bool]
     """
     if "0.weight" not in inside:
         return {name.replace(".shortcut.", ".downsample."): original for name, original in inside.items()}, True
-    groups = sorted({int(found[1]) for name in inside if (found := re.match(r"(\d{1,3})\.0\.conv1\.weight$", name))})
+    groups = sorted({int(match[1]) for name in inside if (match := re.match(r"(\d{1,3})\.0\.conv1\.weight$", name))})
     called = {0: "conv1", 1: "bn1"} | {number: f"layer{i + 1}" for i, number in enumerate(groups)}
     result = {}
     for name, original in inside.items():
@@ -188,11 +188,11 @@ def _require_same(wanted: Mapping[str, Shape], shapes: Mapping[str, Shape], plac
     missing = [name for name in wanted if name not in shapes and not name.endswith("num_batches_tracked")]
     # Beside a backbone that has a place of its own stands all that is not under it, so what is under it takes part.
     beside = [name for name in shapes if place and name not in wanted and not name.startswith(_CLASSIFIERS)]
-    for found, what in ((missing, "lacks"), (beside, "has, beside what that network has,")):
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    for names, what in ((missing, "lacks"), (beside, "has, beside what that network has,")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(
-                f"The checkpoint is not quite the network that it seems to be: it {what} {', '.join(found[:3])}{more}."
+                f"The checkpoint is not quite the network that it seems to be: it {what} {', '.join(names[:3])}{more}."
             )
     for name, shape in wanted.items():
         if name in shapes and shapes[name] != shape:

@@ -158,14 +158,14 @@ def _find_prefix(path: Path) -> Path:
     if (path / "variables" / "variables.index").is_file():  # the folder of a SavedModel
         return path / "variables" / "variables"
     if path.is_dir():
-        found = sorted(path.glob("*.index"))
-        if len(found) != 1:
-            names = ", ".join(file.stem for file in found[:5]) or "none"
+        indexes = sorted(path.glob("*.index"))
+        if len(indexes) != 1:
+            names = ", ".join(file.stem for file in indexes[:5]) or "none"
             raise UserError(
                 f"The folder {path} should hold one TensorFlow checkpoint (a file that ends in .index), and holds "
-                f"{len(found)}: {names}; name one."
+                f"{len(indexes)}: {names}; name one."
             )
-        return found[0].with_suffix("")
+        return indexes[0].with_suffix("")
     prefix = path.with_suffix("") if path.suffix == ".index" or path.suffix.startswith(".data-") else path
     if not _with_ending(prefix, ".index").is_file():
         raise UserError(
