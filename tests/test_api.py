@@ -24,7 +24,7 @@ def run(tmp_path_factory):
 
 def test_a_run_trains_evaluates_and_embeds_as_the_commands_do(simclr_cli, run, tmp_path):
     assert run.metrics()[-1]["step"] == 23 and run.path.is_dir()
-    results = run.evaluate("digits", protocol="knn", compare=(), cache="off")
+    results = run.evaluate("digits", protocol=("knn",), compare=(run,), cache="off")
     (result,) = [result for result in results if result.protocol == "knn"]
     assert all(0 < value <= 1 for value in result.metrics.values()) and result.metrics and result.data
     features = run.embed("digits")

@@ -1,7 +1,7 @@
 """The Python API: what the commands do, as functions of plain values. `import simclr` offers them by these names."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from os import PathLike, fspath
@@ -25,43 +25,7 @@ Place = str | PathLike[str]
 """A path, or a name that the commands take too, such as "digits" or "timm/resnet18"."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """A training in its folder: of an encoder, or of a classifier where it was fine-tuned or distilled."""
-
-    path: Path
-
-    def load(self, *, device: str = "cpu") -> Model:
-        """The trained encoder, with its classifier if it has one."""
-        return load(self.path, device=device)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The records of the training, oldest first: step, learning rate, loss and the method's metrics."""
-        return RunFolder(self.path).read_metrics()
-
-    def evaluate(self, *data: Place, **options: Any) -> list[Result]:
-        """`simclr.evaluate` of this run."""
-        return evaluate(self, *data, **options)
-
-    def embed(self, data: Place, *, out: Place | None = None, **options: Any) -> np.ndarray:
-        """Features (n, F) float32 of the images of every split, in the order of `simclr.open_data(data, split="all")`.
-
-        Args:
-            out: Also write features, keys and labels to this .npz file, as `simclr embed` does.
-            options: As of `simclr embed`.
-        """
-        return embed(self, data, out=out, **options)
-
-    def finetune(self, data: Place, *, out: Place, **options: Any) -> "Run":
-        """`simclr.finetune` from this run."""
-        return finetune(self, data, out=out, **options)
-
-    def resume(self, **options: Any) -> "Run":
-        """`simclr.resume` of this run."""
-        return resume(self, **options)
-
-
-def pretrain(data: Place, *, method: type[Method] = SimCLR, **options: Any) -> Run:
+def pretrain(data: Place, *, method: type[Method] = SimCLR, **options: Any) -> "Run":
     """Learn an encoder from unlabelled images, as `simclr pretrain`.
 
     Args:
@@ -81,7 +45,7 @@ def pretrain(data: Place, *, method: type[Method] = SimCLR, **options: Any) -> R
         return Run(task(given, overrides, method).path)
 
 
-def resume(run: Run | Place, *, method: type[Method] | None = None, **options: Any) -> Run:
+def resume(run: "Run | Place", *, method: type[Method] | None = None, **options: Any) -> "Run":
     """Go on with a training that was stopped or killed, to the same bits, as `simclr resume`.
 
     Args:
@@ -96,7 +60,7 @@ def resume(run: Run | Place, *, method: type[Method] | None = None, **options: A
         return Run(path)
 
 
-def finetune(run: Run | Place, data: Place, *, out: Place, **options: Any) -> Run:
+def finetune(run: "Run | Place", data: Place, *, out: Place, **options: Any) -> "Run":
     """Turn an encoder into a classifier by training on labelled images, as `simclr finetune`.
 
     Args:
@@ -112,7 +76,7 @@ def finetune(run: Run | Place, data: Place, *, out: Place, **options: Any) -> Ru
         return Run(Path(out))
 
 
-def distill(teacher: Run | Place, data: Place, *, out: Place, **options: Any) -> Run:
+def distill(teacher: "Run | Place", data: Place, *, out: Place, **options: Any) -> "Run":
     """Let a student learn a classifier's probabilities on images without labels, as `simclr distill`.
 
     Args:
@@ -128,27 +92,50 @@ def distill(teacher: Run | Place, data: Place, *, out: Place, **options: Any) ->
         return Run(Path(out))
 
 
-def evaluate(run: Run | Place, *data: Place, **options: Any) -> list[Result]:
+def evaluate(
+    run: "Run | Place",
+    *data: Place,
+    protocol: str | Sequence[str] = ("knn", "linear"),
+    compare: "Sequence[Run | Place]" = ("random", "pixels"),
+    labels: str | None = None,
+    seeds: int = 1,
+    finetune: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> list[Result]:
     """Measure an encoder by the papers' protocols, beside baselines, as `simclr evaluate`; prints the table.
 
     Args:
         run: A run, an encoder's folder, timm/NAME, torchvision/NAME, random, or pixels.
-        data: Labelled images; for transfer several sets.
-        options: Of the command (`Evaluate`), such as `protocol="knn,linear"`; `finetune`, a dictionary of settings for
-            the protocol of that name.
+        data: Labelled images (folder, .npz file or name); for the protocol transfer several sets.
+        protocol: One or more of knn, linear, logistic, finetune, supervised, curve, probe, label-free and transfer; as
+            text with commas between, as on the command line, or as a sequence.
+        compare: Models in further rows of the table: anything that `run` may be.
+        labels: Labels that may be used: a share such as "1%", a number such as "10/class", or a file with the names of
+            images, one per line; None: all.
+        seeds: Number of seeds; with two or more the table has mean and spread.
+        finetune: For the protocol finetune: settings that replace those of the recipe (`FinetuneConfig`).
+        settings: Any other option of the command (`Evaluate`), such as seed=1, out="results" (folder in which results
+            are kept), linear="sgd" or leave_one_out=True.
 
     Returns:
         What was measured, each with model, data, protocol, settings, seed and metrics.
+
+    Raises:
+        UserError: Run, data and settings do not go together, or a result could not be measured.
     """
     from simclr.tasks.evaluate import evaluate as task
 
     with in_python_words():
-        overrides = Overrides(options.pop("finetune", {}))
-        given, _ = _split(Evaluate, options, run=_place(run), data=tuple(fspath(place) for place in data))
-        return task(given, overrides)
+        options, _ = _split(
+            Evaluate,
+            {"protocol": protocol if isinstance(protocol, str) else ",".join(protocol), "labels": labels, **settings},
+            run=_place(run), data=tuple(fspath(place) for place in data),
+            compare=tuple(_place(model) for model in compare), seeds=seeds,
+        )  # fmt: skip
+        return task(options, Overrides(finetune or {}))
 
 
-def embed(run: Run | Place, data: Place, *, out: Place | None = None, **options: Any) -> np.ndarray:
+def embed(run: "Run | Place", data: Place, *, out: Place | None = None, **options: Any) -> np.ndarray:
     """Features (n, F) float32 of the images of every split, as `simclr embed` writes them.
 
     Args:
@@ -166,6 +153,30 @@ def embed(run: Run | Place, data: Place, *, out: Place | None = None, **options:
         task(given)
         with np.load(path, allow_pickle=False) as archive:
             return archive["features"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training in its folder: of an encoder, or of a classifier where it was fine-tuned or distilled.
+
+    The functions of this module that begin with a run are its methods too: `run.evaluate(data)` is
+    `simclr.evaluate(run, data)`.
+    """
+
+    path: Path
+
+    evaluate = evaluate
+    embed = embed
+    finetune = finetune
+    resume = resume
+
+    def load(self, *, device: str = "cpu") -> Model:
+        """The trained encoder, with its classifier if it has one."""
+        return load(self.path, device=device)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of the training, oldest first: step, learning rate, loss and the method's metrics."""
+        return RunFolder(self.path).read_metrics()
 
 
 @contextmanager
