@@ -6,7 +6,7 @@ batch size of pretraining; random crops and flips, nothing else. The recipe whos
 
 from dataclasses import dataclass
 
-from simclr.config.training import TrainingConfig
+from simclr.config.training import DownstreamConfig
 from simclr.errors import UserError
 
 SMALL = 100_000
@@ -16,7 +16,7 @@ SELF, SMALLER = 0.1, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(TrainingConfig):
+class DistillConfig(DownstreamConfig):
     """Settings of one distillation."""
 
     temperature: float = SMALLER

@@ -8,12 +8,12 @@ README of google-research/simclr (v2). Recipes whose name begins with `small` or
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from simclr.config.training import TrainingConfig
+from simclr.config.training import DownstreamConfig
 from simclr.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainingConfig):
+class FinetuneConfig(DownstreamConfig):
     """Settings of one training on labels; the defaults are SimCLR v1's for all of ImageNet."""
 
     head_layer: int = 0

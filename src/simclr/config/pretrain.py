@@ -5,7 +5,6 @@ A run saves the settings that it resolved as `RUN/config.json`; that file is its
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
@@ -13,18 +12,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from simclr.config.deprecated import FIELDS, rename_settings
+from simclr.config.training import FREE_ON_RESUME, TrainingConfig
 from simclr.errors import UserError
 from simclr.files import write_atomically
 
 MAX_SEED = 2**64 - 1
 """Philox, which draws order and views, has keys of 64 bits."""
 
-# Settings that a resumed run may change: they move no number of its result.
-FREE_ON_RESUME = frozenset({"workers", "save_every", "max_checkpoints", "knn_every"})
-
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(TrainingConfig):
     """How an encoder is pretrained. The defaults are the SimCLR v1 paper's where a small machine can follow."""
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # an unknown key in a saved file is an error
@@ -42,12 +39,6 @@ class PretrainConfig:
 
     strength: float = 1.0
     """Strength s of the colour distortion: 1.0 for ImageNet, 0.5 for CIFAR (appendix A, B.9)."""
-
-    crop_min: float = 0.08
-    """Smallest share of the image's area that a random crop may take."""
-
-    flip: float = 0.5
-    """Probability of a left-right flip; 0 where mirror images mean something else, as with letters."""
 
     jitter: float = 0.8
     """Probability of the colour distortion."""
@@ -96,27 +87,12 @@ class PretrainConfig:
 
     # ---- optimiser and schedule
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"
-    """LARS as the authors wrote it, SGD with Nesterov momentum, or AdamW."""
-
     lr: float = 0.3
-    """Base learning rate, before scaling."""
-
-    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
-    """Peak rate: lr x batch / 256 (linear), lr x sqrt(batch) (sqrt), or lr itself (B.1)."""
-
     warmup_epochs: float = 10.0
-    """Epochs over which the rate climbs from 0 to its peak, before the cosine decay to 0."""
-
     weight_decay: float = 1e-6
-    """L2 on the weights; batch-norm parameters and biases are exempt."""
-
-    momentum: float = 0.9
-    """Momentum of LARS and SGD."""
 
     # ---- amount
     epochs: int = 100
-    """Passes over the images."""
-
     batch_size: int = 512
     """Images per step over all processes; each gives two views."""
 
@@ -130,12 +106,6 @@ class PretrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto: a GPU if there is one."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the encoder; auto: bf16 on GPUs that have it, else fp32. The loss is always fp32."""
-
-    deterministic: bool = False
-    """On a GPU, only use kernels that give the same bits each time (slower). A CPU always does."""
-
     memory: Literal["auto", "plain", "checkpointing", "grad-cache"] = "auto"
     """How a step fits the memory: plain, activations recomputed (same result), or gradients cached for a chunk of the
     batch at a time (batch norm then sees chunks); auto: the first that fits."""
@@ -143,50 +113,25 @@ class PretrainConfig:
     chunk: int = 0
     """With --memory grad-cache: images of a process in a chunk, which must divide its batch; 0: the most that fit."""
 
-    workers: int = 2
-    """Threads that decode images and prepare views ahead of the encoder; 0: none. Changes no pixel."""
-
     # ---- record
     log_every: int = 20
-    """Steps between two records in metrics.jsonl."""
-
-    save_every: int = 500
-    """Steps between two checkpoints; one is always written at the end."""
-
-    max_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
 
     knn_every: float = 10.0
     """Epochs between two kNN checks, where the images have labels; 0: never."""
 
     def __post_init__(self) -> None:
         """Say in one sentence what is wrong with a value."""
-        for name, least in (
-            ("size", 4),
-            ("head_layers", 1),
-            ("head_dim", 1),
-            ("epochs", 1),
-            ("batch_size", 2),
-            ("log_every", 1),
-            ("save_every", 1),
-            ("max_checkpoints", 1),
-            ("workers", 0),
-            ("chunk", 0),
-        ):
-            _require(name, getattr(self, name), getattr(self, name) >= least, f"at least {least}")
-        for name in ("temperature", "lr", "width", "loss_scale"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "greater than 0")
-        for name in ("warmup_epochs", "weight_decay", "strength", "knn_every"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        for name in ("flip", "jitter", "grayscale", "blur"):
-            value = getattr(self, name)
-            _require(name, value, value is None or 0 <= value <= 1, "a probability between 0 and 1")
+        super().__post_init__()
+        for name, minimum in (("size", 4), ("head_layers", 1), ("head_dim", 1), ("epochs", 1), ("chunk", 0)):
+            self._require_min(name, minimum)
+        for name in ("temperature", "width", "loss_scale"):
+            self._require_positive(name)
+        for name in ("strength", "knn_every"):
+            self._require_min(name, 0)
+        for name in ("jitter", "grayscale", *(["blur"] if self.blur is not None else [])):
+            self._require_probability(name)
         require_seed(self.seed)
-        _require(
-            "chunk", self.chunk, self.chunk == 0 or self.memory == "grad-cache", "0, unless --memory is grad-cache"
-        )
-        _require("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
-        _require("crop_min", self.crop_min, 0 < self.crop_min <= 1, "an area share in (0, 1]")
+        self._require("chunk", self.chunk == 0 or self.memory == "grad-cache", "0, unless --memory is grad-cache")
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON: a recipe."""
@@ -205,13 +150,6 @@ def require_seed(seed: int, *, count: int = 1, name: str = "--seed") -> None:
     if not 0 <= seed <= MAX_SEED - (count - 1):
         after = "" if count == 1 else f", less the {count - 1} that follow it"
         raise UserError(f"{name} was {seed}; it must be a whole number from 0 to {MAX_SEED} (2**64 - 1){after}.")
-
-
-def _require(name: str, value: object, fine: bool, allowed: str) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        fine = False
-    if not fine:
-        raise UserError(f"--{name.replace('_', '-')} was {value}; it must be {allowed}.")
 
 
 def load_config(path: Path) -> PretrainConfig:

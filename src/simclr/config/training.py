@@ -1,7 +1,4 @@
-"""What fine-tuning and distillation have in common: a cropped and flipped view of each image, an optimiser, an amount.
-
-Imports no torch.
-"""
+"""Settings of every training: amount, optimiser and schedule, precision, records. Imports no torch."""
 
 import math
 from collections.abc import Callable
@@ -9,79 +6,73 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal, Self
 
-from simclr.config.pretrain import FREE_ON_RESUME
 from simclr.config.schedule import learning_rate, peak_lr, total_steps, warmup_steps
 from simclr.errors import UserError
+
+FREE_ON_RESUME = frozenset({"workers", "save_every", "max_checkpoints", "knn_every"})
+"""Settings that a resumed run may change: they do not affect its result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Settings of one training; the defaults are those of SimCLR v1's fine-tuning on all of ImageNet."""
+    """Settings that all trainings share; what trains sets its own defaults."""
+
+    # ---- amount
+    epochs: float
+    """Passes over the images."""
+
+    batch_size: int
+    """Images per step over all processes."""
 
     # ---- optimiser and schedule
-    optimizer: Literal["lars", "sgd", "adamw"] = "sgd"
+    optimizer: Literal["lars", "sgd", "adamw"]
     """LARS as the authors wrote it, SGD with Nesterov momentum, or AdamW."""
 
-    lr: float = 0.05
+    lr: float
     """Base learning rate, before scaling."""
 
     lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
-    """Peak rate: lr x batch / 256 (linear), lr x sqrt(batch) (sqrt), or lr itself."""
+    """Peak rate: lr x batch / 256 (linear), lr x sqrt(batch) (sqrt), or lr itself (B.1)."""
+
+    warmup_epochs: float
+    """Epochs over which the rate climbs from 0 to its peak, before the cosine decay to 0."""
+
+    weight_decay: float
+    """L2 on the weights; batch-norm parameters and biases are exempt."""
 
     momentum: float = 0.9
     """Momentum of LARS and SGD, first beta of AdamW."""
 
-    weight_decay: float = 0.0
-    """L2 on what the authors decay (optim.py)."""
-
-    warmup_epochs: float = 0.0
-    """Epochs over which the rate climbs from 0 to its peak, before the cosine decay to 0."""
-
-    # ---- amount
-    epochs: float = 30.0
-    """Passes over the labelled images."""
-
-    min_steps: int = 0
-    """With fewer images training goes on until it has this many steps; none where a flag says other epochs."""
-
-    batch_size: int = 4096
-    """Images per step over all processes; may exceed the number of images."""
-
-    # ---- views: crop and flip, nothing else
+    # ---- views
     crop_min: float = 0.08
     """Smallest share of the image's area that a random crop may take."""
 
     flip: float = 0.5
     """Probability of a left-right flip; 0 where mirror images mean something else, as with letters."""
 
-    # ---- machine and record
+    # ---- machine
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the network; auto: bf16 on GPUs that have it, else fp32. Logits and loss are always fp32."""
+    """Arithmetic of the network; auto: bf16 on GPUs that have it, else fp32. The loss is always fp32."""
 
     deterministic: bool = False
     """On a GPU, only use kernels that give the same bits each time (slower). A CPU always does."""
 
     workers: int = 2
-    """Threads that prepare views; 0: none. Changes no pixel."""
+    """Threads that decode images and prepare views ahead of the network; 0: none. Changes no pixel."""
 
-    log_every: int = 50
+    # ---- record
+    log_every: int
     """Steps between two records in metrics.jsonl."""
 
     save_every: int = 500
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints; one is always written at the end."""
 
     max_checkpoints: int = 2
     """Newest checkpoints that are kept."""
 
-    def with_overrides(self, overrides: Callable[[Self], Self]) -> Self:
-        """These settings with a user's on top; whoever asks for other epochs means them, so `min_steps` gives way."""
-        config = overrides(self)
-        named = config.min_steps != self.min_steps
-        return config if named or config.epochs == self.epochs else replace(config, min_steps=0)
-
     def steps(self, num_images: int) -> int:
         """Updates of a training on so many images."""
-        return max(total_steps(num_images, self.epochs, self.batch_size), self.min_steps)
+        return total_steps(num_images, self.epochs, self.batch_size)
 
     @property
     def peak(self) -> float:
@@ -93,27 +84,73 @@ class TrainingConfig:
         warmup = warmup_steps(num_images, self.warmup_epochs, self.batch_size)
         return partial(learning_rate, peak=self.peak, warmup_steps=warmup, total_steps=self.steps(num_images))
 
+    def __post_init__(self) -> None:
+        """Say in one sentence what is wrong with a value."""
+        for name, minimum in (
+            ("batch_size", 2), ("weight_decay", 0), ("warmup_epochs", 0),
+            ("workers", 0), ("log_every", 1), ("save_every", 1), ("max_checkpoints", 1),
+        ):  # fmt: skip
+            self._require_min(name, minimum)
+        self._require_positive("lr")
+        self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        self._require_probability("flip")
+        self._require("crop_min", 0 < self.crop_min <= 1, "an area share in (0, 1]")
+
+    def _require(self, name: str, is_allowed: bool, allowed: str) -> None:
+        """Reject the value of a setting that is not allowed, or not finite."""
+        value = getattr(self, name)
+        if not is_allowed or (isinstance(value, float) and not math.isfinite(value)):
+            raise UserError(f"--{name.replace('_', '-')} was {value}; it must be {allowed}.")
+
+    def _require_min(self, name: str, minimum: int) -> None:
+        self._require(name, getattr(self, name) >= minimum, f"at least {minimum}")
+
+    def _require_positive(self, name: str) -> None:
+        self._require(name, getattr(self, name) > 0, "greater than 0")
+
+    def _require_probability(self, name: str) -> None:
+        self._require(name, 0 <= getattr(self, name) <= 1, "a probability between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownstreamConfig(TrainingConfig):
+    """What fine-tuning and distillation share; the defaults are those of SimCLR v1's fine-tuning on all of ImageNet.
+
+    The views are cropped and flipped, nothing else.
+    """
+
+    epochs: float = 30.0
+    min_steps: int = 0
+    """With fewer images training goes on until it has this many steps; none where a flag says other epochs."""
+
+    batch_size: int = 4096
+    """Images per step over all processes; may exceed the number of images."""
+
+    optimizer: Literal["lars", "sgd", "adamw"] = "sgd"
+    lr: float = 0.05
+    warmup_epochs: float = 0.0
+    weight_decay: float = 0.0
+    """L2 on what the authors decay (optim.py)."""
+
+    log_every: int = 50
+
+    def with_overrides(self, overrides: Callable[[Self], Self]) -> Self:
+        """These settings with a user's on top; whoever asks for other epochs means them, so `min_steps` gives way."""
+        config = overrides(self)
+        named = config.min_steps != self.min_steps
+        return config if named or config.epochs == self.epochs else replace(config, min_steps=0)
+
+    def steps(self, num_images: int) -> int:
+        """Updates of a training on so many images."""
+        return max(super().steps(num_images), self.min_steps)
+
     def result_fields(self) -> dict[str, Any]:
-        """The settings that move the result, as JSON can hold them."""
+        """The settings that determine the result, as JSON can hold them."""
         return {name: value for name, value in asdict(self).items() if name not in FREE_ON_RESUME}
 
     def __post_init__(self) -> None:
         """Say in one sentence what is wrong with a value."""
-        for name, least in (
-            ("epochs", 0), ("min_steps", 0), ("batch_size", 2), ("weight_decay", 0), ("warmup_epochs", 0),
-            ("workers", 0), ("log_every", 1), ("save_every", 1), ("max_checkpoints", 1),
-        ):  # fmt: skip
-            self._require(name, getattr(self, name) >= least, f"at least {least}")
-        self._require("lr", self.lr > 0, "greater than 0")
+        super().__post_init__()
+        for name in ("epochs", "min_steps"):
+            self._require_min(name, 0)
         self._require("epochs", self.epochs > 0 or self.min_steps > 0, "greater than 0")
-        self._require("momentum", 0 <= self.momentum < 1, "in [0, 1)")
-        self._require("flip", 0 <= self.flip <= 1, "a probability between 0 and 1")
-        self._require("crop_min", 0 < self.crop_min <= 1, "an area share in (0, 1]")
-
-    def _require(self, name: str, fine: bool, allowed: str) -> None:
-        """Refuse the value of a setting that is not `fine`, or not finite."""
-        value = getattr(self, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            fine = False
-        if not fine:
-            raise UserError(f"--{name.replace('_', '-')} was {value}; it must be {allowed}.")

@@ -19,7 +19,6 @@ from simclr import distributed
 from simclr.config.overrides import Overrides
 from simclr.config.pretrain import PretrainConfig
 from simclr.config.recipes import choose_recipe, find_recipe
-from simclr.config.schedule import total_steps
 from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
@@ -169,7 +168,7 @@ def measure_plan(
     method = build_method(config, images.channels, world)
     budget = available(world) if budget is None else budget
     footprint = measure(method, config, images, precision_of(config.precision, world))
-    steps = total_steps(len(images), config.epochs, config.batch_size)
+    steps = config.steps(len(images))
     strategies = []
     for strategy in list_strategies(footprint, config.batch_size, budget):
         if strategy.name == "grad-cache" and config.chunk:

@@ -13,7 +13,6 @@ import torch
 from simclr.config.encoder import EncoderConfig
 from simclr.config.pretrain import PretrainConfig
 from simclr.config.records import versioned
-from simclr.config.schedule import learning_rate, peak_lr, total_steps, warmup_steps
 from simclr.data.fingerprint import SCHEME, first_scheme
 from simclr.data.images import Images
 from simclr.data.splits import split_indices
@@ -168,16 +167,14 @@ def build_task(
         track_once(method)
 
     n, batch_size = len(images), config.batch_size
-    total = total_steps(n, config.epochs, batch_size)
-    warmup = warmup_steps(n, config.warmup_epochs, batch_size)
-    peak = peak_lr(config.lr, batch_size, config.lr_scaling)
+    total_steps = config.steps(n)
     origin = {"method": method_name(kind), "run": str(run.path)}
 
     def publish(step: int) -> None:
         networks = method.published()
         encoder, head = networks["encoder"], networks.get("head")
         assert isinstance(encoder, Encoder) and (head is None or isinstance(head, ProjectionHead))
-        progress = TrainingProgress(step, total)
+        progress = TrainingProgress(step, total_steps)
         save_encoder(
             encoder, run.encoder, preprocessing=config.augmentation, origin=origin, head=head, progress=progress
         )
@@ -190,10 +187,10 @@ def build_task(
             chunk=config.chunk if config.memory == "grad-cache" else 0, verbose=True,
         ),
         optimizer=build_optimizer(
-            config.optimizer, method, lr=peak, weight_decay=config.weight_decay, momentum=config.momentum
+            config.optimizer, method, lr=config.peak, weight_decay=config.weight_decay, momentum=config.momentum
         ),
-        learning_rate=lambda step: learning_rate(step, peak=peak, warmup_steps=warmup, total_steps=total),
-        total_steps=total,
+        learning_rate=config.learning_rate(n),
+        total_steps=total_steps,
         batch_size=batch_size,
         seed=config.seed,
         precision=precision_of(config.precision, world),

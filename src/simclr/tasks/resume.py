@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from simclr import distributed
 from simclr.config.overrides import Overrides
-from simclr.config.pretrain import FREE_ON_RESUME, changed_on_resume
+from simclr.config.pretrain import changed_on_resume
+from simclr.config.training import FREE_ON_RESUME
 from simclr.data.readers.named import NAMES
 from simclr.errors import UserError
 from simclr.methods.method import Method

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from simclr.config.pretrain import PretrainConfig
 from simclr.config.training import TrainingConfig
 from simclr.distributed import DistributedContext
 from simclr.errors import Stopped, UserError
@@ -26,7 +25,7 @@ from simclr.training.run import RunFolder, claim
 def fit(
     task: Task,
     run: RunFolder,
-    config: PretrainConfig | TrainingConfig,
+    config: TrainingConfig,
     world: DistributedContext,
     *,
     manifest: Mapping[str, Any] | None = None,

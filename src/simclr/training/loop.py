@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from simclr.config.pretrain import PretrainConfig
 from simclr.config.training import TrainingConfig
 from simclr.distributed import DistributedContext
 from simclr.errors import Diverged, UserError
@@ -77,7 +76,7 @@ class Task:
 def train(
     task: Task,
     run: RunFolder,
-    config: PretrainConfig | TrainingConfig,
+    config: TrainingConfig,
     world: DistributedContext,
     *,
     start_step: int,

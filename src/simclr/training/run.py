@@ -162,7 +162,7 @@ class RunFolder:
         return [json.loads(line) for line in _records(self.metrics, None)]
 
 
-def claim(run: RunFolder, config: PretrainConfig | TrainingConfig, manifest: Mapping[str, Any]) -> None:
+def claim(run: RunFolder, config: TrainingConfig, manifest: Mapping[str, Any]) -> None:
     """Make the folder of a new run, or see that the one that is there is of the same method, settings and inputs."""
     if not run.exists:
         create_run(run.path, config, manifest)
@@ -179,7 +179,7 @@ def claim(run: RunFolder, config: PretrainConfig | TrainingConfig, manifest: Map
         run.checkpoints.mkdir(exist_ok=True)
 
 
-def create_run(path: Path, config: PretrainConfig | TrainingConfig, manifest: Mapping[str, Any]) -> RunFolder:
+def create_run(path: Path, config: TrainingConfig, manifest: Mapping[str, Any]) -> RunFolder:
     """Make the folder of a new run; a folder that holds one already, or anything else, is left as it is.
 
     Args:
