@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torchvision.models import resnet
 
 from bundle_writer import varint
+from processes import run_in_processes
 from simclr.config.pretrain import PretrainConfig
 from simclr.distributed import DistributedContext, joined
 from simclr.models import EncoderConfig
@@ -31,7 +31,7 @@ MUTATIONS = int(os.environ.get("SIMCLR_MUTATIONS", "200"))  # 10,000 take some m
 
 def in_processes(size: int, folder: Path, check: Callable[[DistributedContext], None]) -> None:
     """Run `check` in `size` processes; a failed assertion in any of them fails the test."""
-    spawn(run_check, args=(size, str(folder / "store"), check), nprocs=size)
+    run_in_processes(size, run_check, size, str(folder / "store"), check)
 
 
 def run_check(rank: int, size: int, store: str, check: Callable[[DistributedContext], None]) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from processes import run_in_processes
 from simclr.distributed import stop
 from simclr.errors import UserError
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder, set_global_batch_norm
@@ -177,7 +177,7 @@ CASES = {
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [2, 3])
 def test_shards_equal_the_whole_batch(processes: int, tmp_path: Path) -> None:
-    mp.spawn(_shard, (processes, tmp_path), nprocs=processes)
+    run_in_processes(processes, _shard, processes, tmp_path)
     shards = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
     for name, case in CASES.items():
         layer, x, dy = case.whole()
@@ -257,7 +257,7 @@ def _model() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def test_conversion_keeps_parameters_names_and_mode() -> None:
-    from timm.layers import BatchNormAct2d  # here: the spawned processes import this file, and need no timm
+    from timm.layers import BatchNormAct2d  # here: other processes import this file, and need no timm
 
     model = nn.Sequential(nn.BatchNorm2d(3, eps=1e-3, momentum=0.2), BatchNormAct2d(3), BatchNorm2d(3)).eval()
     before = dict(model.named_parameters())

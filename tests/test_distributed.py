@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import gloo_threads, in_processes
+from processes import run_in_processes
 from simclr import UserError, distributed
 from simclr.data.images import array_images
 from simclr.distributed import DistributedContext, joined, start, stop
@@ -194,7 +194,7 @@ def failing_step() -> None:
 @pytest.mark.multiprocess
 def test_an_error_in_one_process_ends_all(tmp_path):
     """Each with its own kind of end, in two processes that meet again and again."""
-    spawn(check_errors, args=(tmp_path,), nprocs=2)
+    run_in_processes(2, check_errors, tmp_path)
 
 
 def check_errors(rank: int, folder: Path) -> None:

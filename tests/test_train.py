@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from helpers import SMALL_RUN, Killed, assert_same, final_state
+from processes import run_in_processes
 from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext, stop
 from simclr.errors import Stopped, UserError
@@ -261,7 +261,7 @@ def test_loss_and_every_gradient_are_those_of_one_process(tmp_path, dtype, toler
         if size == 1:
             gradients_of_a_step(0, *arguments)
         else:
-            mp.spawn(gradients_of_a_step, args=arguments, nprocs=size)
+            run_in_processes(size, gradients_of_a_step, *arguments)
         results[size] = torch.load(result)
     for size in (2, 4):
         for name, expected in results[1].items():
