@@ -17,7 +17,7 @@ from collections.abc import Callable
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 PRELOADED = (
     "numba", "numpy", "pytest", "sklearn.datasets", "torch.distributed.nn.functional", "torchvision", "torchvision.io",
