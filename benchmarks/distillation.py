@@ -26,7 +26,7 @@ from simclr.config.finetune import FINETUNE_RECIPES
 from simclr.config.schedule import total_steps
 from simclr.data.images import Images
 from simclr.data.opening import open_data
-from simclr.evaluation.finetune import TRAINING_VERSION, finetune, supervised
+from simclr.evaluation.finetune import TRAINING_VERSION, Execution, finetune, supervised
 from simclr.evaluation.keys import labelled_digest
 from simclr.evaluation.logistic import LOGISTIC_VERSION, linear_probe
 from simclr.evaluation.measure import about_split
@@ -109,7 +109,10 @@ def results_of_seed(
     @cache
     def teacher() -> Model:
         place = args.out / f"teacher-{name_of(key)}"
-        finetune(base.encoder, base.head, few.train, few.test, tuning, seed=seed, preset=base.preprocessing, run=place)
+        finetune(
+            base.encoder, base.head, few.train, few.test, tuning,
+            seed=seed, preset=base.preprocessing, execution=Execution(run=place),
+        )  # fmt: skip
         return load(place)
 
     def taught(images: Images, config: DistillConfig) -> Measured:

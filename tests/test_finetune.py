@@ -22,8 +22,7 @@ from simclr.data.opening import open_data
 from simclr.data.splits import label_subset
 from simclr.errors import Stopped
 from simclr.evaluation import finetune as finetuning
-from simclr.evaluation.finetune import finetune, supervised
-from simclr.evaluation.linear import linear
+from simclr.evaluation.finetune import Execution, finetune, supervised
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.training.run import RunFolder
@@ -74,7 +73,13 @@ def test_fine_tuning_learns_and_leaves_the_given_network_alone(test):
     config = replace(CONFIG, min_steps=80, lr=1e-2)
     told = []
     result = finetune(
-        encoder, head, digits("train", "20/class"), test, config, seed=0, progress=lambda *call: told.append(call)
+        encoder,
+        head,
+        digits("train", "20/class"),
+        test,
+        config,
+        seed=0,
+        execution=Execution(progress=lambda *call: told.append(call)),
     )
     assert result.accuracy > 0.5
     assert result.scores.shape == (100, 10) and result.targets.tolist() == test.labels.tolist()
@@ -87,7 +92,7 @@ def test_fine_tuning_learns_and_leaves_the_given_network_alone(test):
 def test_the_linear_probe_moves_the_classifier_alone_and_learns(test):
     encoder, _ = network()
     config = replace(FINETUNE_RECIPES["small-linear"], epochs=0, min_steps=100, lr=10.0, flip=0.0, workers=0)
-    result = linear(encoder, digits("train", "20/class"), test, config, seed=0)
+    result = finetune(encoder, None, digits("train", "20/class"), test, config, seed=0)
     assert_equal(state_of(result.network.encoder), state_of(encoder))
     assert result.network.linear.weight.any()
     assert result.accuracy > 0.3
@@ -166,22 +171,30 @@ def kill():
 def test_resume_is_exact(train, test, tmp_path, monkeypatch, changes):
     config = replace(CONFIG, **changes)
     encoder, head = network()
-    undisturbed = finetune(encoder, head, train, test, config, seed=0, run=tmp_path / "a")
+    undisturbed = finetune(encoder, head, train, test, config, seed=0, execution=Execution(run=tmp_path / "a"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         disturb(patch, 9, kill)
-        finetune(encoder, head, train, test, config, seed=0, run=tmp_path / "b")
+        finetune(encoder, head, train, test, config, seed=0, execution=Execution(run=tmp_path / "b"))
     told = []
     with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
         disturb(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         finetune(
-            encoder, head, train, test, config, seed=0, run=tmp_path / "b", progress=lambda *call: told.append(call)
+            encoder,
+            head,
+            train,
+            test,
+            config,
+            seed=0,
+            execution=Execution(run=tmp_path / "b", progress=lambda *call: told.append(call)),
         )
     assert stopped.value.signal == signal.SIGTERM and told[0] == (9, 12) and told[-1] == (11, 12)
-    resumed = finetune(encoder, head, train, test, config, seed=0, run=tmp_path / "b")
+    resumed = finetune(encoder, head, train, test, config, seed=0, execution=Execution(run=tmp_path / "b"))
     assert np.array_equal(resumed.scores, undisturbed.scores)
     assert_equal(state_of(resumed.network), state_of(undisturbed.network))
     assert RunFolder(tmp_path / "a").metrics.read_bytes() == RunFolder(tmp_path / "b").metrics.read_bytes()
-    finished = finetune(encoder, head, train, test, replace(config, workers=1), seed=0, run=tmp_path / "b")
+    finished = finetune(
+        encoder, head, train, test, replace(config, workers=1), seed=0, execution=Execution(run=tmp_path / "b")
+    )
     assert np.array_equal(finished.scores, undisturbed.scores)
 
 
@@ -189,13 +202,13 @@ def test_a_signal_in_the_last_step_stops_what_would_follow(train, test, tmp_path
     config = replace(CONFIG, min_steps=2)
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         disturb(patch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
-        finetune(*network(), train, test, config, seed=0, run=tmp_path)
-    assert finetune(*network(), train, test, config, seed=0, run=tmp_path).steps == 2
+        finetune(*network(), train, test, config, seed=0, execution=Execution(run=tmp_path))
+    assert finetune(*network(), train, test, config, seed=0, execution=Execution(run=tmp_path)).steps == 2
 
 
 def test_a_run_leaves_a_network_that_names_classes(train, test, tmp_path):
     config = replace(CONFIG, head_layer=1)
-    result = finetune(*network(), train, test, config, seed=0, run=tmp_path)
+    result = finetune(*network(), train, test, config, seed=0, execution=Execution(run=tmp_path))
     loaded = simclr.load(tmp_path)
     named = loaded.classify(test)
     assert named == [result.classes[best] for best in result.scores.argmax(1)]
@@ -207,14 +220,16 @@ def test_a_run_leaves_a_network_that_names_classes(train, test, tmp_path):
 
 
 def test_the_first_loss_is_that_of_chance(train, test, tmp_path):
-    finetune(*network(), train, test, replace(CONFIG, min_steps=1, log_every=1), seed=0, run=tmp_path)
+    finetune(
+        *network(), train, test, replace(CONFIG, min_steps=1, log_every=1), seed=0, execution=Execution(run=tmp_path)
+    )
     assert RunFolder(tmp_path).read_metrics()[0]["loss"] == pytest.approx(math.log(10), rel=1e-6)
 
 
 def test_a_folder_of_another_training_is_refused(train, test, tmp_path):
     encoder, head = network()
     config = replace(CONFIG, min_steps=1)
-    finetune(encoder, head, train, test, config, seed=0, run=tmp_path / "run")
+    finetune(encoder, head, train, test, config, seed=0, execution=Execution(run=tmp_path / "run"))
     other = build_encoder(SHAPE, seed=9)
     for arguments in (
         (encoder, head, train, test, replace(config, lr=0.5), 0),
@@ -225,17 +240,17 @@ def test_a_folder_of_another_training_is_refused(train, test, tmp_path):
     ):
         *what, seed = arguments
         with pytest.raises(UserError, match="another folder"):
-            finetune(*what, seed=seed, run=tmp_path / "run")
+            finetune(*what, seed=seed, execution=Execution(run=tmp_path / "run"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="exists and is no run"):
-        finetune(encoder, head, train, test, config, seed=0, run=tmp_path / "full")
+        finetune(encoder, head, train, test, config, seed=0, execution=Execution(run=tmp_path / "full"))
 
 
 def test_a_loss_that_explodes_is_one_sentence(train, test, tmp_path):
     config = replace(CONFIG, optimizer="sgd", lr=1e30)
     with pytest.raises(UserError, match=r"no longer finite.*Try a lower --lr\.$"):
-        finetune(*network(), train, test, config, seed=0, run=tmp_path)
+        finetune(*network(), train, test, config, seed=0, execution=Execution(run=tmp_path))
 
 
 def one_class(images):
@@ -308,6 +323,6 @@ def check_processes(run, world):
     train, test = digits("train", "5/class"), digits("test", "10/class").subset(np.arange(33))
     config = replace(CONFIG, head_layer=1, optimizer="sgd", lr=0.5, min_steps=5)
     alone = finetune(*network(), train, replace(test), config, seed=0)
-    shared = finetune(*network(), train, test, config, seed=0, world=world, run=run)
+    shared = finetune(*network(), train, test, config, seed=0, execution=Execution(world=world, run=run))
     np.testing.assert_allclose(shared.scores, alone.scores, rtol=2e-3, atol=2e-4)
     assert np.abs(alone.scores).max() > 0.05

@@ -27,6 +27,7 @@ from simclr.evaluation.grid import (
     settings,
 )
 from simclr.evaluation.knn import knn
+from simclr.evaluation.measure import train_subject
 from simclr.evaluation.results import About, Result, ResultStore
 from simclr.evaluation.subjects import open_subject
 from simclr.evaluation.transfer import differences, linear_transfer, score_and_credits, transfer, true_labels
@@ -414,7 +415,7 @@ def test_finetune_transfer_trains_and_resumes(tmp_path, monkeypatch, metric):
     bad = finetune_transfer(subject, poisoned(data), grid=small, seed=0)
     assert (bad.details["chosen"], bad.metrics["validation"]) == (chosen, found.metrics["validation"])
     assert bad.details["credits"] != found.details["credits"]
-    monkeypatch.setattr(grid_module, "finetune", None)  # nothing is trained any more
+    monkeypatch.setattr(grid_module, "train_subject", None)  # nothing is trained any more
     assert finetune_transfer(subject, data, grid=small, seed=0, folder=tmp_path) == found
 
 
@@ -423,16 +424,16 @@ def test_a_cell_that_was_stopped_goes_on(tmp_path, monkeypatch):
     subject, small = Standin("tiny", tiny_encoder()), Grid(steps=6, rates=(0.05,), decays=(0.0,), batch_size=20)
     undisturbed = finetune_transfer(subject, picture_set(), grid=small, seed=0)
 
-    def killed_at_the_end(encoder, head, learn, judged, config, **options):
-        finetune(encoder, head, learn, judged, config, **options)
+    def killed_at_the_end(*arguments, **options):
+        train_subject(*arguments, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(grid_module, "finetune", killed_at_the_end)
+    monkeypatch.setattr(grid_module, "train_subject", killed_at_the_end)
     with pytest.raises(KeyboardInterrupt):
         finetune_transfer(subject, picture_set(), grid=small, seed=0, folder=tmp_path)
     assert len(list((tmp_path / "unfinished").iterdir())) == 1
     steps = []
-    monkeypatch.setattr(grid_module, "finetune", finetune)
+    monkeypatch.setattr(grid_module, "train_subject", train_subject)
     found = finetune_transfer(
         subject, picture_set(), grid=small, seed=0, folder=tmp_path, steps=lambda done, _: steps.append(done)
     )
@@ -443,7 +444,7 @@ def test_a_cell_that_was_stopped_goes_on(tmp_path, monkeypatch):
 def test_from_scratch_is_shared_by_encoders_of_one_shape(tmp_path, monkeypatch):
     small = Grid(steps=2, rates=(0.1,), decays=(1e-4,), batch_size=20, from_scratch=True)
     one_of_them = finetune_transfer(Standin("a", tiny_encoder()), picture_set(), grid=small, seed=0, folder=tmp_path)
-    monkeypatch.setattr(grid_module, "supervised", None)
+    monkeypatch.setattr(grid_module, "train_subject", None)
     other = finetune_transfer(Standin("b", tiny_encoder()), picture_set(), grid=small, seed=0, folder=tmp_path)
     assert replace(other, subject="a") == one_of_them
 

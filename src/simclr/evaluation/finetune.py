@@ -6,10 +6,9 @@ weights are tested, and no test label takes part in anything but the accuracy.
 Shapes: n training and m test images, K classes.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -68,6 +67,25 @@ class Finetuned:
     seed: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Where a training runs, and where it is recorded."""
+
+    world: DistributedContext | None = None
+    """The processes that share each batch; None: this process, where the encoder is."""
+    run: Path | RunFolder | None = None
+    """Folder for records, checkpoints and the network (`simclr.load(run).classify`); where it holds an unfinished
+    training of the same settings, that goes on bit for bit. None: nothing is kept."""
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of run.json (`RunRecord`): data, task."""
+    progress: Callable[[int, int], None] | None = None
+    """Called with (done, total) steps."""
+
+
+HERE = Execution()
+"""In this process; nothing is kept."""
+
+
 def finetune(
     encoder: Encoder,
     head: ProjectionHead | None,
@@ -77,10 +95,7 @@ def finetune(
     *,
     seed: int,
     preset: AugmentationPreset = "google",
-    world: DistributedContext | None = None,
-    run: Path | RunFolder | None = None,
-    manifest: dict[str, Any] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    execution: Execution = HERE,
 ) -> Finetuned:
     """Train a copy of the network on labelled images, then test it.
 
@@ -91,11 +106,7 @@ def finetune(
         test: Labelled with classes that `train` has.
         seed: Of the order of the images and of the views. The classifier begins at zero.
         preset: Whose crops and evaluation preprocessing: those that the encoder was trained with.
-        world: The processes that share each batch; None: this process, where the encoder is.
-        run: Folder for records, checkpoints and the network (`simclr.load(run).classify`); where it holds an unfinished
-            training of the same settings, that goes on bit for bit. None: nothing is kept.
-        manifest: Further fields of run.json (`RunRecord`): data, task.
-        progress: Called with (done, total) steps.
+        execution: Processes, folder and progress.
 
     Raises:
         UserError: Images, network and settings do not go together, or memory, disk or the loss gave out.
@@ -104,26 +115,19 @@ def finetune(
     labels, targets, test_targets = _class_targets(train, test)
     for images in (train, test):
         require_channels(encoder.config.channels, images)
-    if world is None:
-        world = DistributedContext(device=device_of(encoder))
+    world = execution.world or DistributedContext(device=device_of(encoder))
     network = Classifier(deepcopy(encoder), deepcopy(head), len(labels), head_layer=config.head_layer)
     classes = [str(label) if train.classes is None else train.classes[label] for label in labels]
     inputs = _inputs(network, train, targets, seed, preset)
     world.require_equal("training", inputs | config.result_fields(), "Give every process the same flags and files.")
     network = network.to(world.device).to(memory_format=torch.channels_last)
     task = _build_task(network, train, targets, config, seed, preset, world)
-    kept = RunFolder(run, how_to_resume="the same command") if isinstance(run, Path) else run
-    with temporary_run(world) if kept is None else nullcontext(kept) as folder:
-        if kept is None:
-            config, record = replace(config, save_every=task.total_steps), None
-        else:
-            task = _publishing(task, network, folder, classes, preset)
-            record = {"method": "supervised", "inputs": inputs, "machine": describe_machine(), **(manifest or {})}
-        outcome = fit(task, folder, config, world, manifest=record, progress=progress or (lambda done, total: None))
+    if execution.run is None:
+        config = replace(config, save_every=task.total_steps)
+    steps = _fit(task, network, classes, preset, config, inputs, replace(execution, world=world))
+    size = network.encoder.config.size
     try:
-        scores = outputs(
-            network, test, len(labels), size=network.encoder.config.size, preset=preset, world=world
-        )  # (m, K)
+        scores = outputs(network, test, len(labels), size=size, preset=preset, world=world)  # (m, K)
     except NotFinite as error:
         raise Diverged(f"The trained network gives scores that are not finite; {task.method.remedy}") from error
     return Finetuned(
@@ -133,10 +137,32 @@ def finetune(
         labels=labels,
         classes=classes,
         network=network.eval(),
-        steps=outcome.step,
+        steps=steps,
         config=config,
         seed=seed,
     )
+
+
+def _fit(
+    task: Task,
+    network: Classifier,
+    classes: list[str],
+    preset: AugmentationPreset,
+    config: FinetuneConfig,
+    inputs: dict[str, Any],
+    execution: Execution,
+) -> int:
+    """Train in the folder of the execution, or in a temporary one; the number of updates made."""
+    world, run = execution.world, execution.run
+    assert world is not None
+    progress = execution.progress or (lambda done, total: None)
+    if run is None:
+        with temporary_run(world) as folder:
+            return fit(task, folder, config, world, progress=progress).step
+    folder = RunFolder(run, how_to_resume="the same command") if isinstance(run, Path) else run
+    record = {"method": "supervised", "inputs": inputs, "machine": describe_machine(), **execution.manifest}
+    task = _publishing(task, network, folder, classes, preset)
+    return fit(task, folder, config, world, manifest=record, progress=progress).step
 
 
 def supervised(
@@ -146,8 +172,8 @@ def supervised(
     config: FinetuneConfig,
     *,
     seed: int,
-    world: DistributedContext | None = None,
-    **options: Any,
+    preset: AugmentationPreset = "google",
+    execution: Execution = HERE,
 ) -> Finetuned:
     """Train a network of this shape from scratch on the same labels: the baseline of every table (B.3).
 
@@ -156,8 +182,9 @@ def supervised(
 
     The other arguments and the errors are those of `finetune`.
     """
-    world = DistributedContext() if world is None else world
-    return finetune(build_encoder(shape, seed=seed), None, train, test, config, seed=seed, world=world, **options)
+    execution = replace(execution, world=execution.world or DistributedContext())
+    encoder = build_encoder(shape, seed=seed)
+    return finetune(encoder, None, train, test, config, seed=seed, preset=preset, execution=execution)
 
 
 def _class_targets(train: Images, test: Images) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -18,8 +18,9 @@ from simclr.data.images import Images
 from simclr.data.presets import TransferSet
 from simclr.distributed import DistributedContext
 from simclr.errors import Diverged, UserError
-from simclr.evaluation.finetune import finetune, supervised
+from simclr.evaluation.finetune import Execution
 from simclr.evaluation.keys import grid_key, labelled_digest, training_key, transfer_data
+from simclr.evaluation.measure import train_subject
 from simclr.evaluation.results import About, Measured, Result, ResultStore, name_of
 from simclr.evaluation.subjects import EvaluatedModel
 from simclr.evaluation.transfer import about_transfer, score_and_credits, true_labels
@@ -202,12 +203,11 @@ def _train(
     config = settings(cell, grid, len(learn))
     key = training_key(subject, learn, seed, config, from_scratch=grid.from_scratch)
     run = None if unfinished is None else unfinished / name_of(key)
-    options = {"seed": seed, "preset": subject.preprocessing, "world": subject.world, "run": run, "progress": steps}
+    execution = Execution(world=subject.world, run=run, progress=steps)
     try:
-        if grid.from_scratch:
-            trained = supervised(encoder.config, learn, queries, config, **options)
-        else:
-            trained = finetune(encoder, subject.head, learn, queries, config, **options)
+        trained = train_subject(
+            subject, learn, queries, config, seed=seed, from_scratch=grid.from_scratch, execution=execution
+        )
     except Diverged:
         _remove(run, subject.world)
         raise

@@ -14,11 +14,11 @@ from functools import partial
 from simclr.data.images import Images
 from simclr.data.presets import TransferSet
 from simclr.evaluation.curve import Count, Key, labels_curve
-from simclr.evaluation.finetune import supervised
+from simclr.evaluation.finetune import Execution
 from simclr.evaluation.grid import Grid, finetune_transfer
 from simclr.evaluation.keys import curve_from_scratch_key, curve_key, label_free_key, probe_key
 from simclr.evaluation.label_free import label_free, view_features
-from simclr.evaluation.measure import SMALL, EvaluationContext, about_split, fitting, supervised_recipe
+from simclr.evaluation.measure import SMALL, EvaluationContext, about_split, fitting, supervised_recipe, train_subject
 from simclr.evaluation.metrics import SUPERVISED
 from simclr.evaluation.probe import probe
 from simclr.evaluation.results import About, Measured, Result
@@ -66,9 +66,8 @@ def curve_results(
         assert network is not None
         recipe = supervised_recipe(network, len(train), flip)
         train, test = first.fitted(train), first.fitted(test)
-        return supervised(
-            network.config, train, test, recipe, seed=seed, preset=first.preprocessing, world=context.world
-        ).accuracy
+        execution = Execution(world=context.world)
+        return train_subject(first, train, test, recipe, seed=seed, from_scratch=True, execution=execution).accuracy
 
     curve = labels_curve(
         {subject.name: subject.features for subject in subjects}, split, counts=counts, seeds=seeds, keep=keep,

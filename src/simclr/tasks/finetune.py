@@ -19,10 +19,9 @@ from simclr.config.pretrain import require_seed
 from simclr.config.records import versioned
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.evaluation.finetune import Finetuned, supervised
-from simclr.evaluation.finetune import finetune as finetune_encoder
+from simclr.evaluation.finetune import Execution, Finetuned
 from simclr.evaluation.knn import knn
-from simclr.evaluation.measure import Settings, choose_finetune_config
+from simclr.evaluation.measure import Settings, choose_finetune_config, train_subject
 from simclr.evaluation.metrics import mean_per_class, top_k
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel
@@ -113,16 +112,12 @@ def _train(
     manifest: dict[str, Any],
 ) -> Finetuned:
     """From the subject's weights or, for `random`, from those that training from scratch begins with."""
-    assert subject.encoder is not None
     train, test = (subject.fitted(images) for images in (split.train, split.test))
     with counting("training", main=session.world.is_main, lines=True) as progress:
-        shared: dict[str, Any] = {
-            "seed": options.seed, "preset": subject.preprocessing, "world": session.world,
-            "run": RunFolder(options.out), "progress": progress, "manifest": manifest,
-        }  # fmt: skip
-        if subject.name == RANDOM:
-            return supervised(subject.encoder.config, train, test, config, **shared)
-        return finetune_encoder(subject.encoder, subject.head, train, test, config, **shared)
+        execution = Execution(world=session.world, run=RunFolder(options.out), manifest=manifest, progress=progress)
+        return train_subject(
+            subject, train, test, config, seed=options.seed, from_scratch=subject.name == RANDOM, execution=execution
+        )
 
 
 def _tell(
