@@ -451,3 +451,20 @@ def test_run_from_a_pack_is_the_run_without_one(
     said = simclr("embed", tmp_path / "on", photos, "--out", tmp_path / "a.npz", "--pack", packs)
     assert "shorter side above 32 pixels" in said  # as the run had them
     assert "once for all runs" not in said
+
+
+def test_a_plan_reads_a_pack_and_writes_none(photos, opened, tmp_path):
+    packs = tmp_path / "packs"
+    looked_at = open_folder(photos, split="all", reading=Reading(pack=str(packs), completes_pack=False))
+    (note,) = [note for note in looked_at.prepare() if "are not in the pack" in note]
+    assert note.startswith(f"{NUM_IMAGES} of {NUM_IMAGES} images") and not packs.exists()
+    packed = open_folder(photos, split="all", reading=Reading(pack=str(packs)))
+    packed.prepare()
+    before = {path: path.stat().st_mtime_ns for path in packs.rglob("*")}
+    Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(photos / "cat" / "new.png")
+    opened.clear()
+    looked_at = open_folder(photos, split="all", reading=Reading(pack=str(packs), completes_pack=False))
+    assert any(note.startswith(f"1 of {NUM_IMAGES + 1} images") for note in looked_at.prepare())
+    looked_at.read(np.arange(len(looked_at)))
+    assert opened == ["new.png"]
+    assert {path: path.stat().st_mtime_ns for path in packs.rglob("*")} == before

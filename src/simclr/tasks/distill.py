@@ -1,6 +1,6 @@
 """`simclr distill TEACHER DATA --out OUT`: name, open and check what takes part, distil, say how good it is."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,9 @@ from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.reports.table import error_note
 from simclr.tasks.distill_images import Distilled, distill_images
-from simclr.tasks.opening import lasting, load_model, open_parts
+from simclr.tasks.opening import DataOptions, lasting, load_model, open_parts
 from simclr.tasks.pretrain_images import data_record
-from simclr.tasks.resume import opening_options, task_record
+from simclr.tasks.resume import task_record
 from simclr.tasks.teacher import open_teacher
 from simclr.training.lock import hold
 from simclr.training.progress import say
@@ -56,7 +56,7 @@ def _distill(options: "Distill", overrides: Overrides, world: DistributedContext
     images, test = _open_images(options, teacher, world)
     config = _settle(options, overrides, images, student, teacher, world)
     manifest = {
-        "data": data_record(images, lasting(options.data), opening_options(options)),
+        "data": data_record(images, lasting(options.data), asdict(DataOptions.of(options))),
         "task": task_record("distill", options, overrides),
     }
     size = {name: sum(p.numel() for p in n.parameters()) for name, n in (("t", teacher.classifier), ("s", student))}
@@ -151,7 +151,7 @@ def _check(options: "Distill", config: DistillConfig) -> None:
 
 def _open_images(options: "Distill", teacher: Model, world: DistributedContext) -> tuple[Images, Images | None]:
     """Images to learn on, with the labels that may be used, and labelled ones to test on, if there are any."""
-    train, test = open_parts(options.data, world, labels=options.labels_file, pack=options.pack, side=options.pack_side)
+    train, test = open_parts(options.data, world, DataOptions.of(options))
     channels = teacher.encoder.config.channels
     train = fit_channels(train, channels)
     if options.only_labels is not None:

@@ -6,6 +6,7 @@ Features are written batch by batch, so that a million images need the memory of
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -17,7 +18,15 @@ from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.files import replacing, writing
 from simclr.models.inference import device_of, inference, require_finite
-from simclr.tasks.opening import LeftOut, load_model, open_aloud, require_writable, side_of, tell_if_replaced
+from simclr.tasks.opening import (
+    DataOptions,
+    LeftOut,
+    load_model,
+    open_aloud,
+    require_writable,
+    side_of,
+    tell_if_replaced,
+)
 from simclr.training.progress import counting, say
 from simclr.views.stream import stream_views
 from simclr.weights.folder import Model
@@ -34,11 +43,10 @@ def embed(options: "Embed") -> None:
     require_writable(options.out)
     tell_if_replaced(options.out)
     model = load_model(options.run, device=options.device)
-    side = side_of(options.run, options.data, options.pack_side)
-    labels = str(options.labels_file) if options.labels_file else None
-    images = open_aloud(
-        options.data, DistributedContext(), split="all", labels=labels, pack=options.pack, side=side, once=True
-    )  # fmt: skip
+    world, opened = DistributedContext(), DataOptions.of(options)
+    opened = replace(opened, side=side_of(options.run, options.data, options.pack_side))
+    reading = replace(opened.reading(world), memory_budget=0)  # each image is read once
+    images = open_aloud(options.data, world, reading, split="all", labels=opened.labels)
     images = fit_channels(images, model.encoder.config.channels)
     bad = LeftOut()
     with writing(options.out):

@@ -3,9 +3,7 @@
 `simclr evaluate` measures on it; `simclr finetune` opens its images and its encoder in the same way.
 """
 
-import os
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +12,6 @@ from simclr.config.recipes import choose_recipe, fit_recipe
 from simclr.data.fingerprint import SCHEME, first_scheme
 from simclr.data.images import Images
 from simclr.data.presets import TransferSet, open_transfer_set
-from simclr.data.readers.store import Reading
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache, open_cache
@@ -23,8 +20,8 @@ from simclr.evaluation.metrics import SUPERVISED
 from simclr.evaluation.results import Result, ResultStore
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel, open_subject, subject_of
-from simclr.tasks.opening import open_parts, require_writable, side_of
-from simclr.training.progress import counting, say
+from simclr.tasks.opening import DataOptions, open_parts, require_writable, side_of
+from simclr.training.progress import say
 from simclr.training.run import RunFolder
 from simclr.views.policy import AugmentationPreset
 from simclr.weights.folder import load_quietly
@@ -78,8 +75,7 @@ class Session:
             train, test = first.learn, first.test
         else:
             source = options.data[0]
-            side = side_of(run, source, options.pack_side)
-            train, test = open_parts(source, world, labels=options.labels_file, pack=options.pack, side=side)
+            train, test = open_parts(source, world, _data_options(options, source))
         cache, opened = open_cache(options.cache), {}
         if model is not None:
             like, preprocessing = model.encoder.config, model.preprocessing
@@ -223,12 +219,13 @@ class Session:
 
 
 def _transfer_set(options: "Evaluate", source: str, seed: int, world: DistributedContext) -> TransferSet:
-    side = side_of(Path(options.run), source, options.pack_side)
-    reading = Reading(
-        workers=os.cpu_count() or 1, pack=options.pack, side=side, say=partial(say, main=world.is_main),
-        counting=partial(counting, main=world.is_main),
-    )  # fmt: skip
+    reading = _data_options(options, source).reading(world)
     return open_transfer_set(source, seed=seed, labels=options.labels_file, reading=reading)
+
+
+def _data_options(options: "Evaluate", source: str) -> DataOptions:
+    """Images of a folder are shrunk as the run's were."""
+    return replace(DataOptions.of(options), side=side_of(Path(options.run), source, options.pack_side))
 
 
 def _is_folder(run: str) -> bool:

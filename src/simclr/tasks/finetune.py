@@ -27,10 +27,10 @@ from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel
 from simclr.reports.table import error_note
 from simclr.tasks.evaluate import Session
-from simclr.tasks.opening import lasting, require_writable, side_of, write
+from simclr.tasks.opening import DataOptions, lasting, require_writable, side_of, write
 from simclr.tasks.options.labels import Evaluate, Finetune
 from simclr.tasks.pretrain_images import data_record
-from simclr.tasks.resume import opening_options, task_record
+from simclr.tasks.resume import task_record
 from simclr.training.lock import hold
 from simclr.training.progress import counting, say
 from simclr.training.run import RunFolder
@@ -73,7 +73,7 @@ def _finetune(options: Finetune, overrides: Overrides, world: DistributedContext
         f"{config.batch_size} images (--epochs changes it)."
     )
     manifest = {
-        "data": data_record(session.train, lasting(options.data), opening_options(options)),
+        "data": data_record(session.train, lasting(options.data), asdict(DataOptions.of(options))),
         "task": task_record("finetune", options, overrides),
     }
     network = _train(options, session, subject, split, config, manifest)

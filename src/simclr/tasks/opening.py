@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -23,33 +24,55 @@ from simclr.training.run import RunFolder
 from simclr.weights.folder import FORMAT, WEIGHTS_MARK, Model, load_quietly
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """How a command opens its images; run.json keeps it (`OptionsRecord`)."""
+
+    strict: bool = False
+    """The first image that cannot be read is an error."""
+    labels: str | None = None
+    """CSV of path,label lines."""
+    pack: str = "auto"
+    """Where a folder's images are kept decoded: auto, off, or a folder."""
+    side: int | None = None
+    """Shorter side to which larger images are shrunk."""
+
+    @classmethod
+    def of(cls, flags: Any) -> "DataOptions":
+        """Those of a command's flags, with absolute paths, so that they are valid from every working folder."""
+        return cls(
+            strict=getattr(flags, "strict", False),
+            labels=None if flags.labels_file is None else str(flags.labels_file.resolve()),
+            pack=flags.pack if flags.pack in ("auto", "off") else str(Path(flags.pack).expanduser().resolve()),
+            side=flags.pack_side,
+        )
+
+    def reading(self, world: DistributedContext, *, channels: Channels = "auto") -> Reading:
+        """How files become pixels, with messages and progress of the main process."""
+        return Reading(
+            strict=self.strict, channels=channels, workers=os.cpu_count() or 1, pack=self.pack, side=self.side,
+            say=partial(say, main=world.is_main), counting=partial(counting, main=world.is_main),
+        )  # fmt: skip
+
+
 def open_aloud(
     source: str,
     world: DistributedContext,
+    reading: Reading,
     *,
     split: Split = "train",
-    channels: Channels = "auto",
-    strict: bool = False,
     labels: str | None = None,
-    pack: str = "auto",
-    side: int | None = None,
     known: Sequence[str] = (),
     readable: bool = False,
-    once: bool = False,
 ) -> Images:
     """Open data, complete its pack, and print the notes.
 
     Args:
+        labels: CSV of path,label lines.
         known: Notes that are not to be printed again.
         readable: Leave out damaged images, which are all decoded to find them, for work on labels: an accuracy shall
             count no image twice. Else they are replaced when they are read (`Images.read`).
-        once: Each image will be read once, so that none is kept decoded in memory.
     """
-    reading = Reading(
-        strict=strict, channels=channels, workers=os.cpu_count() or 1, pack=pack, side=side,
-        memory_budget=0 if once else None, say=partial(say, main=world.is_main),
-        counting=partial(counting, main=world.is_main),
-    )  # fmt: skip
     images = open_source(source, split=split, labels=Path(labels) if labels else None, reading=reading)
     prepared = images.prepare()
     if readable:
@@ -124,17 +147,13 @@ def as_begun(images: Images, data: Mapping[str, Any], world: DistributedContext)
     return left
 
 
-def open_parts(
-    source: str, world: DistributedContext, *, labels: Path | None, pack: str, side: int | None
-) -> tuple[Images, Images | None]:
+def open_parts(source: str, world: DistributedContext, options: DataOptions) -> tuple[Images, Images | None]:
     """The images to learn from, and the data's own test part where it has one."""
-    csv = str(labels) if labels else None
-    train = open_aloud(source, world, labels=csv, pack=pack, side=side, readable=True)
+    reading = options.reading(world)
+    train = open_aloud(source, world, reading, labels=options.labels, readable=True)
     if not train.has_own_split:
         return train, None
-    test = open_aloud(
-        source, world, split="test", labels=csv, pack=pack, side=side, known=train.notes, readable=True
-    )  # fmt: skip
+    test = open_aloud(source, world, reading, split="test", labels=options.labels, known=train.notes, readable=True)
     return train, test
 
 

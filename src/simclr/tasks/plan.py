@@ -23,7 +23,7 @@ from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.methods.method import Method
-from simclr.tasks.opening import open_aloud, require_writable, write
+from simclr.tasks.opening import DataOptions, open_aloud, require_writable, write
 from simclr.tasks.pretrain import settled
 from simclr.tasks.pretrain_images import build_method, build_task, check_images, check_settings
 from simclr.training.device import choose_kernels, precision_of
@@ -137,7 +137,8 @@ def plan(options: "PlanOptions", overrides: Overrides) -> Plan:
     with distributed.joined(options.config.device) as world:
         settings = overrides(recipe.config if recipe else PretrainConfig())
         check_settings(settings, world)
-        images = open_aloud(options.data, world, channels=settings.channels)
+        reading = replace(DataOptions().reading(world, channels=settings.channels), completes_pack=False)
+        images = open_aloud(options.data, world, reading)
         name = (recipe or choose_recipe(images, on_gpu=world.device.type == "cuda")[0]).name
         config = settled(recipe, images, overrides, world)
         planned = measure_plan(images, config, world, recipe=name, budget=budget)

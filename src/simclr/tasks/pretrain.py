@@ -1,8 +1,9 @@
 """`simclr pretrain DATA`: open the images, settle the settings, train."""
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from simclr import distributed
 from simclr.config.overrides import Overrides
@@ -13,7 +14,7 @@ from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.methods.method import Method
 from simclr.methods.simclr import SimCLR
-from simclr.tasks.opening import lasting, open_aloud
+from simclr.tasks.opening import DataOptions, lasting, open_aloud
 from simclr.tasks.pretrain_images import check_settings, manifest_of, pretrain_images
 from simclr.training.lock import hold
 from simclr.training.memory import parse_bytes
@@ -37,21 +38,16 @@ def pretrain(options: "Pretrain", overrides: Overrides, method: type[Method] = S
     if Path(options.data).is_dir() and Path(options.data).resolve() in out.resolve().parents:
         raise UserError(f"The run {out} would lie inside the images' folder {options.data}; give another --out.")
     recipe = find_recipe(options.recipe) if options.recipe else None
-    opened: dict[str, Any] = {
-        "strict": options.strict,
-        "labels": str(options.labels_file.resolve()) if options.labels_file else None,
-        "pack": _lasting_pack(options.pack),
-        "side": options.pack_side,
-    }
+    opened = DataOptions.of(options)
     source = lasting(options.data)
     budget = parse_bytes(options.memory_budget) if options.memory_budget else None
     with distributed.joined(options.config.device) as world:
         settings = overrides(recipe.config if recipe else PretrainConfig())
         check_settings(settings, world)
         with hold(out, world):
-            images = open_aloud(source, world, channels=settings.channels, **opened)
+            images = open_aloud(source, world, opened.reading(world, channels=settings.channels), labels=opened.labels)
             config = settled(recipe, images, overrides, world)
-            manifest = manifest_of(images, source, opened, method)
+            manifest = manifest_of(images, source, asdict(opened), method)
             pretrain_images(images, config, run, world, manifest=manifest, memory_budget=budget, method=method)
     return run
 
@@ -60,7 +56,3 @@ def settled(recipe: Recipe | None, images: Images, overrides: Overrides, world: 
     """The complete settings for these images, and what is to be said of them."""
     aloud = partial(say, main=world.is_main)
     return settings_for(recipe, images, overrides, on_gpu=world.device.type == "cuda", say=aloud)
-
-
-def _lasting_pack(pack: str) -> str:
-    return pack if pack in ("auto", "off") else str(Path(pack).expanduser().resolve())

@@ -15,7 +15,7 @@ from simclr.errors import UserError
 from simclr.methods.method import Method
 from simclr.methods.simclr import SimCLR
 from simclr.tasks import pretrain_images as pretraining
-from simclr.tasks.opening import as_begun, lasting, open_aloud
+from simclr.tasks.opening import DataOptions, as_begun, lasting, open_aloud
 from simclr.training.device import same_threads
 from simclr.training.lock import hold
 from simclr.training.progress import say
@@ -86,8 +86,9 @@ def _resume_pretraining(run: RunFolder, options: "Resume", overrides: Overrides,
             return
         same_threads(run.cpu_threads, world)
         source = lasting(options.data) if options.data else _known_place(origin, run.path)
-        opened = origin["data"]["options"] | ({"pack": options.pack} if options.pack else {})
-        images = open_aloud(source, world, channels=config.channels, **opened)
+        opened = DataOptions(**origin["data"]["options"] | ({"pack": options.pack} if options.pack else {}))
+        reading = opened.reading(world, channels=config.channels)
+        images = open_aloud(source, world, reading, labels=opened.labels)
         images = as_begun(images, origin["data"], world)
         pretraining.same_data(images, origin, run.path, main=world.is_main)
         pretraining.pretrain_images(images, config, run, world, method=method)
@@ -137,12 +138,6 @@ def task_record(name: str, options: Any, overrides: Callable[..., Any]) -> dict[
     plain.pop("config")
     kept = {option: _absolute(option, value) for option, value in plain.items()}
     return {"name": name, "options": kept | {"settings": dict(overrides.values)}}
-
-
-def opening_options(options: Any) -> dict[str, Any]:
-    """How a command opened its images, as run.json keeps it (`OptionsRecord`)."""
-    labels = None if options.labels_file is None else str(Path(options.labels_file).resolve())
-    return {"labels": labels, "pack": options.pack, "side": options.pack_side}
 
 
 def _absolute(name: str, value: Any) -> Any:

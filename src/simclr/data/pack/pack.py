@@ -158,7 +158,14 @@ class Pack:
 
 
 def open_pack(
-    place: Path, files: Sequence[FileEntry], *, side: int | None, workers: int, progress: Progress | None, say: Say
+    place: Path,
+    files: Sequence[FileEntry],
+    *,
+    side: int | None,
+    workers: int,
+    progress: Progress | None,
+    say: Say,
+    complete: bool = True,
 ) -> tuple[Pack, list[str]]:
     """The pack of `files`, first completed where it can be.
 
@@ -167,14 +174,21 @@ def open_pack(
         workers: Decoding threads.
         progress: Called with (files done, files in all) while images are added.
         say: Called with messages about work that takes long and about failures.
+        complete: Whether anything is written.
 
     Returns:
         The pack, and notes for the user. Images may be missing from it if the disk is full or read-only.
     """
     pack = Pack(place, say)
     notes = []
+    missing = pack.missing(files)
+    if missing and not complete:
+        notes.append(
+            f"{len(missing):,} of {len(files):,} images are not in the pack {place} yet, and are decoded for each "
+            "batch here; a run decodes them once, before its first step."
+        )
     try:
-        if pack.damaged or pack.missing(files):
+        if complete and (pack.damaged or missing):
             place.mkdir(parents=True, exist_ok=True)
             with _lock(pack, len(files), progress, say):
                 pack.refresh()

@@ -50,6 +50,7 @@ class Reading:
         pack: "off"; "auto": where decoding takes long, pixels are kept in the user's cache folder for all processes
             and runs; or the folder to keep them in. It changes no pixel.
         allow_empty: Whether files of which none can be used are opened, as no image, instead of refused.
+        completes_pack: Whether images that the pack lacks are added to it; else it is only read.
         side: Images whose shorter side is longer are shrunk to it (`decode.shrink`), with a pack or without.
         say: Called with messages about work that takes long and about failures.
     """
@@ -60,6 +61,7 @@ class Reading:
     counting: Counting = uncounted
     memory_budget: int | None = None
     pack: str = "off"
+    completes_pack: bool = True
     allow_empty: bool = False
     side: int | None = None
     say: Callable[[str], None] = lambda _: None
@@ -121,6 +123,7 @@ class FileStore:
                     workers=reading.workers,
                     progress=progress,
                     say=reading.say,
+                    complete=reading.completes_pack,
                 )
             every = self.files if plan.every is None else known_digests(plan.root, plan.every)
             notes += say_if_stale(self._pack, every)

@@ -13,7 +13,8 @@ from simclr.config.pretrain import PretrainConfig
 class Plan:
     """Say before a run what fits the memory, how long it takes and how much disk, from a few measured steps.
 
-    Takes the flags of `simclr pretrain`, trains a few steps on the images in well under a minute, and writes nothing.
+    Takes the settings of `simclr pretrain`, and trains a few steps on the images in well under a minute. Neither a run
+    nor a pack is written; images that an existing pack holds are read from it.
     """
 
     data: Positional[Annotated[str, arg(metavar="DATA")]]
