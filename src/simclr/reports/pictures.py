@@ -23,6 +23,7 @@ from simclr.views.views import make_views
 MAP_ROWS = 2000  # points on the map of features
 PAIRS = 24  # of copies in a picture
 CHECK = "#588157"
+IMAGE_SIDE = 0.94  # in a grid of images, whose columns are 1 wide
 
 Cell = tuple[Any, str]
 """Which image, and the word above it."""
@@ -38,14 +39,10 @@ def draw_views(images: Images, policy: Policy, *, rows: int, columns: int, seed:
     for epoch in range((columns + 1) // 2):
         for views in make_views(pixels, policy, seed=seed, epoch=epoch, indices=chosen):
             shown.append(list(views.permute(0, 2, 3, 1).numpy()))  # (rows, S, S, C)
-    figure = Figure(figsize=(1.1 * (columns + 1), 1.1 * len(chosen) + 0.4), layout="constrained")
-    axes = figure.subplots(len(chosen), columns + 1, squeeze=False)
-    for column in range(columns + 1):
-        axes[0, column].set_title("image" if column == 0 else f"view {'ab'[(column - 1) % 2]}", fontsize=8)
-        for row in range(len(chosen)):
-            _show(axes[row, column], shown[column][row])
-    figure.suptitle(f"{images.name}: {policy.preset} views at {policy.size} pixels", fontsize=9)
-    return _png(figure)
+    words = ["image", *(f"view {'ab'[column % 2]}" for column in range(columns))]
+    cells = [[((column, row), words[column]) for column in range(columns + 1)] for row in range(len(chosen))]
+    title = f"{images.name}: {policy.preset} views at {policy.size} pixels"
+    return _draw_images(title, cells, lambda cell: shown[cell[0]][cell[1]])
 
 
 def draw_evaluation(
@@ -62,9 +59,9 @@ def draw_evaluation(
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.3))
     _draw_accuracies(figure.add_subplot(grid[0, 0]), results)
     _draw_curve(figure.add_subplot(grid[1, 0]), metrics)
-    neighbours = figure.add_subfigure(grid[0, 1])
-    _fill(neighbours, *_in_rows(split.test, nearest_neighbours(features, split.test)))
-    neighbours.suptitle("test images and their nearest neighbours, with their cosine", fontsize=9)
+    neighbours = figure.add_subplot(grid[0, 1])
+    _draw_grid(neighbours, *_in_rows(split.test, nearest_neighbours(features, split.test)), word_height=0.4)
+    neighbours.set_title("test images and their nearest neighbours, with their cosine", fontsize=9)
     _draw_map(figure.add_subplot(grid[1, 1]), split.test, features)
     figure.suptitle(f"{split.test.name}: {split.description}", fontsize=10)
     return _png(figure)
@@ -110,21 +107,29 @@ def _in_rows(images: Images, neighbours: list[Neighbours]) -> tuple[list[list[Ce
 def _draw_images(title: str, shown: list[list[Cell]], pixels: Pixels) -> bytes:
     columns, rows = max((len(row) for row in shown), default=1), max(len(shown), 1)
     figure = Figure(figsize=(1.1 * max(columns, 6), 1.25 * rows + 0.5), layout="constrained")
-    _fill(figure, shown, pixels)
+    _draw_grid(figure.subplots(), shown, pixels)
     figure.suptitle("\n".join(textwrap.wrap(title, 90)), fontsize=9)
     return _png(figure)
 
 
-def _fill(figure: Any, shown: list[list[Cell]], pixels: Pixels) -> None:
-    """Rows of images, each with a word above it."""
-    columns, rows = max((len(row) for row in shown), default=1), max(len(shown), 1)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for place in axes.flat:
-        place.set_axis_off()
+def _draw_grid(axes: Axes, shown: list[list[Cell]], pixels: Pixels, *, word_height: float = 0.22) -> None:
+    """Rows of images, each with a word above it, in the same axes: axes for each image would take seven times as long.
+
+    Args:
+        word_height: Height of the space for a word, relative to the width of a column.
+    """
+    row_height = word_height + 1.04 * IMAGE_SIDE
     for row, cells in enumerate(shown):
+        top = row * row_height + word_height
         for column, (cell, word) in enumerate(cells):
-            _show(axes[row, column], pixels(cell))
-            axes[row, column].set_title(word, fontsize=7)
+            image = pixels(cell)
+            height, width = np.array(image.shape[:2]) * IMAGE_SIDE / max(image.shape[:2])
+            left = column + (1 - width) / 2
+            _show(axes, image, extent=(left, left + width, top + height, top))
+            axes.text(column + 0.5, top - 0.04, word, fontsize=7, horizontalalignment="center")
+    axes.set_xlim(0, max((len(row) for row in shown), default=1))
+    axes.set_ylim(max(len(shown), 1) * row_height, 0)
+    axes.set_axis_off()
 
 
 def _draw_accuracies(axes: Axes, results: dict[str, dict[str, float]]) -> None:
@@ -185,7 +190,8 @@ def _draw_map(axes: Axes, images: Images, features: np.ndarray) -> None:
     )
 
 
-def _show(axes: Axes, image: np.ndarray) -> None:
+def _show(axes: Axes, image: np.ndarray, extent: tuple[float, float, float, float]) -> None:
+    """Draw an image between the left, right, lower and upper edge."""
     gray = image.shape[-1] == 1
     axes.imshow(
         image[..., 0] if gray else image,
@@ -193,8 +199,8 @@ def _show(axes: Axes, image: np.ndarray) -> None:
         vmin=0,
         vmax=255 if image.dtype == np.uint8 else 1,
         interpolation="nearest",
+        extent=extent,
     )
-    axes.set_axis_off()
 
 
 def _png(figure: Figure) -> bytes:
