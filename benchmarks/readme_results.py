@@ -25,7 +25,8 @@ LABELS = {"digits": (None, "5/class"), "fashion-mnist": (None, "10%", "1%"), "em
 FROZEN, TRAINED = ("knn", "linear"), ("finetune", "supervised")
 """Protocols; those that train a network are left to the few labels, as long as they take minutes."""
 COLUMNS = ("kNN", "linear", "fine-tuned")
-ROWS = ("encoder", "random", "pixels", "supervised", "alexnet")
+ROWS = ("encoder", "hog", "patches", "random", "pixels", "supervised", "alexnet")
+COMPARED = ("hog", "patches", "pixels", "random")
 
 
 def main() -> None:
@@ -58,7 +59,7 @@ def run_once(out: Path, data: str, seed: int) -> None:
         result = result_file(out, data, seed, labels)
         if not has_records(result):
             flags = ["--protocol", ",".join(protocols_of(labels)), *([] if labels is None else ["--labels", labels])]
-            simclr("evaluate", run, data, "--seed", seed, "--json", result, *flags)
+            simclr("evaluate", run, data, "--seed", seed, "--json", result, *flags, "--compare", *COMPARED)
 
 
 def alexnet_once(out: Path, data: str, seed: int, labels: str) -> None:

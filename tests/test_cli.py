@@ -183,12 +183,16 @@ def test_recipes_are_printed_complete(simclr):
         (["evaluate", "RUN", "digits", "--picture", "x.jpg"], "ends in .png"),
         (["evaluate", "RUN", "digits", "--out", "one.npz"], "one.npz/results.jsonl cannot be written"),
         (["evaluate", "pixels", "digits", "--protocol", "finetune"], "pixels brings none to train"),
+        (["evaluate", "hog", "digits", "--protocol", "finetune", "--compare"], "hog brings none to train"),
+        (["evaluate", "RUN", "digits", "--compare", "hogg"], "no model 'hogg' .did you mean hog"),
+        (["evaluate", "RUN", "digits", "--compare", "pixels,hpg"], "no model 'hpg'"),
+        (["evaluate", "hog", "TINY"], "hog needs images of at least 8 x 8 pixels"),
         (["evaluate", "RUN", "digits", "--protocol", "knn,liner"], "--protocol was 'knn,liner'.*logistic"),
         (["evaluate", "RUN", "digits", "fashion-mnist"], "2 data sets were given.*--protocol transfer"),
         (["evaluate", "RUN", "digits", "--seeds", "0"], "--seeds was 0"),
         (["evaluate", "RUN", "digits", "--finetune-recipe", "v9"], "no fine-tuning recipe 'v9'.*v1-1%"),
         (["evaluate", "torchvision/alexnt", "digits"], "did you mean torchvision/alexnet"),
-        (["evaluate", "pixels", "digits", "--protocol", "probe", "--compare"], "pixels have none"),
+        (["evaluate", "pixels", "digits", "--protocol", "probe", "--compare"], "pixels has none"),
         (["evaluate", "RUN", "flowers102:/no/such", "--protocol", "transfer"], "/no/such"),
         (["evaluate", "RUN", "PHOTOS"], "expects 1-channel images"),
         (["evaluate", "RUN", "digits", "--json", "/proc/none/x.json"], "/proc/none/x.json cannot be written"),
@@ -204,6 +208,8 @@ def test_a_mistake_is_one_sentence_and_code_2(simclr, run_folder, folder, tmp_pa
     np.savez("unlabelled.npz", x=pixels)
     places = {"RUN": run_folder, "PHOTOS": folder, "INSIDE": folder / "runs" / "x", "ONE": "one.npz"}
     places["UNLABELLED"] = "unlabelled.npz"
+    np.savez("tiny.npz", x=np.zeros((20, 6, 6), np.uint8), y=np.arange(20) % 2)
+    places["TINY"] = "tiny.npz"
     before = sorted(run_folder.rglob("*"))
     code, out, err = simclr(*(places.get(a, a) for a in arguments))
     text = " ".join((out + err).replace("│", " ").split())

@@ -125,7 +125,8 @@ def test_many_classes_are_told_by_the_worst(simclr, encoder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["pixels", "digits"], "pixels are no network"),
+        (["pixels", "digits"], "pixels is no network"),
+        (["patches", "digits"], "patches is no network"),
         (["RUN", "digits", "--finetune-recipe", "v9"], "no fine-tuning recipe 'v9'"),
         (["RUN", "digits", "--seed", "-1"], "--seed was -1"),
         (["RUN", "digits", "--lr", "0"], "--lr was 0.0; it must be greater than 0"),

@@ -34,8 +34,8 @@ def test_the_main_table_and_what_is_said_below_it() -> None:
     assert accuracy_text(RESULTS).split("\n") == [
         "features                       kNN  fine-tuned",
         "encoder                60.0 ± 14.1        90.0",
-        "supervised (baseline)            -        25.0",
         "pixels (baseline)             40.0           -",
+        "supervised (baseline)            -        25.0",
         "Top-1 accuracy in %, mean ± sample standard deviation over 1 to 2 seeds.",
         "knn of encoder: as told.",
         "knn of pixels: on pixels.",

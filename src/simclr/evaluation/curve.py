@@ -19,7 +19,7 @@ from simclr.data.images import Images
 from simclr.data.splits import label_subset
 from simclr.errors import UserError
 from simclr.evaluation.logistic import linear_probe
-from simclr.evaluation.metrics import SUPERVISED, mean_and_spread
+from simclr.evaluation.metrics import BASELINES, SUPERVISED, mean_and_spread
 from simclr.evaluation.results import Result
 
 if TYPE_CHECKING:
@@ -176,10 +176,10 @@ def labels_saved(curve: Curve, *, source: str = "encoder", baselines: Sequence[s
 
     Args:
         source: Whose accuracy is to be reached.
-        baselines: None: pixels and supervised, as far as the curve has them.
+        baselines: None: hog, patches, pixels and supervised, as far as the curve has them.
     """
     if baselines is None:
-        baselines = [name for name in ("pixels", SUPERVISED) if name in curve.sources]
+        baselines = [name for name in BASELINES if name != "random" and name in curve.sources]
     saved = []
     for baseline in baselines:
         points = _means(curve, baseline)

@@ -144,7 +144,9 @@ def _measure(
 
 
 def makes_sense(protocol: str, subject: EvaluatedModel, first: EvaluatedModel) -> bool:
-    """Whether a protocol applies: pixels have no network, and a random one is trained once, as the supervised baseline.
+    """Whether a protocol applies: pixels and hand-made features have no network to train.
+
+    A random network is trained once, as the supervised baseline.
 
     Args:
         first: The model under test, whose shape the supervised baseline has.
@@ -161,7 +163,7 @@ def _classify(
     assert split.train.labels is not None and split.test.labels is not None
     labels, truth = split.train.labels, split.test.labels  # (n,), (m,)
     train, test = subject.features(split.train), subject.features(split.test)  # (n, F), (m, F)
-    of_pixels = "" if subject.encoder is not None else f", on {subject.size} x {subject.size} pixels"
+    of_pixels = f", on {subject.description}" if subject.description else ""
     if protocol == "knn":
         leave_one_out = split.test is split.train
         with fitting("neighbours", world, unit="image") as progress:

@@ -16,7 +16,7 @@ METRICS_VERSION = 1
 """Raise it when the same scores and labels give another metric."""
 SUPERVISED = "supervised"
 """Name of the network that is trained on the labels alone."""
-BASELINES = ("random", "pixels", SUPERVISED)
+BASELINES = ("hog", "patches", "pixels", "random", SUPERVISED)
 """Names of the models that others are compared with."""
 RECALLS = np.arange(11) / 10  # at which VOC 2007 reads the precision
 CHUNK = 1 << 22  # coin tosses held at a time: 32 MB

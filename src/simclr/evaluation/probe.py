@@ -112,7 +112,9 @@ def probe(
     """
     encoder = subject.encoder
     if encoder is None:
-        raise UserError("The protocol probe looks at the layers of a network, and pixels have none; give an encoder.")
+        raise UserError(
+            f"The protocol probe looks at the layers of a network; {subject.name} has none, give an encoder."
+        )
     known = layers_of(encoder, subject.head)
     layers = known if layers is None else list(layers)
     _require_known("layer", layers, known)

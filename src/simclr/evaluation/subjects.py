@@ -1,32 +1,43 @@
-"""Models under test: a run, an encoder's folder, a pretrained model of timm or torchvision, random weights, pixels.
+"""Models under test: a run, an encoder's folder, a pretrained model of timm or torchvision, or a baseline.
 
 Each is an `EvaluatedModel`: a name, perhaps an encoder with its projection head, and the features of any images,
-computed once.
+computed once. The baselines without an encoder are raw pixels, and hand-made features: HOG and k-means patches.
 """
 
+import difflib
+import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from simclr.config.encoder import TIMM, TORCHVISION, EncoderConfig
 from simclr.data.images import Images, fit_channels
 from simclr.distributed import DistributedContext
+from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache
+from simclr.evaluation.hog import HogFeatures
 from simclr.evaluation.keys import features_key
+from simclr.evaluation.patches import MAX_PATCHES_SIDE, PatchFeatures
 from simclr.evaluation.results import name_of
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
-from simclr.models.inference import extract, pixels_of
+from simclr.models.inference import extract, outputs, pixels_of
 from simclr.training.progress import counting
 from simclr.views.policy import AugmentationPreset
 from simclr.weights.folder import Model, digest_of, load_quietly
 from simclr.weights.training_progress import TrainingProgress
 
-RANDOM, PIXELS = "random", "pixels"
-MAX_PIXELS_SIDE = 64  # for `pixels`: larger images cost memory and hardly change the accuracy
+RANDOM, PIXELS, HOG, PATCHES = "random", "pixels", "hog", "patches"
+WITHOUT_NETWORK = (PIXELS, HOG, PATCHES)
+"""Names of models under test that have no network to train."""
+BASELINE_NAMES = (RANDOM, *WITHOUT_NETWORK)
+"""Names that stand for a model of which no weights are stored."""
+MAX_SIDES = {PIXELS: 64, PATCHES: MAX_PATCHES_SIDE}
+"""Pixels a side that a baseline sees at most: larger images cost memory or time, and hardly change the accuracy."""
 EXTERNAL_SIZE = 224  # pixels that nearly every pretrained model expects
 
 
@@ -37,7 +48,9 @@ class EvaluatedModel:
     name: str
     """As the user wrote it."""
     encoder: Encoder | None
-    """None: the pixels themselves."""
+    """None: hand-made features, or the pixels themselves."""
+    hand_made: HogFeatures | PatchFeatures | None = None
+    """Features that take the place of the encoder's; None: there is an encoder, or pixels are the features."""
     head: ProjectionHead | None = None
     preprocessing: AugmentationPreset = "google"
     size: int
@@ -58,18 +71,43 @@ class EvaluatedModel:
             UserError: Colour images for an encoder of gray ones, or features that are not finite.
         """
         images = self.fitted(images)
-        if self.encoder is None:
+        source = self.encoder or self.hand_made
+        if source is None:
             return pixels_of(images, size=self.size, preset=self.preprocessing, crop=crop)
-        encoder = self.encoder
 
         def make() -> np.ndarray:
             with counting(f"Features of {self.name}", main=self.world.is_main) as progress:
-                return extract(
-                    encoder, images, preset=self.preprocessing, crop=crop, world=self.world, progress=progress
-                )  # (n, F)
+                options: dict[str, Any] = {
+                    "preset": self.preprocessing, "crop": crop, "world": self.world, "progress": progress,
+                }  # fmt: skip
+                if self.encoder is not None:
+                    return extract(self.encoder, images, **options)  # (n, F)
+                assert self._hand_made_network is not None
+                return outputs(self._hand_made_network, images, source.num_features, size=self.size, **options)
 
-        shape = len(images), encoder.num_features
-        return self.cache.get(features_key(self, images, crop), shape, make, self.world)
+        return self.cache.get(features_key(self, images, crop), (len(images), source.num_features), make, self.world)
+
+    def learnt_from(self, images: Images, *, seed: int) -> "EvaluatedModel":
+        """The model whose features are learnt from these training images, where they are learnt at all: patches.
+
+        They are learnt when they are first needed, without labels.
+        """
+        if self.name != PATCHES:
+            return self
+        features = PatchFeatures(size=self.size, preset=self.preprocessing, images=self.fitted(images), seed=seed)
+        return replace(self, hand_made=features)
+
+    @cached_property
+    def _hand_made_network(self) -> nn.Module | None:
+        """On the device where the work is to be done."""
+        return None if self.hand_made is None else self.hand_made.network(self.world).to(self.world.device)
+
+    @property
+    def description(self) -> str:
+        """What takes the place of an encoder, in words; empty where there is one."""
+        if self.hand_made is not None:
+            return self.hand_made.description
+        return f"{self.size} x {self.size} pixels" if self.encoder is None else ""
 
     def fitted(self, images: Images) -> Images:
         """The images with this subject's channels."""
@@ -81,7 +119,8 @@ class EvaluatedModel:
 
         Read once: the weights of a subject do not change while it lives.
         """
-        return {
+        hand_made = {} if self.hand_made is None else {"features": self.hand_made.record}
+        return hand_made | {
             "weights": None if self.encoder is None else digest_of(self.encoder),
             "network": None if self.encoder is None else self.encoder.config.to_dict(),
             "preprocessing": self.preprocessing,
@@ -108,23 +147,26 @@ def open_subject(
     """The model under test that a user names.
 
     Args:
-        name: random, pixels, timm/NAME, torchvision/NAME, or the folder of a run or an encoder.
-        like: The encoder whose shape `random` has, and whose image size `pixels` has.
-        preprocessing: Preset of the evaluation preprocessing of these two.
+        name: random, pixels, hog, patches, timm/NAME, torchvision/NAME, or the folder of a run or an encoder.
+        like: The encoder whose shape `random` has, and whose image size `pixels`, `hog` and `patches` have, up to
+            MAX_SIDES.
+        preprocessing: Preset of the evaluation preprocessing of these four.
         seed: Of the random weights.
         size: Of the images that a model of timm or torchvision is given, in pixels.
         pretrained: Whether such a model brings its weights; else it has random ones.
 
     Raises:
-        UserError: There is no such model, or its weights cannot be loaded.
+        UserError: There is no such model, its weights cannot be loaded, or the images are too small for its features.
     """
     shared = {"cache": cache, "world": world}
-    if name == PIXELS:
+    if name in WITHOUT_NETWORK:
+        size = min(like.size, MAX_SIDES.get(name, like.size))
         return EvaluatedModel(
             name=name,
             encoder=None,
+            hand_made=HogFeatures(size) if name == HOG else None,
             preprocessing=preprocessing,
-            size=min(like.size, MAX_PIXELS_SIDE),
+            size=size,
             channels=like.channels,
             **shared,
         )
@@ -133,7 +175,24 @@ def open_subject(
     if name.startswith((TIMM, TORCHVISION)):
         config = EncoderConfig(name=name, channels=3, size=size)
         return _subject(name, build_encoder(config, seed=seed, pretrained=pretrained), None, "torchvision", **shared)
+    require_model(name)
     return subject_of(load_quietly(name), name, **shared)
+
+
+def require_model(name: str) -> None:
+    """Reject a misspelt name of a model under test; what looks like a path is left to the function that opens it.
+
+    Raises:
+        UserError: The sentence names what has one.
+    """
+    if name in BASELINE_NAMES or os.sep in name or "/" in name or os.path.lexists(name):
+        return
+    close = difflib.get_close_matches(name.lower(), BASELINE_NAMES, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise UserError(
+        f"There is no model {name!r}{hint}; give {', '.join(BASELINE_NAMES)}, {TIMM}NAME, {TORCHVISION}NAME, or the "
+        "folder of a run or an encoder."
+    )
 
 
 def subject_of(model: Model, name: str, *, cache: FeatureCache, world: DistributedContext) -> EvaluatedModel:

@@ -81,7 +81,8 @@ def linear_transfer(
     encoder's size, then its centre), not the 0.875 of it that the other protocols show.
 
     Args:
-        seed: Noted with the result, which does not depend on it: the solution is unique, and the parts are given.
+        seed: Noted with the result, which does not depend on it (the solution is unique, and the parts are given)
+            except for k-means patches, which are learnt from the training images by it.
         l2_values: The values to choose among; the paper's are 45 from 1e-6 to 1e5.
         store: Where results are kept and looked up.
         progress: Called with (done, total) thousandths of a fit.
@@ -89,6 +90,7 @@ def linear_transfer(
     Raises:
         UserError: The images do not fit the subject, features are not finite, or there is no image to choose by.
     """
+    subject = subject.learnt_from(data.train, seed=seed)
 
     def measure() -> Measured:
         features = partial(subject.features, crop=CROP)

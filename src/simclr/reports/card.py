@@ -20,6 +20,8 @@ SETTINGS = (
 """Settings of pretraining that the card lists."""
 
 BASELINE_MEANINGS = {
+    "hog": "are histograms of oriented gradients (Dalal and Triggs 2005), made in seconds",
+    "patches": "are features of k-means patches (Coates, Lee and Ng 2011) of the training images",
     "pixels": "are the images themselves as features",
     "random": "is the same network with random weights",
     "supervised": "is the same network trained from scratch on the same labels",

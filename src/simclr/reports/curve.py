@@ -10,8 +10,15 @@ from simclr.evaluation.curve import Count, Curve, Saved, count_name, labels_save
 from simclr.evaluation.metrics import BASELINES, mean_and_spread
 from simclr.reports.table import Row, markdown_table, seeds_note, text_table
 
-COLOURS = {"encoder": "#2a6f97", "random": "#adb5bd", "pixels": "#e09f3e", "supervised": "#9b2226"}
-OTHER_COLOURS = ("#588157", "#7b2cbf", "#6c584c", "#1b9aaa")
+COLOURS = {
+    "encoder": "#2a6f97",
+    "random": "#adb5bd",
+    "pixels": "#e09f3e",
+    "supervised": "#9b2226",
+    "hog": "#588157",
+    "patches": "#7b2cbf",
+}
+OTHER_COLOURS = ("#6c584c", "#1b9aaa", "#c77dff", "#386641")
 NAME_GAP = 0.05  # of the axis' height: between the names at the ends of the lines
 TICK_GAP = 0.06  # of the axis' width: ticks that are nearer are left out, the one with fewer labels first
 

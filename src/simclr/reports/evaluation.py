@@ -3,10 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from simclr.evaluation.measure import TITLES
-from simclr.evaluation.metrics import BASELINES, mean_and_spread
+from simclr.evaluation.metrics import BASELINES, SUPERVISED, mean_and_spread
 from simclr.evaluation.results import Result
 from simclr.reports.table import Row, error_note, seeds_note, text_table
+from simclr.reports.verdict import is_baseline
 
 
 def accuracy_text(results: Sequence[Result]) -> str:
@@ -28,9 +31,20 @@ def accuracy_text(results: Sequence[Result]) -> str:
 
 
 def accuracy_rows(results: Sequence[Result]) -> list[Row]:
-    """Top-1 accuracies over seeds; fine-tuning and training from scratch share a column."""
+    """Top-1 accuracies over seeds: the model under test, others that are compared, then baselines, the strongest first.
+
+    Fine-tuning and training from scratch share a column. The strength of a baseline is its mean over the columns of
+    frozen features.
+    """
     columns = _top1_by(results, lambda result: TITLES[result.protocol])
-    return [Row(name, values, baseline=name in BASELINES) for name, values in columns.items()]
+    under_test = results[0].subject
+
+    def place(name: str) -> tuple[bool, float]:
+        frozen = [mean_and_spread(values)[0] for title, values in columns[name].items() if title != TITLES[SUPERVISED]]
+        return (True, -float(np.mean(frozen)) if frozen else 0.0) if is_baseline(name) else (False, 0.0)
+
+    names = [under_test, *sorted((name for name in columns if name != under_test), key=place)]
+    return [Row(name, columns[name], baseline=name in BASELINES) for name in names if name in columns]
 
 
 def mean_accuracies(

@@ -96,7 +96,7 @@ def evaluate(
     run: "Run | Place",
     *data: Place,
     protocol: str | Sequence[str] = ("knn", "linear"),
-    compare: "Sequence[Run | Place]" = ("random", "pixels"),
+    compare: "Sequence[Run | Place]" = ("hog", "pixels", "random"),
     labels: str | None = None,
     seeds: int = 1,
     finetune: Mapping[str, Any] | None = None,
@@ -105,7 +105,7 @@ def evaluate(
     """Measure an encoder by the papers' protocols, beside baselines, as `simclr evaluate`; prints the table.
 
     Args:
-        run: A run, an encoder's folder, timm/NAME, torchvision/NAME, random, or pixels.
+        run: A run, an encoder's folder, timm/NAME, torchvision/NAME, or a baseline: hog, patches, pixels, random.
         data: Labelled images (folder, .npz file or name); for the protocol transfer several sets.
         protocol: One or more of knn, linear, logistic, finetune, supervised, curve, probe, label-free and transfer; as
             text with commas between, as on the command line, or as a sequence.

@@ -21,6 +21,7 @@ from simclr.reports.evaluation import accuracy_summary, accuracy_text, mean_accu
 from simclr.reports.label_free import label_free_pictures, label_free_summary, label_free_text
 from simclr.reports.probe import probe_summary, probe_text
 from simclr.reports.transfer import transfer_summary, transfer_text
+from simclr.reports.verdict import Comparison, comparisons, verdict_summary, verdict_text
 from simclr.tasks.evaluation_session import Session, results_folder
 from simclr.tasks.opening import require_writable, write
 from simclr.training.progress import say
@@ -223,6 +224,8 @@ def _print_and_write(
     options = session.options
     if results:
         print(accuracy_text(results))
+        if verdict := verdict_text(_comparisons(session, results)):
+            print(verdict)
     for name, progress in session.unfinished().items():
         print(f"Unfinished training: {name}, {progress.text}.")
     for name, report in reports.items():
@@ -236,6 +239,12 @@ def _print_and_write(
     if options.picture is not None and picture is not None:
         write(options.picture, picture)
         say(f"The picture is in {options.picture}.")
+
+
+def _comparisons(session: Session, results: list[Result]) -> list[Comparison]:
+    """The model under test against the strongest baselines."""
+    labels = session.options.labels
+    return comparisons(results, labels_drawn=labels is not None and not Path(labels).is_file())
 
 
 def _summary(session: Session, results: list[Result], reports: dict[str, Report]) -> dict[str, Any]:
@@ -252,6 +261,7 @@ def _summary(session: Session, results: list[Result], reports: dict[str, Report]
             "seeds": list(session.seeds),
             "test_images": None if first is None else first.num_test,
         },
+        "pretraining_paid": verdict_summary(_comparisons(session, results)) if results else [],
         "unfinished": {name: progress.to_dict() for name, progress in session.unfinished().items()},
         "reports": {name: report.summary for name, report in reports.items()},
         "records": records(every),

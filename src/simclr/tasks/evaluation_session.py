@@ -3,6 +3,7 @@
 `simclr evaluate` measures on it; `simclr finetune` opens its images and its encoder in the same way.
 """
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,15 @@ from simclr.evaluation.measure import ACCURACIES, EvaluationContext, Protocol, S
 from simclr.evaluation.metrics import SUPERVISED
 from simclr.evaluation.results import Result, ResultStore
 from simclr.evaluation.split import Split, split_data
-from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel, open_subject, subject_of
+from simclr.evaluation.subjects import (
+    BASELINE_NAMES,
+    PATCHES,
+    RANDOM,
+    EvaluatedModel,
+    open_subject,
+    require_model,
+    subject_of,
+)
 from simclr.tasks.opening import DataOptions, open_parts, require_writable, side_of
 from simclr.training.progress import say
 from simclr.training.run import RunFolder
@@ -68,6 +77,8 @@ class Session:
             UserError: One of them cannot be opened, or has no labels where it needs them.
         """
         run = Path(options.run)
+        for name in (options.run, *_compared(options)):
+            require_model(name)
         model = load_quietly(run) if _is_folder(options.run) else None
         first = None
         if protocols == ["transfer"]:
@@ -163,23 +174,32 @@ class Session:
         return sets
 
     def subjects(self, seed: int | None = None) -> list[EvaluatedModel]:
-        """The model under test, and then those of --compare; `random` has the weights of the seed."""
+        """The model under test, then those of --compare; random weights and k-means patches are those of the seed."""
         seed = self.options.seed if seed is None else seed
-        names = list(dict.fromkeys([self.options.run, *self.options.compare]))
+        names = list(dict.fromkeys([self.options.run, *_compared(self.options)]))
         opened = [self._subject(name, seed) for name in names]
         return [replace(opened[0], name=ENCODER), *opened[1:]] if _is_folder(self.options.run) else opened
 
     def _subject(self, name: str, seed: int) -> EvaluatedModel:
-        """Opened once; only random weights depend on the seed."""
+        """Opened once; only random weights and patches depend on the seed."""
         pretrained = self.protocols != [SUPERVISED]
         foreign = name.startswith((TIMM, TORCHVISION))
-        key = name, seed if name == RANDOM or (foreign and not pretrained) else None
+        key = name, seed if name in (RANDOM, PATCHES) or (foreign and not pretrained) else None
         if key not in self._opened:
-            self._opened[key] = open_subject(
+            subject = open_subject(
                 name, like=self.like, preprocessing=self.preprocessing, seed=seed, cache=self.cache, world=self.world,
                 size=self.options.size, pretrained=pretrained,
             )  # fmt: skip
+            if name == PATCHES:
+                subject = subject.learnt_from(self._training_images(seed), seed=seed)
+            self._opened[key] = subject
         return self._opened[key]
+
+    def _training_images(self, seed: int) -> Images:
+        """Images that features may be learnt from without labels: all that are not to be tested on."""
+        if self.test is not None or self.train.labels is None:
+            return self.train
+        return self.split(seed, every=True).train
 
     @property
     def context(self) -> EvaluationContext:
@@ -228,8 +248,15 @@ def _data_options(options: "Evaluate", source: str) -> DataOptions:
     return replace(DataOptions.of(options), side=side_of(Path(options.run), source, options.pack_side))
 
 
+def _compared(options: "Evaluate") -> list[str]:
+    """The models of --compare, which may be given with spaces or commas between."""
+    return [
+        name for given in options.compare for name in ([given] if os.path.lexists(given) else given.split(",")) if name
+    ]
+
+
 def _is_folder(run: str) -> bool:
-    return run not in (RANDOM, PIXELS) and not run.startswith((TIMM, TORCHVISION))
+    return run not in BASELINE_NAMES and not run.startswith((TIMM, TORCHVISION))
 
 
 def results_folder(options: "Evaluate") -> Path | None:
@@ -250,8 +277,8 @@ def _can_be_made(folder: Path, world: DistributedContext) -> bool:
 
 
 def _shape(options: "Evaluate", images: Images, world: DistributedContext) -> tuple[EncoderConfig, AugmentationPreset]:
-    """The shape of the network that a name stands for: the recipe's for `random` and `pixels`."""
-    if options.run in (RANDOM, PIXELS):
+    """The shape of the network that a name stands for: the recipe's for the baselines."""
+    if options.run in BASELINE_NAMES:
         recipe, _ = choose_recipe(images, on_gpu=world.device.type == "cuda")
         config, _ = fit_recipe(recipe, images)
         shape = EncoderConfig(

@@ -24,7 +24,7 @@ from simclr.evaluation.knn import knn
 from simclr.evaluation.measure import Settings, choose_finetune_config, train_subject
 from simclr.evaluation.metrics import mean_per_class, top_k
 from simclr.evaluation.split import Split
-from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel
+from simclr.evaluation.subjects import PIXELS, RANDOM, WITHOUT_NETWORK, EvaluatedModel
 from simclr.reports.table import error_note
 from simclr.tasks.evaluate import Session
 from simclr.tasks.opening import DataOptions, lasting, require_writable, side_of, write
@@ -83,8 +83,8 @@ def _finetune(options: Finetune, overrides: Overrides, world: DistributedContext
 
 def _check(options: Finetune) -> None:
     """What can be wrong before any image is opened."""
-    if options.run == PIXELS:
-        raise UserError("pixels are no network; give a run's folder, timm/NAME, torchvision/NAME or random.")
+    if options.run in WITHOUT_NETWORK:
+        raise UserError(f"{options.run} is no network; give a run's folder, timm/NAME, torchvision/NAME or random.")
     require_seed(options.seed)
     if options.finetune_recipe is not None:
         find_finetune_recipe(options.finetune_recipe)

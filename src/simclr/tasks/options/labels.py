@@ -14,12 +14,14 @@ from simclr.config.finetune import FinetuneConfig
 class Evaluate:
     """Evaluate an encoder by the papers' protocols, beside baselines.
 
-    RUN is a run's folder, an encoder's folder, timm/NAME or torchvision/NAME (with their pretrained weights), random or
-    pixels. PROTOCOL is one or more, with commas between, of: knn (nearest neighbours); linear (a linear classifier on
-    frozen features); logistic (the transfer protocol: 45 values of l2); finetune (the whole network); supervised (the
-    same network from scratch on the same labels); curve (how many labels are needed); probe (what each layer knows);
-    label-free (geometry, neighbours, copies between train and test); transfer (several sets in one table). What was
-    measured before is not measured again. Several processes: `torchrun --nproc-per-node K -m simclr evaluate ...`.
+    RUN is a run's folder, an encoder's folder, timm/NAME or torchvision/NAME (with their pretrained weights), or a
+    baseline: hog (histograms of oriented gradients), patches (k-means patches of the training images), pixels, random
+    (random weights). PROTOCOL is one or more, with commas between, of: knn (nearest neighbours); linear (a linear
+    classifier on frozen features); logistic (the transfer protocol: 45 values of l2); finetune (the whole network);
+    supervised (the same network from scratch on the same labels); curve (how many labels are needed); probe (what each
+    layer knows); label-free (geometry, neighbours, copies between train and test); transfer (several sets in one
+    table). What was measured before is not measured again. Several processes: `torchrun --nproc-per-node K -m simclr
+    evaluate ...`.
     """
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
@@ -42,8 +44,9 @@ class Evaluate:
     seeds: int = 1
     """Number of seeds; with two or more the table has mean and spread."""
 
-    compare: tuple[str, ...] = ("random", "pixels")
-    """Models in further rows of the table: anything that RUN may be. `--compare` alone: none."""
+    compare: tuple[str, ...] = ("hog", "pixels", "random")
+    """Models in further rows of the table, with spaces or commas between: anything that RUN may be. `--compare` alone:
+    none."""
 
     size: int = 224
     """Pixels a side that models of timm and torchvision are given."""
