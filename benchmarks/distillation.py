@@ -26,7 +26,7 @@ from simclr.config.finetune import FINETUNE_RECIPES
 from simclr.config.schedule import total_steps
 from simclr.data.images import Images
 from simclr.data.opening import open_data
-from simclr.evaluation.finetune import TRAINING_VERSION, Execution, finetune, supervised
+from simclr.evaluation.finetune import TRAINING_VERSION, finetune, supervised
 from simclr.evaluation.keys import labelled_digest
 from simclr.evaluation.logistic import LOGISTIC_VERSION, linear_probe
 from simclr.evaluation.measure import about_split
@@ -39,6 +39,7 @@ from simclr.models.inference import pixels_of
 from simclr.reports.evaluation import results_by_subject
 from simclr.reports.table import Row, markdown_table, seeds_note
 from simclr.tasks.distill_images import distill_images
+from simclr.training.fit import Execution
 from simclr.training.run import RunFolder, describe_machine, open_run
 from simclr.weights.folder import Model, digest_of, load
 

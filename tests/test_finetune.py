@@ -22,9 +22,10 @@ from simclr.data.opening import open_data
 from simclr.data.splits import label_subset
 from simclr.errors import Stopped
 from simclr.evaluation import finetune as finetuning
-from simclr.evaluation.finetune import Execution, finetune, supervised
+from simclr.evaluation.finetune import finetune, supervised
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
+from simclr.training.fit import Execution
 from simclr.training.run import RunFolder
 
 SHAPE = EncoderConfig("small", channels=1, size=8, width=0.5)

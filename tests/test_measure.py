@@ -138,13 +138,13 @@ def test_no_test_label_touches_a_prediction(digits, folder, monkeypatch):
     """With other test labels all scores stay, bit for bit; accuracies are those of the scores, counted by hand."""
     shifted = (digits.test.labels + 1) % 10
     recorded: list[tuple[np.ndarray, np.ndarray]] = []
-    real = measure_module._accuracies
+    real = measure_module.accuracies
 
     def record(scores, classes, labels):
         recorded.append((scores.copy(), classes[scores.argmax(1)]))
         return real(scores, classes, labels)
 
-    monkeypatch.setattr(measure_module, "_accuracies", record)
+    monkeypatch.setattr(measure_module, "accuracies", record)
     results = {}
     for name, labels in (("true", digits.test.labels), ("shifted", shifted)):
         split = replace(digits, test=replace(digits.test, labels=labels))

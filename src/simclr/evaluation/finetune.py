@@ -6,9 +6,9 @@ weights are tested, and no test label takes part in anything but the accuracy.
 Shapes: n training and m test images, K classes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from simclr.models.heads import ProjectionHead
 from simclr.models.inference import device_of, outputs, require_channels
 from simclr.training.batches import Batch, Inputs, make_batches
 from simclr.training.device import precision_of
-from simclr.training.fit import fit, temporary_run
+from simclr.training.fit import HERE, Execution, fit, temporary_run
 from simclr.training.loop import Task
 from simclr.training.optim import build_optimizer
 from simclr.training.run import RunFolder, describe_machine
@@ -65,25 +65,6 @@ class Finetuned:
     """Updates made."""
     config: FinetuneConfig
     seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Execution:
-    """Where a training runs, and where it is recorded."""
-
-    world: DistributedContext | None = None
-    """The processes that share each batch; None: this process, where the encoder is."""
-    run: Path | RunFolder | None = None
-    """Folder for records, checkpoints and the network (`simclr.load(run).classify`); where it holds an unfinished
-    training of the same settings, that goes on bit for bit. None: nothing is kept."""
-    manifest: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of run.json (`RunRecord`): data, task."""
-    progress: Callable[[int, int], None] | None = None
-    """Called with (done, total) steps."""
-
-
-HERE = Execution()
-"""In this process; nothing is kept."""
 
 
 def finetune(

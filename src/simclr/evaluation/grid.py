@@ -18,12 +18,12 @@ from simclr.data.images import Images
 from simclr.data.presets import TransferSet
 from simclr.distributed import DistributedContext
 from simclr.errors import Diverged, UserError
-from simclr.evaluation.finetune import Execution
 from simclr.evaluation.keys import grid_key, labelled_digest, training_key, transfer_data
 from simclr.evaluation.measure import train_subject
 from simclr.evaluation.results import About, Measured, Result, ResultStore, name_of
 from simclr.evaluation.subjects import EvaluatedModel
 from simclr.evaluation.transfer import about_transfer, score_and_credits, true_labels
+from simclr.training.fit import Execution
 
 GRID_VERSION = 1
 """Raise it when a cell stands for another training (`settings`), or another cell is chosen from the same scores."""

@@ -7,7 +7,6 @@
     supervised  the same network from scratch on the same labels
 
 Each result is kept in the store as soon as it is there (`results.py`), under everything that determines it (`keys.py`).
-A further metric belongs into `_accuracies`; METRICS_VERSION is then raised, so that stored results are measured anew.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +23,15 @@ from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig, find_finetu
 from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.evaluation.finetune import Execution, Finetuned, finetune, supervised
+from simclr.evaluation.finetune import Finetuned, finetune, supervised
 from simclr.evaluation.keys import accuracy_key
 from simclr.evaluation.knn import KNN_TEMPERATURE, knn_votes
 from simclr.evaluation.logistic import FitOptions, linear_probe, logistic_probe
-from simclr.evaluation.metrics import SUPERVISED, mean_per_class, top_k
+from simclr.evaluation.metrics import SUPERVISED, accuracies
 from simclr.evaluation.results import About, Measured, Result, ResultStore, name_of
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import RANDOM, EvaluatedModel
+from simclr.training.fit import Execution
 from simclr.training.progress import counting
 
 Protocol = Literal["knn", "linear", "logistic", "finetune", "supervised"]
@@ -118,17 +118,17 @@ def measure(
                 if not makes_sense(protocol, subject, subjects[0]):
                     continue
                 try:
-                    result = _measure(protocol, subject, split, seed, settings, context)
+                    result = measure_one(protocol, subject, split, seed, settings, context)
                 except UserError as error:
                     failed(f"{subject.name}: {protocol}, seed {seed}", error)
                 else:
                     yield result
 
 
-def _measure(
+def measure_one(
     protocol: Protocol, subject: EvaluatedModel, split: Split, seed: int, settings: Settings, context: EvaluationContext
 ) -> Result:
-    """From the store, or measured now."""
+    """One protocol on one subject: from the store, or measured now."""
     name = SUPERVISED if protocol == SUPERVISED else subject.name
     config = _training(protocol, subject, split, settings)
     key = accuracy_key(protocol, subject, split, seed, config)
@@ -171,7 +171,7 @@ def _classify(
         description = (
             f"k {votes.k}, temperature {KNN_TEMPERATURE}, cosine{', leave-one-out' if leave_one_out else ''}{of_pixels}"
         )
-        return Measured(metrics=_accuracies(votes.scores, votes.classes, truth), description=description)
+        return Measured(metrics=accuracies(votes.scores, votes.classes, truth), description=description)
     classes, targets = np.unique(labels, return_inverse=True)  # (K,), (n,)
     probe, solver = (linear_probe, "exact optimum") if protocol == "linear" else (logistic_probe, "best of 45 l2")
     with fitting("fitting", world, unit="thousandth") as progress:
@@ -179,7 +179,7 @@ def _classify(
         fitted = probe(train, targets, test, seed=seed, options=options)
     converged = "" if fitted.converged else ", not converged"
     return Measured(
-        metrics={**_accuracies(fitted.scores, classes, truth), "l2": fitted.l2},
+        metrics={**accuracies(fitted.scores, classes, truth), "l2": fitted.l2},
         description=f"logistic regression on frozen features, {solver}{converged}{of_pixels}",
     )
 
@@ -209,7 +209,7 @@ def _train(
             subject, train, test, config, seed=seed, from_scratch=protocol == SUPERVISED, execution=execution
         )
     return Measured(
-        metrics=_accuracies(network.scores, network.labels, split.test.labels),
+        metrics=accuracies(network.scores, network.labels, split.test.labels),
         description=f"{config.optimizer}, {network.steps} steps of {config.batch_size} crops",
     )
 
@@ -235,16 +235,6 @@ def train_subject(
         shape = subject.encoder.config
         return supervised(shape, train, test, config, seed=seed, preset=preset, execution=execution)
     return finetune(subject.encoder, subject.head, train, test, config, seed=seed, preset=preset, execution=execution)
-
-
-def _accuracies(scores: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """Accuracies of scores (m, K) whose columns stand for `classes` (K,), against labels (m,)."""
-    targets = np.searchsorted(classes, labels)  # (m,) columns
-    accuracies: dict[str, float | None] = {
-        "top1": top_k(scores, targets, 1),
-        "mean_per_class": mean_per_class(scores.argmax(1), targets),
-    }
-    return accuracies | ({"top5": top_k(scores, targets, 5)} if len(classes) > 5 else {})
 
 
 def _by_sgd(protocol: Protocol, subject: EvaluatedModel, split: Split, settings: Settings) -> bool:

@@ -27,6 +27,24 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
+def accuracies(scores: np.ndarray, classes: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """The metrics of a classifier in the tables: top1, mean_per_class and, from six classes on, top5.
+
+    A further metric belongs here; METRICS_VERSION is then raised, so that stored results are measured anew.
+
+    Args:
+        scores: (m, K), higher is likelier.
+        classes: (K,) the labels that the columns stand for, ascending.
+        labels: (m,)
+    """
+    targets = np.searchsorted(classes, labels)  # (m,) columns
+    metrics: dict[str, float | None] = {
+        "top1": top_k(scores, targets, 1),
+        "mean_per_class": mean_per_class(scores.argmax(1), targets),
+    }
+    return metrics | ({"top5": top_k(scores, targets, 5)} if len(classes) > 5 else {})
+
+
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
     """Share of labels that are predicted.
 

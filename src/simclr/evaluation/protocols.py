@@ -14,7 +14,6 @@ from functools import partial
 from simclr.data.images import Images
 from simclr.data.presets import TransferSet
 from simclr.evaluation.curve import Count, Key, labels_curve
-from simclr.evaluation.finetune import Execution
 from simclr.evaluation.grid import Grid, finetune_transfer
 from simclr.evaluation.keys import curve_from_scratch_key, curve_key, label_free_key, probe_key
 from simclr.evaluation.label_free import label_free, view_features
@@ -25,6 +24,7 @@ from simclr.evaluation.results import About, Measured, Result
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import EvaluatedModel
 from simclr.evaluation.transfer import Measure, linear_transfer, transfer
+from simclr.training.fit import Execution
 
 
 def curve_results(

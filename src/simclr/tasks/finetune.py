@@ -19,7 +19,7 @@ from simclr.config.pretrain import require_seed
 from simclr.config.records import versioned
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.evaluation.finetune import Execution, Finetuned
+from simclr.evaluation.finetune import Finetuned
 from simclr.evaluation.knn import knn
 from simclr.evaluation.measure import Settings, choose_finetune_config, train_subject
 from simclr.evaluation.metrics import mean_per_class, top_k
@@ -31,6 +31,7 @@ from simclr.tasks.opening import DataOptions, lasting, require_writable, side_of
 from simclr.tasks.options.labels import Evaluate, Finetune
 from simclr.tasks.pretrain_images import data_record
 from simclr.tasks.resume import task_record
+from simclr.training.fit import Execution
 from simclr.training.lock import hold
 from simclr.training.progress import counting, say
 from simclr.training.run import RunFolder

@@ -5,6 +5,7 @@ Pretraining, fine-tuning, training from scratch and distillation each build a `T
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,25 @@ from simclr.training.lock import hold
 from simclr.training.loop import Outcome, Task, restore, train
 from simclr.training.progress import Progress, ProgressCallback, StepCallback, say
 from simclr.training.run import RunFolder, claim
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """Where a training runs, and where it is recorded: what `fit` is given beside the task and its settings."""
+
+    world: DistributedContext | None = None
+    """The processes that share each batch; None: this process, where the encoder is."""
+    run: Path | RunFolder | None = None
+    """Folder for records, checkpoints and the network (`simclr.load(run).classify`); where it holds an unfinished
+    training of the same settings, that goes on bit for bit. None: nothing is kept."""
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of run.json (`RunRecord`): data, task."""
+    progress: Callable[[int, int], None] | None = None
+    """Called with (done, total) steps."""
+
+
+HERE = Execution()
+"""In this process; nothing is kept."""
 
 
 def fit(
