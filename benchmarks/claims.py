@@ -47,7 +47,7 @@ from simclr.models.encoder import Encoder, build_encoder
 from simclr.reports.evaluation import records
 from simclr.reports.table import Row, markdown_table, seeds_note
 from simclr.tasks.distill_images import distill_images
-from simclr.training.run import RunFolder
+from simclr.training.fit import Execution
 from simclr.weights.folder import Model, load
 
 DEPTHS = ("none", 4, 3, 2, 1, "all")
@@ -169,8 +169,8 @@ def taught(teacher: Model, encoder: Encoder, train: Images, test: Images, seed: 
         Classifier(encoder, None, len(teacher.classes)),
         train,
         DISTILLATION,
-        RunFolder(place),
         seed=seed,
+        execution=Execution(run=place),
         test=test,
     )
     assert found.accuracy is not None

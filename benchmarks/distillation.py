@@ -40,7 +40,7 @@ from simclr.reports.evaluation import results_by_subject
 from simclr.reports.table import Row, markdown_table, seeds_note
 from simclr.tasks.distill_images import distill_images
 from simclr.training.fit import Execution
-from simclr.training.run import RunFolder, describe_machine, open_run
+from simclr.training.run import describe_machine, open_run
 from simclr.weights.folder import Model, digest_of, load
 
 TEACHER, PIXELS = "teacher, fine-tuned", "raw pixels, linear"
@@ -120,7 +120,9 @@ def results_of_seed(
         settings = {"images": images.fingerprint, "student": config.result_fields() | asdict(shape)}
         place = args.out / f"student-{name_of(key_of(**settings))}"
         begin = Classifier(build_encoder(shape, seed=seed), None, len(teacher().classes))
-        done = distill_images(teacher(), begin, images, config, RunFolder(place), seed=seed, test=few.test)
+        done = distill_images(
+            teacher(), begin, images, config, seed=seed, test=few.test, execution=Execution(run=place)
+        )
         assert done.accuracy is not None
         return measured(done.accuracy, parameters=parameters(begin), steps=done.steps)
 

@@ -24,6 +24,7 @@ from simclr.config.schedule import peak_lr, total_steps
 from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
 from simclr.errors import Stopped
+from simclr.evaluation.results import read_results
 from simclr.methods.distill import Distill
 from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier
@@ -32,9 +33,10 @@ from simclr.models.heads import ProjectionHead
 from simclr.tasks import distill_images as distilling
 from simclr.tasks.distill_images import distill_images
 from simclr.tasks.teacher import open_teacher, teachers_columns
+from simclr.training.fit import Execution
 from simclr.training.run import RunFolder
 from simclr.views.policy import crop_and_flip
-from simclr.weights.folder import Model, load, save_classifier, save_encoder
+from simclr.weights.folder import Model, digest_of, load, save_classifier, save_encoder
 
 CONFIG = replace(
     DISTILL_RECIPES["small-distill"], lr=0.05, warmup_epochs=0, epochs=0, min_steps=12, batch_size=32, flip=0.0,
@@ -136,7 +138,13 @@ def test_a_student_learns_its_teacher(images, test, tmp_path):
     begin = student(size=12, head_layer=1)
     at_first = state_of(begin)
     result = distill_images(
-        wise, begin, replace(labelled, labels=None), config, RunFolder(tmp_path / "run"), seed=0, test=test
+        wise,
+        begin,
+        replace(labelled, labels=None),
+        config,
+        seed=0,
+        test=test,
+        execution=Execution(run=tmp_path / "run"),
     )
     assert tuned.accuracy > 0.7 and result.teacher_accuracy == tuned.accuracy
     assert result.accuracy > 0.6 and result.steps == 100
@@ -151,7 +159,9 @@ def test_a_student_learns_its_teacher(images, test, tmp_path):
     assert records[-1]["agreement"] > records[0]["agreement"]
     begin = student(size=12, head_layer=1)
     unlabelled = replace(labelled, labels=None)
-    again = distill_images(wise, begin, unlabelled, config, RunFolder(tmp_path / "run"), seed=0, test=test)
+    again = distill_images(
+        wise, begin, unlabelled, config, seed=0, test=test, execution=Execution(run=tmp_path / "run")
+    )
     assert again.accuracy == result.accuracy and json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
 
 
@@ -199,16 +209,18 @@ def kill():
 
 def test_resume_is_exact(images, tmp_path, monkeypatch):
     shape = {"head_layer": 1, "width": 0.25}
-    undisturbed = distill_images(teacher(), student(**shape), images, CONFIG, RunFolder(tmp_path / "a"), seed=0)
+    undisturbed = distill_images(
+        teacher(), student(**shape), images, CONFIG, seed=0, execution=Execution(run=tmp_path / "a")
+    )
     with monkeypatch.context() as patch, pytest.raises(Killed):
         disturb(patch, 9, kill)
-        distill_images(teacher(), student(**shape), images, CONFIG, RunFolder(tmp_path / "b"), seed=0)
+        distill_images(teacher(), student(**shape), images, CONFIG, seed=0, execution=Execution(run=tmp_path / "b"))
     with monkeypatch.context() as patch, pytest.raises(Stopped) as stopped:
         disturb(patch, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        distill_images(teacher(), student(**shape), images, CONFIG, RunFolder(tmp_path / "b"), seed=0)
+        distill_images(teacher(), student(**shape), images, CONFIG, seed=0, execution=Execution(run=tmp_path / "b"))
     assert stopped.value.signal == signal.SIGTERM
     resumed = distill_images(
-        teacher(), student(**shape), images, replace(CONFIG, workers=1), RunFolder(tmp_path / "b"), seed=0
+        teacher(), student(**shape), images, replace(CONFIG, workers=1), seed=0, execution=Execution(run=tmp_path / "b")
     )
     assert_equal(state_of(resumed.network), state_of(undisturbed.network))
     assert RunFolder(tmp_path / "a").metrics.read_bytes() == RunFolder(tmp_path / "b").metrics.read_bytes()
@@ -217,7 +229,7 @@ def test_resume_is_exact(images, tmp_path, monkeypatch):
 
 def test_a_folder_of_another_distillation_is_refused(images, tmp_path):
     config = replace(CONFIG, min_steps=1)
-    distill_images(teacher(), student(), images, config, RunFolder(tmp_path / "run"), seed=0)
+    distill_images(teacher(), student(), images, config, seed=0, execution=Execution(run=tmp_path / "run"))
     relabelled = replace(images, labels=np.roll(images.labels, 3))
     for who, what, how, seed in (
         (student(), images, replace(config, temperature=3.0), 0),
@@ -227,20 +239,25 @@ def test_a_folder_of_another_distillation_is_refused(images, tmp_path):
         (student(), images.subset(np.arange(99)), config, 0),
     ):
         with pytest.raises(UserError, match=r"of other settings, images or weights; give another folder\.$"):
-            distill_images(teacher(), who, what, how, RunFolder(tmp_path / "run"), seed=seed)
+            distill_images(teacher(), who, what, how, seed=seed, execution=Execution(run=tmp_path / "run"))
     (tmp_path / "run" / "run.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        distill_images(teacher(), student(), images, config, RunFolder(tmp_path / "run"), seed=0)
+        distill_images(teacher(), student(), images, config, seed=0, execution=Execution(run=tmp_path / "run"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="exists and is no run"):
-        distill_images(teacher(), student(), images, config, RunFolder(tmp_path / "full"), seed=0)
+        distill_images(teacher(), student(), images, config, seed=0, execution=Execution(run=tmp_path / "full"))
 
 
 def test_a_loss_that_explodes_is_one_sentence(images, tmp_path):
     with pytest.raises(UserError, match=r"no longer finite.*Try a lower --lr"):
         distill_images(
-            teacher(), student(), images, replace(CONFIG, lr=1e30, log_every=1), RunFolder(tmp_path / "run"), seed=0
+            teacher(),
+            student(),
+            images,
+            replace(CONFIG, lr=1e30, log_every=1),
+            seed=0,
+            execution=Execution(run=tmp_path / "run"),
         )
 
 
@@ -284,10 +301,22 @@ def check_training(folder, world: DistributedContext) -> None:
     asked = open_data("digits", split="test").subset(np.arange(33))
     config = replace(CONFIG, min_steps=4, log_every=1)
     alone = distill_images(
-        teacher(), student(), sparse, config, RunFolder(folder / f"alone-{world.rank}"), seed=0, test=asked
+        teacher(),
+        student(),
+        sparse,
+        config,
+        seed=0,
+        test=asked,
+        execution=Execution(run=folder / f"alone-{world.rank}"),
     )
     shared = distill_images(
-        teacher(), student(), sparse, config, RunFolder(folder / "shared"), seed=0, test=asked, world=world
+        teacher(),
+        student(),
+        sparse,
+        config,
+        seed=0,
+        test=asked,
+        execution=Execution(run=folder / "shared", world=world),
     )
     for ours, theirs in zip(state_of(shared.network), state_of(alone.network), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
@@ -388,6 +417,9 @@ def test_the_command_end_to_end(simclr, folders, tmp_path):
     accuracy = json.loads((out / "summary.json").read_text())["test_accuracy"]["student"]
     test = open_data("digits", split="test")
     assert np.mean(np.array(load(out).classify(test)) == test.labels.astype(str)) == accuracy
+    results = {result.subject: result for result in read_results(out / "evaluation" / "results.jsonl")[0]}
+    assert results["student"].value("top1") == accuracy and set(results) == {"student", "teacher"}
+    assert results["teacher"].weights == digest_of(load(folders / "teacher").classifier)
     code, table, _ = simclr("evaluate", out, "digits", "--protocol", "knn", "--cache", "off", "--compare")
     assert code == 0 and "encoder" in table
     before = (out / "encoder" / "model.safetensors").read_bytes()

@@ -17,10 +17,13 @@ from simclr.config.encoder import EncoderConfig
 from simclr.config.finetune import FINETUNE_RECIPES
 from simclr.data.opening import open_data
 from simclr.evaluation import finetune as finetuning
+from simclr.evaluation.results import read_results
 from simclr.models.encoder import build_encoder
-from simclr.weights.folder import save_encoder
+from simclr.weights.folder import digest_of, save_encoder
 
 QUICK = ["--labels", "5/class", "--epochs", 0, "--min-steps", 12, "--workers", 0, "--save-every", 4]
+
+METRICS = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,15 @@ def test_the_figures_are_those_of_the_saved_classifier(simclr, encoder, tmp_path
     assert 0.5 < beside["kNN on raw pixels"] < 1
     assert f"{100 * accuracy['top-1']:.1f}" in table and re.search(r"kNN on raw pixels +\d", table)
 
+    results = {result.protocol: result for result in read_results(out / "evaluation" / "results.jsonl")[0]}
+    own = results["classifier"]
+    assert own.weights == digest_of(model.classifier) and own.num_train == 50 and own.num_test == 359
+    assert own.metrics == {name: accuracy[METRICS[name]] for name in METRICS}
+    assert results["majority"].value("top1") == beside["always the commonest class"]
+    assert results["knn"].value("top1") == beside["kNN on raw pixels"] and results["knn"].subject == "pixels"
+
     assert simclr("finetune", encoder, "digits", "--out", out, *QUICK, "--lr", 0.02)[1] == table, "done: told again"
+    assert len(read_results(out / "evaluation" / "results.jsonl")[0]) == 3
     code, _, said = simclr("finetune", encoder, "digits", "--out", out, *QUICK, "--lr", 0.03)
     assert code == 2 and "holds a training of another method, or of other settings" in said
 

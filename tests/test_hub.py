@@ -106,6 +106,9 @@ def test_a_fine_tuned_networks_card_has_what_the_command_measured(run: Path, tmp
     _, card = exported(tmp_path / "tuned", tmp_path / "out")
     assert rows(card)["encoder"] == [f"{100 * summary['accuracy']['top-1']:.1f}"]
     assert "kNN on raw pixels" in rows(card) and "50 labels used" in card
+    (tmp_path / "tuned" / "evaluation" / "results.jsonl").unlink()  # as earlier versions left it
+    _, of_summary = exported(tmp_path / "tuned", tmp_path / "again")
+    assert rows(of_summary) == rows(card)
     assert "Made by `simclr finetune`" in card and "Not measured" not in card
 
 

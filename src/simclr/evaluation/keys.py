@@ -13,6 +13,9 @@ result, and are no part of its key: between them numbers agree to rounding.
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from simclr.config.encoder import EncoderConfig
 from simclr.config.finetune import FinetuneConfig
 from simclr.data.images import Images
 from simclr.evaluation.curve import CURVE_VERSION
@@ -25,6 +28,7 @@ from simclr.evaluation.probe import PROBE_VERSION, probe_settings
 from simclr.evaluation.results import Entry
 from simclr.models.inference import FEATURES_VERSION
 from simclr.training.device import precision_of
+from simclr.weights.folder import digest_of
 
 if TYPE_CHECKING:
     from simclr.data.presets import TransferSet
@@ -84,6 +88,43 @@ def accuracy_key(
         "data": {"train": labelled_digest(split.train), "test": labelled_digest(split.test)},
         "settings": settings,
         "seed": seed,
+    }
+
+
+def classifier_key(
+    network: nn.Module, shape: EncoderConfig, classes: list[str], preset: str, test: Images, seed: int, device: str
+) -> Entry:
+    """Key of the accuracies of a trained classifier; how it was trained takes no part.
+
+    Args:
+        shape: Of its encoder.
+        classes: Names of its classes.
+        preset: Whose evaluation preprocessing it is given.
+        seed: Of its training.
+        device: Kind of device.
+    """
+    return {
+        "protocol": "classifier",
+        "version": {"features": FEATURES_VERSION, "metrics": METRICS_VERSION},
+        "model": {
+            "weights": digest_of(network), "network": shape.to_dict(), "preprocessing": preset,
+            "classes": sha256(repr(classes).encode()).hexdigest(), "device": device,
+        },
+        "data": {"test": labelled_digest(test)},
+        "settings": {},
+        "seed": seed,
+    }  # fmt: skip
+
+
+def majority_key(split: "Split") -> Entry:
+    """Key of the accuracies of the classes' frequencies among the training labels, taken as scores of every image."""
+    return {
+        "protocol": "majority",
+        "version": {"metrics": METRICS_VERSION},
+        "model": {"weights": None},
+        "data": {"train": labelled_digest(split.train), "test": labelled_digest(split.test)},
+        "settings": {},
+        "seed": 0,
     }
 
 

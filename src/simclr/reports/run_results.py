@@ -18,6 +18,8 @@ from simclr.training.run import RunFolder
 from simclr.weights.folder import Model, digest_of
 
 OWN = "encoder"  # row of the model under test
+BESIDE = {"teacher": "its teacher", "pixels": "kNN on raw pixels"}
+"""Model that was measured beside a classifier -> its row."""
 
 
 @dataclass
@@ -48,6 +50,10 @@ def results_of(folder: Path, model: Model) -> list[Table]:
     """
     if RunFolder(folder).is_pretraining:
         return _tables(_accuracies(folder / "evaluation" / "results.jsonl"), digest_of(model.encoder))
+    if model.classifier is not None:
+        results = _read(folder / "evaluation" / "results.jsonl")
+        if tables := _of_classifier(results, digest_of(model.classifier)):
+            return tables
     if reported := _reported(folder):
         return reported
     results = _accuracies(folder.parent / "results.jsonl")
@@ -55,8 +61,21 @@ def results_of(folder: Path, model: Model) -> list[Table]:
     return _finetuned(results, trained[0]) if trained else []
 
 
+def _of_classifier(results: list[Result], weights: str) -> list[Table]:
+    """What `simclr finetune` or `simclr distill` measured when it ended, and beside it on the same test images."""
+    own = [result for result in results if result.protocol == "classifier" and result.weights == weights]
+    if not own:
+        return []
+    table = Table(own[-1].data_name, own[-1].split)
+    for result in (own[-1], *results):
+        if result.data["test"] == own[-1].data["test"] and result.protocol in ("classifier", "majority", "knn"):
+            row = OWN if result.weights == weights else BESIDE.get(result.subject, result.subject)
+            table.values[row] = {"top-1": {0: result.value("top1")}}
+    return [table]
+
+
 def _reported(folder: Path) -> list[Table]:
-    """What `simclr finetune` or `simclr distill` measured when it ended, with what stood beside it."""
+    """The same from summary.json, for folders of versions that wrote no results."""
     try:
         summary = json.loads((folder / "summary.json").read_bytes())
         if "test_accuracy" in summary:
@@ -110,8 +129,11 @@ def _row_name(result: Result, weights: str | None) -> str:
 
 def _accuracies(file: Path) -> list[Result]:
     """The accuracies in a result file, in the order in which they were measured."""
+    return [result for result in _read(file) if result.protocol in TITLES]
+
+
+def _read(file: Path) -> list[Result]:
     try:
-        results, _ = read_results(file)
+        return read_results(file)[0]
     except (OSError, UserError):
         return []
-    return [result for result in results if result.protocol in TITLES]

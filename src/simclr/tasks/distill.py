@@ -24,6 +24,7 @@ from simclr.tasks.opening import DataOptions, lasting, load_model, open_parts
 from simclr.tasks.pretrain_images import data_record
 from simclr.tasks.resume import task_record
 from simclr.tasks.teacher import open_teacher
+from simclr.training.fit import Execution
 from simclr.training.lock import hold
 from simclr.training.progress import say
 from simclr.training.run import RunFolder
@@ -65,17 +66,8 @@ def _distill(options: "Distill", overrides: Overrides, world: DistributedContext
         f"on {len(images):,} images at temperature {config.temperature:g}; the run is in {options.out}.",
         main=world.is_main,
     )
-    result = distill_images(
-        teacher,
-        student,
-        images,
-        config,
-        RunFolder(options.out),
-        seed=options.seed,
-        test=test,
-        world=world,
-        manifest=manifest,
-    )
+    execution = Execution(world=world, run=RunFolder(options.out), manifest=manifest)
+    result = distill_images(teacher, student, images, config, seed=options.seed, test=test, execution=execution)
     return result, test
 
 

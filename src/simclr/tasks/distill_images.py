@@ -8,12 +8,14 @@ The folder is that of any run (training/run.py); encoder/ holds the student with
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from simclr.config.distill import DistillConfig
 from simclr.config.records import versioned
@@ -21,7 +23,9 @@ from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.finetune import TRAINING_VERSION
-from simclr.evaluation.metrics import accuracy
+from simclr.evaluation.keys import classifier_key
+from simclr.evaluation.metrics import accuracies
+from simclr.evaluation.results import About, Measured, ResultStore
 from simclr.files import write_atomically
 from simclr.methods.distill import Distill
 from simclr.models.batchnorm import set_global_batch_norm
@@ -30,7 +34,7 @@ from simclr.models.inference import outputs, require_channels
 from simclr.tasks.teacher import teachers_columns
 from simclr.training.batches import Batch, Inputs, make_batches
 from simclr.training.device import precision_of
-from simclr.training.fit import fit
+from simclr.training.fit import Execution, fit
 from simclr.training.lock import hold
 from simclr.training.loop import Task
 from simclr.training.optim import build_optimizer
@@ -60,12 +64,10 @@ def distill_images(
     student: Classifier,
     images: Images,
     config: DistillConfig,
-    run: RunFolder,
     *,
     seed: int,
     test: Images | None = None,
-    world: DistributedContext | None = None,
-    manifest: dict[str, Any] | None = None,
+    execution: Execution,
 ) -> Distilled:
     """Train a copy of the student until the end or a signal, then test it and its teacher.
 
@@ -73,18 +75,17 @@ def distill_images(
         teacher: With a classifier; put into inference mode and on the device, else left as it is.
         student: Where training begins; its logits are the teacher's classes.
         images: To learn on. Their labels, -1 for none, only count where `config.alpha` is below 1.
-        run: Folder for records, checkpoints and the student; where it holds an unfinished distillation of the same
-            images, weights, settings and seed, that goes on bit for bit.
         seed: Of the order of the images and of the views.
         test: Labelled images that both are tested on at the end.
-        world: The processes that share each batch; None: this one.
-        manifest: Further fields of run.json (`RunRecord`): data, task.
+        execution: Processes and folder, which is required; no progress is called.
 
     Raises:
         UserError: Images, networks and settings do not go together, or memory, disk or the loss gave out.
         Stopped: A signal asked to stop; called again with the same folder, the training goes on.
     """
-    world = DistributedContext() if world is None else world
+    world, run = execution.world or DistributedContext(), execution.run
+    assert run is not None, "the student is published there"
+    run = RunFolder(run) if isinstance(run, Path) else run
     taught_by = teacher.classifier
     assert taught_by is not None, "open_teacher sees to it"
     assert student.linear.out_features == len(teacher.classes), (student.linear, len(teacher.classes))
@@ -96,16 +97,8 @@ def distill_images(
     world.local_slice(config.batch_size)
 
     student = deepcopy(student)
-    inputs = {
-        "version": TRAINING_VERSION,
-        "seed": seed,
-        "images": images.fingerprint,
-        "targets": None if targets is None else sha256(targets.astype("<i8").tobytes()).hexdigest(),
-        "teacher": digest_of(taught_by),
-        "preset": teacher.preprocessing,
-        "student": digest_of(student),
-    }
-    record = {"method": "distill", "inputs": inputs, "machine": describe_machine(), **(manifest or {})}
+    inputs = _inputs(teacher, student, images, targets, seed)
+    record = {"method": "distill", "inputs": inputs, "machine": describe_machine(), **execution.manifest}
     with hold(run.path, world):
         everything = inputs | config.result_fields()
         world.require_equal("distillation", everything, "Give every process the same flags and files.")
@@ -116,25 +109,53 @@ def distill_images(
         outcome = fit(task, run, config, world, manifest=record)
         tested: dict[str, float] = {}
         if test is not None and test_targets is not None:
-            tested = _accuracies(teacher, student, test, test_targets, world)
+            store = ResultStore(run.path / "evaluation" / "results.jsonl", world)
+            tested = _test(teacher, student, test, test_targets, seed, store, world)
         if world.is_main:
             _report_end(run, outcome, images, config, tested, test)
         return Distilled(student.eval(), outcome.step, tested.get("student"), tested.get("teacher"))
 
 
-def _accuracies(
-    teacher: Model, student: Classifier, test: Images, targets: np.ndarray, world: DistributedContext
-) -> dict[str, float]:
-    """Top-1 accuracy of "student" and "teacher" on labelled images, in [0, 1]."""
+def _inputs(
+    teacher: Model, student: Classifier, images: Images, targets: np.ndarray | None, seed: int
+) -> dict[str, Any]:
+    """What a distillation depends on beside its settings, as JSON can hold it."""
     assert teacher.classifier is not None
+    return {
+        "version": TRAINING_VERSION,
+        "seed": seed,
+        "images": images.fingerprint,
+        "targets": None if targets is None else sha256(targets.astype("<i8").tobytes()).hexdigest(),
+        "teacher": digest_of(teacher.classifier),
+        "preset": teacher.preprocessing,
+        "student": digest_of(student),
+    }
+
+
+def _test(
+    teacher: Model,
+    student: Classifier,
+    test: Images,
+    targets: np.ndarray,
+    seed: int,
+    store: ResultStore,
+    world: DistributedContext,
+) -> dict[str, float]:
+    """Top-1 accuracy of "student" and "teacher" on labelled images, in [0, 1]; all metrics are kept as results."""
+    assert teacher.classifier is not None
+    classes, preset = teacher.classes, teacher.preprocessing
+    about = About(data_name=test.name, split=f"{len(test):,} test images", num_test=len(test), num_classes=len(classes))
+    accuracy = {}
     networks = {"student": (student, student.encoder), "teacher": (teacher.classifier, teacher.encoder)}
-    tested = {}
     for name, (network, encoder) in networks.items():
-        logits = outputs(
-            network, test, len(teacher.classes), size=encoder.config.size, preset=teacher.preprocessing, world=world
-        )  # (m, K)
-        tested[name] = accuracy(logits.argmax(axis=1), targets)
-    return tested
+
+        def measure(network: nn.Module = network, size: int = encoder.config.size) -> Measured:
+            logits = outputs(network, test, len(classes), size=size, preset=preset, world=world)  # (m, K)
+            return Measured(metrics=accuracies(logits, np.arange(len(classes)), targets))
+
+        key = classifier_key(network, encoder.config, classes, preset, test, seed, world.device.type)
+        accuracy[name] = store.get(key, measure, replace(about, subject=name)).value("top1")
+    return accuracy
 
 
 def build_task(

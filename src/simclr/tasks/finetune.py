@@ -2,6 +2,7 @@
 
 FOLDER/
   encoder/        what `simclr.load(FOLDER).classify` reads
+  evaluation/     results.jsonl: the accuracies as results
   summary.json    settings, accuracies, and what they have to beat; written at the end
   run.json, config.json, checkpoints/, metrics.jsonl, timing.jsonl   as of any run: `simclr resume FOLDER` goes on
 """
@@ -20,9 +21,17 @@ from simclr.config.records import versioned
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.finetune import Finetuned
-from simclr.evaluation.knn import knn
-from simclr.evaluation.measure import Settings, choose_finetune_config, train_subject
-from simclr.evaluation.metrics import mean_per_class, top_k
+from simclr.evaluation.keys import classifier_key, majority_key
+from simclr.evaluation.measure import (
+    EvaluationContext,
+    Settings,
+    about_split,
+    choose_finetune_config,
+    measure_one,
+    train_subject,
+)
+from simclr.evaluation.metrics import accuracies
+from simclr.evaluation.results import Measured, Result, ResultStore
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import PIXELS, RANDOM, WITHOUT_NETWORK, EvaluatedModel
 from simclr.reports.table import error_note
@@ -37,6 +46,9 @@ from simclr.training.progress import counting, say
 from simclr.training.run import RunFolder
 from simclr.weights.training_progress import TrainingProgress
 
+CLASSIFIER, MAJORITY, RAW_PIXELS = "classifier", "always the commonest class", "kNN on raw pixels"
+METRIC_NAMES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
+"""Metric of a result -> its name in the table and in summary.json."""
 PIXELS_MOST = 1 << 30
 """Bytes of raw pixels, as features, up to which their accuracy stands beside the classifier's."""
 TOP5_FROM = 10
@@ -79,7 +91,9 @@ def _finetune(options: Finetune, overrides: Overrides, world: DistributedContext
     }
     network = _train(options, session, subject, split, config, manifest)
     if world.is_main:
-        _tell(options, network, split, pixels, subject.progress)
+        store = ResultStore(options.out / "evaluation" / "results.jsonl")
+        results = _results(network, split, subject, pixels, store)
+        _tell(options, network, split, results, subject.progress)
 
 
 def _check(options: Finetune) -> None:
@@ -121,16 +135,60 @@ def _train(
         )
 
 
+def _results(
+    network: Finetuned, split: Split, subject: EvaluatedModel, pixels: EvaluatedModel, store: ResultStore
+) -> dict[str, Result]:
+    """Accuracies of the classifier, and of baselines that cost nothing, by the names under which they are printed."""
+    device = subject.world.device
+    labels = split.train.labels
+    assert labels is not None and split.test.labels is not None
+    test_labels = split.test.labels
+
+    def of_classifier() -> Measured:
+        metrics = accuracies(network.scores, network.labels, test_labels)
+        return Measured(metrics=metrics, details={"by_class": _by_class(network)})
+
+    def of_frequencies() -> Measured:
+        classes, counts = np.unique(labels, return_counts=True)  # (K,) each
+        scores = np.tile(counts.astype(float), (len(test_labels), 1))  # (m, K)
+        return Measured(metrics=accuracies(scores, classes, test_labels), description="class frequencies")
+
+    key = classifier_key(
+        network.network,
+        network.network.encoder.config,
+        network.classes,
+        subject.preprocessing,
+        split.test,
+        network.seed,
+        device.type,
+    )
+    results = {
+        CLASSIFIER: store.get(key, of_classifier, about_split("encoder", split)),
+        MAJORITY: store.get(majority_key(split), of_frequencies, about_split(MAJORITY, split)),
+    }
+    if (len(split.train) + len(split.test)) * 4 * pixels.channels * pixels.size**2 > PIXELS_MOST:
+        say("Raw pixels are left out beside it: so many images would take too much memory.")
+        return results
+    context = EvaluationContext(store=store, world=DistributedContext(device=device))
+    return results | {RAW_PIXELS: measure_one("knn", pixels, split, network.seed, Settings(), context)}
+
+
 def _tell(
-    options: Finetune, network: Finetuned, split: Split, pixels: EvaluatedModel, progress: TrainingProgress | None
+    options: Finetune,
+    network: Finetuned,
+    split: Split,
+    results: dict[str, Result],
+    progress: TrainingProgress | None,
 ) -> None:
-    """The accuracies on standard output and in summary.json, beside those that cost nothing."""
-    accuracies = _accuracies(network)
-    by_class = _by_class(network)
-    baselines = _baselines(split, pixels)
+    """The accuracies on standard output and in summary.json, beside the baselines."""
+    measured = results[CLASSIFIER]
+    by_class = measured.details["by_class"]
+    shown = ("top1", "top5", "mean_per_class") if len(network.classes) >= TOP5_FROM else ("top1", "mean_per_class")
+    accuracy = {METRIC_NAMES[name]: measured.value(name) for name in shown}
+    baselines = {name: result.value("top1") for name, result in results.items() if name != CLASSIFIER}
     num_test = len(split.test)
     print(f"Test accuracy of {options.run}, trained on {len(split.train):,} labels, in %:")
-    for name, value in accuracies.items():
+    for name, value in accuracy.items():
         print(f"  {name:<32}{100 * value:5.1f}")
     print("Beside it, top-1:")
     for name, value in baselines.items():
@@ -143,21 +201,13 @@ def _tell(
     summary = {
         "run": options.run, "data": options.data, "split": split.description, "labels": options.labels,
         "seed": options.seed, "images": len(split.train), "test_images": num_test, "steps": network.steps,
-        "accuracy": accuracies, "encoder_progress": None if progress is None else progress.to_dict(),
+        "accuracy": accuracy, "encoder_progress": None if progress is None else progress.to_dict(),
         "baselines": baselines, "classes": network.classes, "by_class": by_class, "settings": asdict(network.config),
     }  # fmt: skip
     write(options.out / "summary.json", versioned(summary))
     side = side_of(Path(options.run), options.data, options.pack_side)
     shrunk = "" if side is None else f" --pack-side {side}"
     say(f"The classifier is in {options.out}: `simclr predict {options.out} IMAGES --out FILE.csv{shrunk}` uses it.")
-
-
-def _accuracies(network: Finetuned) -> dict[str, float]:
-    scores, targets = network.scores, network.targets
-    accuracies = {"top-1": top_k(scores, targets, 1)}
-    if len(network.classes) >= TOP5_FROM:
-        accuracies["top-5"] = top_k(scores, targets, 5)
-    return accuracies | {"mean per class": mean_per_class(scores.argmax(1), targets)}
 
 
 def _by_class(network: Finetuned) -> dict[str, float]:
@@ -168,16 +218,3 @@ def _by_class(network: Finetuned) -> dict[str, float]:
         for column, name in enumerate(network.classes)
         if (network.targets == column).any()
     }
-
-
-def _baselines(split: Split, pixels: EvaluatedModel) -> dict[str, float]:
-    """What the commonest class and the nearest raw pixels reach, from the same labels."""
-    train, test = split.train.labels, split.test.labels
-    assert train is not None and test is not None
-    labels, counts = np.unique(train, return_counts=True)
-    accuracies = {"always the commonest class": float((test == labels[counts.argmax()]).mean())}
-    if (len(train) + len(test)) * 4 * pixels.channels * pixels.size**2 > PIXELS_MOST:
-        say("Raw pixels are left out beside it: so many images would take too much memory.")
-        return accuracies
-    near = knn(pixels.features(split.train), train, pixels.features(split.test))
-    return accuracies | {"kNN on raw pixels": float((near == test).mean())}
