@@ -51,7 +51,7 @@ RUNS = {
 
 EVALUATION = (
     "evaluate pretrain-plain digits --protocol knn,linear,logistic,finetune --labels 20/class --cache off --device cpu "
-    "--finetune.epochs 2 --seeds 2"
+    "--finetune.epochs 2 --seeds 2 --compare random pixels"
 )
 
 
