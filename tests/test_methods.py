@@ -16,6 +16,8 @@ from simclr.config.pretrain import PretrainConfig
 from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
 from simclr.errors import Stopped, UserError
+from simclr.methods import method_name
+from simclr.methods.moco import MoCo
 from simclr.methods.simclr import SimCLR
 from simclr.tasks import pretrain_images as pretraining
 from simclr.training.batches import Batch
@@ -41,7 +43,12 @@ def sim_siam():
     return namespace["SimSiam"]
 
 
-METHODS = {"simclr": lambda: SimCLR, "the page's": sim_siam}
+METHODS = {"simclr": lambda: SimCLR, "simclr with memory": lambda: SimCLR, "moco": lambda: MoCo, "the page's": sim_siam}
+MOMENTUM = replace(CONFIG, queue=80, ema=0.9)  # no multiple of the batch of 48
+MOCO = replace(MOMENTUM, ema=0.99, temperature=0.2, loss_scale=1.0, optimizer="adamw", lr=3e-3, lr_scaling="none",
+               head_norm=False, bn_splits=4, global_bn=False)  # fmt: skip
+SETTINGS = {"simclr with memory": MOMENTUM, "moco": MOCO}
+"""Name -> settings where they are not `CONFIG`."""
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +57,24 @@ def images():
 
 
 @pytest.fixture(params=METHODS)
-def method(request):
-    return METHODS[request.param]()
+def name(request):
+    return request.param
 
 
-def train(images, path, method, config=CONFIG, world=None):
+@pytest.fixture
+def method(name):
+    return METHODS[name]()
+
+
+@pytest.fixture
+def config(name):
+    return SETTINGS.get(name, CONFIG)
+
+
+def train(images, path, method, config, world=None):
     world = world or DistributedContext()
     run = RunFolder(path)
-    manifest = None if run.exists else pretraining.manifest_of(images, "digits", {}, method)
+    manifest = None if run.exists else pretraining.manifest_of(images, "digits", {}, method_name(method))
     pretraining.pretrain_images(images, config, run, world, manifest=manifest, method=method)
     return run
 
@@ -67,8 +84,8 @@ def weights(run):
     return torch.load(newest, weights_only=True)["method"]
 
 
-def test_a_run_stopped_by_a_signal_ends_with_the_same_bits(images, method, tmp_path, monkeypatch):
-    whole = train(images, tmp_path / "whole", method)
+def test_a_run_stopped_by_a_signal_ends_with_the_same_bits(images, method, config, tmp_path, monkeypatch):
+    whole = train(images, tmp_path / "whole", method, config)
     real, calls = pretraining.make_views, []
 
     def views(*args, **kwargs):
@@ -79,32 +96,32 @@ def test_a_run_stopped_by_a_signal_ends_with_the_same_bits(images, method, tmp_p
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(pretraining, "make_views", views)
-        train(images, tmp_path / "parted", method)
-    parted = train(images, tmp_path / "parted", method)
+        train(images, tmp_path / "parted", method, config)
+    parted = train(images, tmp_path / "parted", method, config)
     assert parted.metrics.read_bytes() == whole.metrics.read_bytes()
     ours, theirs = weights(parted), weights(whole)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_it_learns_and_its_encoder_is_published(images, method, tmp_path):
-    run = train(images, tmp_path / "run", method, replace(CONFIG, epochs=12))
+def test_it_learns_and_its_encoder_is_published(images, method, config, tmp_path):
+    run = train(images, tmp_path / "run", method, replace(config, epochs=12))
     records = run.read_metrics()
     assert records[-1]["loss"] < records[0]["loss"]
     shown = [text.format(records[0][name]) for name, text in method.metric_formats.items()]
     assert len(shown) == len(method.metric_formats) > 0
-    assert run.method == pretraining.method_name(method)
+    assert run.method == method_name(method)
     features = load(run.path).embed(images)
     assert features.shape == (150, load(run.path).encoder.num_features) and np.isfinite(features).all()
 
 
 @pytest.mark.parametrize("strategy", ["checkpointing", "grad-cache"])
-def test_each_memory_strategy_is_the_plain_step_or_refused(images, method, tmp_path, strategy):
-    config = replace(CONFIG, epochs=1, memory=strategy, chunk=48 if strategy == "grad-cache" else 0)  # one chunk
+def test_each_memory_strategy_is_the_plain_step_or_refused(images, method, config, tmp_path, strategy):
+    config = replace(config, epochs=1, memory=strategy, chunk=48 if strategy == "grad-cache" else 0)  # one chunk
     if strategy == "grad-cache" and not method.grad_cache:
         with pytest.raises(UserError, match="cannot be trained with --memory grad-cache"):
             train(images, tmp_path / "refused", method, config)
         return
-    plain = weights(train(images, tmp_path / "plain", method, replace(CONFIG, epochs=1, memory="plain")))
+    plain = weights(train(images, tmp_path / "plain", method, replace(config, epochs=1, memory="plain", chunk=0)))
     other = weights(train(images, tmp_path / "other", method, config))
     for name, value in plain.items():
         torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
@@ -118,9 +135,9 @@ def test_a_method_may_ask_for_any_number_of_views(images):
     assert not torch.equal(three[2], three[0]) and three[2].shape == (9, 1, 8, 8)
 
 
-def test_memory_is_counted_without_knowing_the_method(images, method):
-    built = pretraining.build_method(CONFIG, 1, DistributedContext(), method)
-    footprint = measure(built, CONFIG, images, torch.float32)
+def test_memory_is_counted_without_knowing_the_method(images, method, config):
+    built = pretraining.build_method(config, 1, DistributedContext(), method)
+    footprint = measure(built, config, images, torch.float32)
     assert footprint.need("plain", 64) > footprint.need("plain", 16) > 0
     assert (footprint.projections is not None) == method.grad_cache
 
@@ -133,7 +150,8 @@ def test_two_processes_equal_one(tmp_path, name):
 
 def check_processes(folder, name, world):
     images, method = open_data("digits").subset(np.arange(150)), METHODS[name]()
-    config = replace(CONFIG, epochs=1, lr=0.01)
+    config = SETTINGS.get(name, CONFIG)
+    config = replace(config, epochs=1, lr=config.lr / 10)
     run = train(images, folder / "shared", method, config, world)
     world.barrier()  # the main process has written its checkpoint
     shared = weights(run)

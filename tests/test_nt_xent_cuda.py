@@ -15,7 +15,7 @@ from simclr.losses.operands import Operands
 
 pytest.importorskip("triton")
 
-from simclr.losses import cuda
+from simclr.losses import cuda, cuda_bank
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -158,7 +158,7 @@ COMPILE = """
 import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from simclr.losses import cuda
+from simclr.losses import cuda, cuda_tiles
 
 def shared_memory(kernel, capability, pieces, width, tile, **constants):
     constants |= {"WIDTH": width, "PIECES": pieces, "ROWS": tile.rows, "COLUMNS": tile.columns, "BOUNDED": True}
@@ -171,7 +171,7 @@ def shared_memory(kernel, capability, pieces, width, tile, **constants):
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
 
 room, pieces, width = 232448, 2, 128  # an H100's shared memory
-tile = cuda.largest_tile(pieces * width * 2, room)
+tile = cuda_tiles.largest_tile(pieces * width * 2, room)
 assert shared_memory(cuda._sums_kernel, 90, pieces, width, tile, STRIP=cuda.STRIP) <= room
 assert shared_memory(cuda._gradients_kernel, 90, pieces, width, tile) <= room
 """
@@ -182,3 +182,28 @@ def test_kernels_compile_and_fit_into_a_gpu(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize(("num_rows", "num_keys", "width"), [(1, 1, 3), (5, 70, 16), (37, 101, 24)])
+@pytest.mark.parametrize(("precision", "tolerance"), [(Operands.FP32, 2e-7), (Operands.SPLIT, 1e-5)])
+def test_sums_over_a_bank_equal_the_definition(num_rows, num_keys, width, temperature, precision, tolerance):
+    z, bank = rows(num_rows, width), rows(num_rows + num_keys, width)[num_rows:]
+    s = z @ bank.T / temperature
+    log_sums, means = cuda_bank.log_sums_and_means(
+        z.float().to(DEVICE), bank.float().to(DEVICE), temperature, operands=precision, launch=TILE
+    )
+    assert_close(
+        (log_sums.cpu(), means.cpu()), (s.logsumexp(1), s.softmax(1) @ bank), tolerance * max(10, 1 / temperature)
+    )
+
+
+@pytest.mark.parametrize("programs", [1, 7, 1000])
+def test_strips_of_the_bank_do_not_matter(monkeypatch, programs):
+    monkeypatch.setattr(cuda_bank, "PROGRAMS", programs)
+    z, bank = rows(40, 8), rows(240, 8)[40:]
+    s = z @ bank.T / 0.2
+    results = cuda_bank.log_sums_and_means(
+        z.float().to(DEVICE), bank.float().to(DEVICE), 0.2, operands=Operands.FP32, launch=TILE
+    )
+    assert_close(tuple(t.cpu() for t in results), (s.logsumexp(1), s.softmax(1) @ bank), 2e-6)

@@ -14,14 +14,17 @@ from simclr.errors import UserError
 SHUFFLE_STREAM = 0xFFFF_FFFF
 """Stream of the epoch's order; streams 0, 1, ... are the views of an image."""
 
+KEY_STREAM = 0xFFFF_FFFE
+"""Stream of the order in which MoCo's keys of the first view are normalised; the one below is the second view's."""
+
 _MASK = 0xFFFF_FFFF
 _MULTIPLIERS = (0xD251_1F53, 0xCD9E_8D57)
 _KEY_STEPS = (0x9E37_79B9, 0xBB67_AE85)
 
 
-def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which epoch `epoch` visits `n` images: an int64 permutation (n,)."""
-    words = philox((np.arange(n), epoch, SHUFFLE_STREAM, 0), seed)
+def shuffled(n: int, seed: int, epoch: int, *, stream: int = SHUFFLE_STREAM) -> np.ndarray:
+    """The order in which epoch `epoch` visits `n` images: an int64 permutation (n,), another for each stream."""
+    words = philox((np.arange(n), epoch, stream, 0), seed)
     return np.argsort(words[0] << 32 | words[1], kind="stable")
 
 

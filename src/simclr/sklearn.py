@@ -57,7 +57,7 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         encoder: resnet18/34/50/101/152/200, resnet10, small (for CPUs), timm/NAME or torchvision/NAME.
         width: Multiplier on every channel count of a ResNet.
         temperature: Of the loss.
-        settings: Any other setting of `simclr pretrain` by its name, such as {"lr": 1e-3, "head_dim": 64}.
+        settings: Any other setting of `simclr pretrain` by its name, such as {"lr": 1e-3, "method": "moco"}.
         image_shape: What a row of a 2-D X is: (H, W) or (H, W, C), of which one may be -1, as for NumPy's reshape.
             None: a square gray image, where a row's length is a square number (no square colour image's is).
         pixel_range: The numbers that mean black and white in arrays, such as (0, 16). None: floats in [0, 1], integers
@@ -209,7 +209,7 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         ):
             config = settings_for(recipe, images, overrides, on_gpu=bool(gpus), say=say)
             run = RunFolder(Path(folder), how_to_resume="a new fit", lasting=False)
-            manifest = pretraining.manifest_of(images, images.name, {})
+            manifest = pretraining.manifest_of(images, images.name, {}, config.method)
             try:
                 outcome = pretraining.pretrain_images(images, config, run, world, manifest=manifest)
             except Stopped as stop:  # a saved run could go on; an interrupted fit cannot

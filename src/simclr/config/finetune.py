@@ -53,6 +53,9 @@ FINETUNE_RECIPES: dict[str, FinetuneConfig] = {
     "v2-wide-10%": replace(_V2_WIDE, head_layer=1),
     "v2-wide-100%": _V2_WIDE,
     "linear": FinetuneConfig(tune_from="none", lr=0.1, epochs=90),
+    "moco-linear": FinetuneConfig(  # main_lincls.py of facebookresearch/moco
+        tune_from="none", lr=30.0, nesterov=False, lr_decay="steps", batch_size=256, epochs=100
+    ),
     "supervised": FinetuneConfig(lr=0.1, weight_decay=1e-4, epochs=90),
     "small": _SMALL,
     "small-linear": replace(_SMALL, tune_from="none", weight_decay=0.0, epochs=10, min_steps=500),

@@ -26,6 +26,23 @@ class PretrainConfig(TrainingConfig):
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # an unknown key in a saved file is an error
 
+    # ---- method
+    method: str = "simclr"
+    """simclr, moco, or MODULE:CLASS of a method of your own (docs/methods.md)."""
+
+    queue: int = 0
+    """Projections of earlier batches, made by a momentum encoder, that are further negatives: MoCo's queue, or the
+    memory of SimCLR v2; 0: none."""
+
+    ema: float = 0.999
+    """With a queue: share of its own weights that the momentum encoder keeps at each step."""
+
+    symmetric: bool = False
+    """MoCo: each view is query and key in turn; else the first is the query and the second the key."""
+
+    bn_splits: int = 8
+    """MoCo: parts of the batch, over all processes, that batch norm normalises apart, as MoCo's 8 GPUs do."""
+
     # ---- images
     size: int = 32
     """Height and width of a view, in pixels."""
@@ -42,6 +59,9 @@ class PretrainConfig(TrainingConfig):
 
     jitter: float = 0.8
     """Probability of the colour distortion."""
+
+    hue: float | None = None
+    """Largest hue shift, in turns of the colour circle; unset: 0.2 x strength."""
 
     grayscale: float = 0.2
     """Probability of dropping colour."""
@@ -75,6 +95,9 @@ class PretrainConfig(TrainingConfig):
     head_dim: int = 128
     """Width of the projection z."""
 
+    head_norm: bool = True
+    """Batch norm in the projection head; MoCo's has none."""
+
     # ---- loss
     loss: Literal["nt-xent", "dcl"] = "nt-xent"
     """The paper's loss, or DCL, which leaves the positive out of the denominator (arXiv:2110.06848)."""
@@ -90,6 +113,9 @@ class PretrainConfig(TrainingConfig):
     lr: float = 0.3
     warmup_epochs: float = 10.0
     weight_decay: float = 1e-6
+
+    decay_all: bool = False
+    """Weight decay on batch-norm parameters and biases too, as in MoCo; SimCLR exempts them."""
 
     # ---- amount
     epochs: int = 100
@@ -122,7 +148,10 @@ class PretrainConfig(TrainingConfig):
     def __post_init__(self) -> None:
         """Say in one sentence what is wrong with a value."""
         super().__post_init__()
-        for name, minimum in (("size", 4), ("head_layers", 1), ("head_dim", 1), ("epochs", 1), ("chunk", 0)):
+        for name, minimum in (
+            ("size", 4), ("head_layers", 1), ("head_dim", 1), ("epochs", 1), ("chunk", 0), ("queue", 0),
+            ("bn_splits", 1),
+        ):  # fmt: skip
             self._require_min(name, minimum)
         for name in ("temperature", "width", "loss_scale"):
             self._require_positive(name)
@@ -132,6 +161,8 @@ class PretrainConfig(TrainingConfig):
             self._require_probability(name)
         require_seed(self.seed)
         self._require("chunk", self.chunk == 0 or self.memory == "grad-cache", "0, unless --memory is grad-cache")
+        self._require("ema", 0 <= self.ema <= 1, "in [0, 1]")
+        self._require("hue", self.hue is None or 0 <= self.hue <= 0.5, "in [0, 0.5]")
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON: a recipe."""

@@ -61,7 +61,7 @@ _SMALL = PretrainConfig(
     log_every=50,
 )
 
-_V2 = PretrainConfig(  # SimCLR v2, without the queue of negatives that the authors never released (~1 %)
+_V2 = PretrainConfig(  # SimCLR v2, without its memory, whose code the authors never released; --queue adds it
     size=224,
     encoder="resnet50",
     head_layers=3,
@@ -72,6 +72,31 @@ _V2 = PretrainConfig(  # SimCLR v2, without the queue of negatives that the auth
     batch_size=4096,
     epochs=800,
     warmup_epochs=40,
+    workers=8,
+    knn_every=0,
+)
+
+_MOCO = PretrainConfig(  # main_moco.py and moco/builder.py of facebookresearch/moco
+    method="moco",
+    size=224,
+    augmentation="torchvision",
+    strength=0.5,
+    crop_min=0.2,
+    encoder="torchvision/resnet50",
+    head_norm=False,
+    queue=65536,
+    ema=0.999,
+    temperature=0.2,
+    loss_scale=1.0,
+    optimizer="sgd",
+    nesterov=False,
+    lr=0.03,
+    weight_decay=1e-4,
+    decay_all=True,
+    warmup_epochs=0,
+    batch_size=256,
+    epochs=200,
+    global_bn=False,
     workers=8,
     knn_every=0,
 )
@@ -146,6 +171,49 @@ RECIPES: dict[str, Recipe] = {
             ),
         ),
         Recipe(
+            name="moco-v2",
+            summary="MoCo v2 on ImageNet: ResNet-50, batch 256, 200 epochs, a queue of 65,536 keys.",
+            command="torchrun --nproc-per-node 8 -m simclr pretrain IMAGENET/train --recipe moco-v2",
+            cost="256 million images, two views each: the authors' 53 hours on 8 V100; fits one GPU of 16 GB too",
+            expect="the authors' 67.5 % linear top-1 (README of facebookresearch/moco), not reproduced here",
+            config=_MOCO,
+        ),
+        Recipe(
+            name="moco-cifar",
+            summary="MoCo's notebook for CIFAR-10: ResNet-18, linear head, batch 512, 200 epochs, 4,096 keys.",
+            command="simclr pretrain cifar10 --recipe moco-cifar",
+            cost="25 seconds per epoch on a V100 (the notebook); not for a CPU",
+            expect="the notebook's 82.6 % kNN on CIFAR-10 after 200 epochs (k = 200), not reproduced here",
+            config=replace(
+                _MOCO,
+                size=32,
+                crop_min=0.08,
+                blur=0.0,
+                encoder="torchvision/resnet18",
+                stem="cifar",
+                head="linear",
+                queue=4096,
+                ema=0.99,
+                temperature=0.1,
+                lr=0.03,
+                weight_decay=5e-4,
+                batch_size=512,
+                workers=2,
+                knn_every=20,
+            ),
+        ),
+        Recipe(
+            name="moco-cpu",
+            summary="MoCo v2 for small images on a CPU: the encoder, views and optimiser of the recipe cpu.",
+            command="simclr pretrain DATA --recipe moco-cpu",
+            cost="a quarter less per epoch than the recipe cpu, whose epochs train on both views",
+            min_steps=1500,
+            expect="fashion-mnist: see docs/moco.md",
+            config=replace(
+                _SMALL, stem="strided", method="moco", queue=4096, ema=0.99, head_norm=False, global_bn=False
+            ),
+        ),
+        Recipe(
             name="photos",
             summary="A folder of photographs on one GPU: ResNet-50 at 224 pixels, batch 256, square-root scaling.",
             command="simclr pretrain FOLDER --recipe photos",
@@ -190,8 +258,8 @@ RECIPES: dict[str, Recipe] = {
             summary="SimCLR v2 on ImageNet, its smallest network: ResNet-50, three-layer head, batch 4096, 800 epochs.",
             command="torchrun --nproc-per-node 8 -m simclr pretrain IMAGENET/train --recipe v2-r50",
             cost="5.0e19 operations: 18 hours on 8 GPUs if each does 100 TFLOP/s; 512 images a GPU",
-            expect="71.1 % linear top-1 without the queue (the authors, issue 77); with it 71.7 %, and 57.9 / 68.4 % "
-            "fine-tuned on 1 / 10 % of the labels (README of google-research/simclr)",
+            expect="71.1 % linear top-1 (the authors, issue 77); with the memory, --queue 65536 --ema 0.999, 71.7 % "
+            "and 57.9 / 68.4 % fine-tuned on 1 / 10 % of the labels (README of google-research/simclr)",
             config=_V2,
         ),
         Recipe(
@@ -201,7 +269,7 @@ RECIPES: dict[str, Recipe] = {
             "-m simclr pretrain IMAGENET/train --recipe v2-r101-2x-sk",
             cost="5.8e20 operations, 12 times v2-r50: 25 hours on 64 GPUs if each does 100 TFLOP/s; 64 images a GPU",
             expect="79.0 % linear top-1; 73.2 / 78.8 % fine-tuned on 1 / 10 % of the labels (README of "
-            "google-research/simclr, with a queue that is worth about a point)",
+            "google-research/simclr, with the memory, --queue 65536 --ema 0.999, worth about a point)",
             config=replace(_V2, encoder="resnet101", width=2.0, sk=True),
         ),
         Recipe(
@@ -212,7 +280,7 @@ RECIPES: dict[str, Recipe] = {
             "-m simclr pretrain IMAGENET/train --recipe v2-r152-3x-sk",
             cost="1.9e21 operations, 39 times v2-r50: 42 hours on 128 GPUs if each does 100 TFLOP/s; 32 images a GPU",
             expect="79.8 % linear top-1; 74.9 / 80.1 % fine-tuned on 1 / 10 % of the labels (README of "
-            "google-research/simclr, with a queue that is worth about a point)",
+            "google-research/simclr, with the memory, --queue 65536 --ema 0.999, worth about a point)",
             config=replace(_V2, encoder="resnet152", width=3.0, sk=True),
         ),
     )
@@ -235,10 +303,13 @@ def find_recipe(name: str) -> Recipe:
     raise UserError(f"There is no recipe {name!r}; there are {', '.join(RECIPES)}, or give the path of a config.json.")
 
 
-def choose_recipe(images: ImageFacts, *, on_gpu: bool) -> tuple[Recipe, str]:
+def choose_recipe(images: ImageFacts, *, on_gpu: bool, method: str = "simclr") -> tuple[Recipe, str]:
     """A recipe for these images on this hardware, and the sentence that says why."""
     shorter = _typical_side(images)
     what = f"{len(images):,} images, shorter side typically {shorter} pixels"
+    if method == "moco":
+        name = "moco-cpu" if not on_gpu else "moco-cifar" if shorter <= 64 else "moco-v2"
+        return RECIPES[name], f"{what}, {'a GPU' if on_gpu else 'no GPU'}"
     if shorter <= 12:
         return RECIPES["digits"], f"{what}: tiny images"
     if not on_gpu:
@@ -265,6 +336,10 @@ def fit_recipe(recipe: Recipe, images: ImageFacts) -> tuple[PretrainConfig, dict
         batch = 1 << (len(images).bit_length() - 1)
         said["batch_size"] = f"Batch size {batch} instead of {config.batch_size}: there are {len(images)} images."
         config = replace(config, batch_size=batch)
+    if config.queue + config.batch_size > len(images) >= 4:
+        queue = 1 << (len(images) // 2).bit_length() - 1
+        said["queue"] = f"A queue of {queue:,} keys instead of {config.queue:,}: there are {len(images):,} images."
+        config = replace(config, queue=queue)
     if 2 <= len(images) * config.epochs < recipe.min_steps * config.batch_size:
         epochs = -(-recipe.min_steps * config.batch_size // len(images))
         longer = epochs / config.epochs
@@ -291,7 +366,7 @@ def settings_for(
         say: Told what was decided, and what seems odd.
     """
     if recipe is None:
-        recipe, why = choose_recipe(images, on_gpu=on_gpu)
+        recipe, why = choose_recipe(images, on_gpu=on_gpu, method=flags_over(PretrainConfig()).method)
         say(f"Recipe {recipe.name} ({why}); --recipe chooses another.")
     if images.channels == 1 and flags_over(recipe.config).channels == "auto":
         say("Gray views: no hue, no saturation, no grayscale. --channels 3 makes three equal channels.")

@@ -1,4 +1,4 @@
-"""Learning-rate schedule of SimCLR: warm-up from zero, then a cosine to zero (paper section 2.2 and B.6).
+"""Learning-rate schedules: warm-up from zero, then SimCLR's cosine to zero (paper section 2.2 and B.6), or steps.
 
 Counts are rounded as in the authors' model.py and data.py (google-research/simclr, commit 383d414), so that a
 run has exactly their number of steps. A step is one update of the weights by one global batch.
@@ -9,12 +9,13 @@ from typing import Literal
 
 from simclr.errors import UserError
 
-__all__ = ["Scaling", "learning_rate", "peak_lr", "total_steps", "warmup_steps"]
+__all__ = ["Decay", "Scaling", "learning_rate", "peak_lr", "total_steps", "warmup_steps"]
 
 Scaling = Literal["linear", "sqrt", "none"]
+Decay = Literal["cosine", "steps"]
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:
+def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, decay: Decay = "cosine") -> float:
     """Learning rate of update `step` (the first is 0, at which a warm-up gives 0).
 
     Args:
@@ -22,9 +23,15 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
         peak: Highest learning rate, reached at `warmup_steps`.
         warmup_steps: Length of the linear part; 0 starts at the peak.
         total_steps: Length of the whole schedule, warm-up included.
+        decay: "steps" is a tenth of the peak from 60 % of the schedule on, and a hundredth from 80 % (MoCo v1 at epochs
+            120 and 160 of 200, its linear evaluation at 60 and 80 of 100).
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
+    if decay == "steps":
+        if step >= total_steps:
+            return 0.0
+        return peak * 0.1 ** ((10 * step >= 6 * total_steps) + (10 * step >= 8 * total_steps))
     decay_steps = max(total_steps - warmup_steps, 1)
     progress = min((step - warmup_steps) / decay_steps, 1.0)
     return peak * 0.5 * (1.0 + math.cos(math.pi * progress))

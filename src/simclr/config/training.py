@@ -28,6 +28,9 @@ class TrainingConfig:
     optimizer: Literal["lars", "sgd", "adamw"]
     """LARS as the authors wrote it, SGD with Nesterov momentum, or AdamW."""
 
+    nesterov: bool = True
+    """Nesterov momentum for SGD; MoCo's has plain momentum."""
+
     lr: float
     """Base learning rate, before scaling."""
 
@@ -35,7 +38,10 @@ class TrainingConfig:
     """Peak rate: lr x batch / 256 (linear), lr x sqrt(batch) (sqrt), or lr itself (B.1)."""
 
     warmup_epochs: float
-    """Epochs over which the rate climbs from 0 to its peak, before the cosine decay to 0."""
+    """Epochs over which the rate climbs from 0 to its peak, before it decays."""
+
+    lr_decay: Literal["cosine", "steps"] = "cosine"
+    """To 0 as a cosine, or to a tenth at 60 % of the steps and to a hundredth at 80 %, as in MoCo v1."""
 
     weight_decay: float
     """L2 on the weights; batch-norm parameters and biases are exempt."""
@@ -82,7 +88,8 @@ class TrainingConfig:
     def learning_rate(self, num_images: int) -> Callable[[int], float]:
         """Step -> rate of a training on so many images."""
         warmup = warmup_steps(num_images, self.warmup_epochs, self.batch_size)
-        return partial(learning_rate, peak=self.peak, warmup_steps=warmup, total_steps=self.steps(num_images))
+        total = self.steps(num_images)
+        return partial(learning_rate, peak=self.peak, warmup_steps=warmup, total_steps=total, decay=self.lr_decay)
 
     def __post_init__(self) -> None:
         """Say in one sentence what is wrong with a value."""

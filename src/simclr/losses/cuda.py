@@ -13,36 +13,21 @@ Sums, exponentials, weights and gradients are fp32; what products are made of, o
 """
 
 import math
-from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
+from simclr.losses.cuda_tiles import Launch, base2_scale, finite, fitting, load, log_of_sum, pack, products, run
 from simclr.losses.operands import Operands
 
-__all__ = ["Launch", "gradients", "largest_tile", "log_sums"]
+__all__ = ["gradients", "log_sums"]
 
 BAND = 8192
 """Rows of one forward launch, a multiple of every tile: partial sums then take 80 x N numbers, where z has N x D."""
 
 STRIP = 8
 """Column tiles that one program of the forward walks over."""
-
-
-class Launch(NamedTuple):
-    """Rows and columns of a tile (powers of two from 16, rows a multiple of columns), warps and stages."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
-
-TILES = (Launch(128, 64, 8, 2), Launch(64, 64, 4, 2), Launch(64, 32, 8, 2), Launch(32, 32, 4, 2))
-"""From large to small; the compiler keeps nearly everything of them in registers (docs/lab-notes.md)."""
 
 
 def log_sums(
@@ -66,8 +51,8 @@ def log_sums(
         operands: Precision of the products.
         launch: Chosen by width, operands and device when not given.
     """
-    packed = _pack(z, operands)
-    tile = launch or _fitting(packed)
+    packed = pack(z, operands)
+    tile = launch or fitting(packed)
     sums = z.new_full((own.stop - own.start,), 0.0 if bounded else -math.inf)
     for first in range(own.start, own.stop, BAND):
         last = min(first + BAND, own.stop)
@@ -77,9 +62,9 @@ def log_sums(
         of_rows = sums.new_empty(strips, last - first)
         of_columns = sums.new_empty(row_tiles, columns)
         of_columns[:, : last - first] = 0.0 if bounded else -math.inf  # what tiles below the diagonal would add
-        _run(
+        run(
             _sums_kernel, row_tiles * strips, packed, tile,
-            of_rows, of_columns, len(z), first, last, columns, row_tiles, group, _scale(temperature),
+            of_rows, of_columns, len(z), first, last, columns, row_tiles, group, base2_scale(temperature),
             STRIP=STRIP, BOUNDED=bounded,
         )  # fmt: skip
         rows, rest = slice(first - own.start, last - own.start), slice(first - own.start, None)
@@ -112,15 +97,15 @@ def gradients(
         log_sums: (N,) L of all rows.
         grad: (N,) gradient with respect to L.
     """
-    packed = _pack(z, operands)
-    tile = launch or _fitting(packed)
+    packed = pack(z, operands)
+    tile = launch or fitting(packed)
     # A row's factors: its gradient times exp(-L); without a bound L is only subtracted from a similarity.
     weights = grad * log_sums.neg().exp() if bounded else grad.contiguous()
     out = z.new_empty(own.stop - own.start, packed.shape[2])
-    _run(
+    run(
         _gradients_kernel, triton.cdiv(len(out), tile.rows), packed, tile,
-        weights, log_sums / math.log(2), out, len(z), own.start, own.stop, group, _scale(temperature), 1 / temperature,
-        BOUNDED=bounded,
+        weights, log_sums / math.log(2), out, len(z), own.start, own.stop, group,
+        base2_scale(temperature), 1 / temperature, BOUNDED=bounded,
     )  # fmt: skip
     return out[:, : z.shape[1]]
 
@@ -141,7 +126,7 @@ def _sums_kernel(
     row = first + row_offset
     row_valid = row < last
     row_group = row // group
-    z_row, z_row_rest = _load(z, row, row_valid, total, WIDTH, PIECES)
+    z_row, z_row_rest = load(z, row, row_valid, total, WIDTH, PIECES)
     row_sum = tl.zeros((ROWS,), tl.float32)
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
 
@@ -152,8 +137,8 @@ def _sums_kernel(
         column_valid = column_offset < columns
         column = first + column_offset
         column = tl.where(column < total, column, column - total)
-        z_column, z_column_rest = _load(z, column, column_valid, total, WIDTH, PIECES)
-        s = scale * _products(z_row, z_row_rest, z_column, z_column_rest, PIECES)  # (ROWS, COLUMNS)
+        z_column, z_column_rest = load(z, column, column_valid, total, WIDTH, PIECES)
+        s = scale * products(z_row, z_row_rest, z_column, z_column_rest, PIECES)  # (ROWS, COLUMNS)
         kept = (row_group[:, None] != (column // group)[None, :]) & row_valid[:, None] & column_valid[None, :]
         s = tl.where(kept, s, float("-inf"))
         if BOUNDED:
@@ -162,15 +147,15 @@ def _sums_kernel(
             column_part = tl.sum(e, 0)
         else:
             new_max = tl.maximum(row_max, tl.max(s, 1))
-            shift = _finite(new_max)
+            shift = finite(new_max)
             row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
             row_max = new_max
-            shift = _finite(tl.max(s, 0))
-            column_part = _log_of_sum(tl.sum(tl.exp2(s - shift[None, :]), 0), shift)
+            shift = finite(tl.max(s, 0))
+            column_part = log_of_sum(tl.sum(tl.exp2(s - shift[None, :]), 0), shift)
         to = of_columns + row_tile.to(tl.int64) * columns + column_offset
         tl.store(to, column_part, mask=column_valid & (column_offset >= (row_tile + 1) * ROWS))
 
-    row_part = row_sum if BOUNDED else _log_of_sum(row_sum, _finite(row_max))
+    row_part = row_sum if BOUNDED else log_of_sum(row_sum, finite(row_max))
     tl.store(of_rows + strip.to(tl.int64) * (last - first) + row_offset, row_part, mask=row_valid)
 
 
@@ -184,16 +169,16 @@ def _gradients_kernel(
     row = own_start + row_offset
     row_valid = row < own_stop
     row_group = row // group
-    z_row, z_row_rest = _load(z, row, row_valid, total, WIDTH, PIECES)
+    z_row, z_row_rest = load(z, row, row_valid, total, WIDTH, PIECES)
     row_weight = tl.load(weights + row, mask=row_valid, other=0.0)
     row_log = tl.load(logs + row, mask=row_valid, other=0.0)
     gradient = tl.zeros((ROWS, WIDTH), tl.float32)
     for start in range(0, total, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         valid = column < total
-        z_column, z_column_rest = _load(z, column, valid, total, WIDTH, PIECES)  # (COLUMNS, WIDTH) each
+        z_column, z_column_rest = load(z, column, valid, total, WIDTH, PIECES)  # (COLUMNS, WIDTH) each
         column_weight = tl.load(weights + column, mask=valid, other=0.0)
-        s = scale * _products(z_row, z_row_rest, z_column, z_column_rest, PIECES)  # (ROWS, COLUMNS)
+        s = scale * products(z_row, z_row_rest, z_column, z_column_rest, PIECES)  # (ROWS, COLUMNS)
         kept = (row_group[:, None] != (column // group)[None, :]) & valid[None, :]
         s = tl.where(kept, s, float("-inf"))
         if BOUNDED:
@@ -210,77 +195,3 @@ def _gradients_kernel(
             gradient = tl.dot(w_first, z_column_rest, gradient)
     to = out + row_offset.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     tl.store(to, gradient * out_scale, mask=row_valid[:, None])
-
-
-@triton.jit
-def _load(z, rows, valid, total, WIDTH: tl.constexpr, PIECES: tl.constexpr):
-    """Rows of z, and what their first piece leaves (the same once more where there is one piece)."""
-    at = z + rows.to(tl.int64)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    first = tl.load(at, mask=valid[:, None], other=0.0)
-    rest = first
-    if PIECES == 2:
-        rest = tl.load(at + total.to(tl.int64) * WIDTH, mask=valid[:, None], other=0.0)
-    return first, rest
-
-
-@triton.jit
-def _products(row, row_rest, column, column_rest, PIECES: tl.constexpr):
-    """Dot products of rows and columns; of the four of their pieces the smallest is dropped."""
-    s = tl.dot(row, tl.trans(column), input_precision="ieee")
-    if PIECES == 2:
-        s = tl.dot(row, tl.trans(column_rest), s)
-        s = tl.dot(row_rest, tl.trans(column), s)
-    return s
-
-
-@triton.jit
-def _finite(largest):
-    """What exponents are lowered by: their largest, or nothing where there is none."""
-    return tl.where(largest == float("-inf"), 0.0, largest)
-
-
-@triton.jit
-def _log_of_sum(total, shift):
-    """Natural logarithm of total x 2^shift, -inf for an empty sum."""
-    empty = total == 0.0
-    return tl.where(empty, float("-inf"), (shift + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
-
-
-# --- launching --------------------------------------------------------------------------------------------------------
-
-
-def _pack(z: Tensor, operands: Operands) -> Tensor:
-    """(N, D) -> (pieces, N, width) as the kernels read it; zeros fill the width up to a power of two from 16."""
-    z = F.pad(z, (0, max(16, triton.next_power_of_2(z.shape[1])) - z.shape[1]))
-    if operands is Operands.FP32:
-        return z[None].contiguous()
-    first = z.bfloat16()
-    pieces = [first] if operands is Operands.BF16 else [first, (z - first).bfloat16()]
-    # Triton's interpreter cannot multiply bf16: on a CPU it gets the same numbers as fp32.
-    return torch.stack(pieces).to(torch.bfloat16 if z.is_cuda else torch.float32)
-
-
-def _fitting(packed: Tensor) -> Launch:
-    if packed.dtype == torch.float32:
-        return Launch(32, 32, 4, 1)
-    room = torch.cuda.get_device_properties(packed.device).shared_memory_per_block_optin  # pyrefly: ignore[missing-attribute]
-    return largest_tile(packed.shape[0] * packed.shape[2] * packed.element_size(), room)
-
-
-def largest_tile(row_bytes: int, shared_memory: int) -> Launch:
-    """The largest tile whose rows and columns, the latter twice to load ahead, fit beside 2 KiB of odds and ends."""
-    return next(t for t in TILES if (t.rows + t.stages * t.columns) * row_bytes + 2048 <= shared_memory)
-
-
-def _run(kernel: Any, programs: int, packed: Tensor, tile: Launch, *args: Any, **constants: Any) -> None:
-    """Start as many programs of a kernel, on the device of its tensors."""
-    with torch.cuda.device_of(packed):
-        kernel[(programs,)](
-            packed, *args, **constants,
-            WIDTH=packed.shape[2], PIECES=packed.shape[0], ROWS=tile.rows, COLUMNS=tile.columns,
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
-        )  # fmt: skip
-
-
-def _scale(temperature: float) -> float:
-    return math.log2(math.e) / temperature

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
+from simclr.losses.bank import bank_logsumexp
 from simclr.losses.operands import Operands, operands_for
 from simclr.losses.streamed import others_logsumexp
 
@@ -48,6 +49,7 @@ def nt_xent(
     *,
     world: DistributedContext | None = None,
     decoupled: bool = False,
+    bank: Tensor | None = None,
 ) -> Tensor:
     """Mean over all views of the cross entropy of picking a view's partner among all other views.
 
@@ -66,6 +68,8 @@ def nt_xent(
             exact gradient of that loss. All processes hold the same n, and must let the result into their
             backward pass alike.
         decoupled: Leave the partner out of the denominator (DCL); the loss may then be negative.
+        bank: (K, D) keys of other images, without gradient and the same on all processes, which are further negatives
+            of every view (the memory of SimCLR v2); unit rows where `normalize`.
 
     Returns:
         A scalar, in nats.
@@ -74,9 +78,9 @@ def nt_xent(
         UserError: A temperature that is not positive, views of different shape, or too few images.
     """
     check_views(za, zb, temperature)
-    if _few(2 * len(za), world) and not decoupled:
+    if _few(2 * len(za), world) and not decoupled and bank is None:
         return nt_xent_dense(za, zb, temperature, normalize)
-    return nt_xent_views(torch.stack([za, zb]), temperature, normalize, world=world, decoupled=decoupled)
+    return nt_xent_views(torch.stack([za, zb]), temperature, normalize, world=world, decoupled=decoupled, bank=bank)
 
 
 def nt_xent_views(
@@ -86,6 +90,7 @@ def nt_xent_views(
     *,
     world: DistributedContext | None = None,
     decoupled: bool = False,
+    bank: Tensor | None = None,
 ) -> Tensor:
     """`nt_xent` for any number of views.
 
@@ -104,9 +109,9 @@ def nt_xent_views(
     images = views.shape[1] * (world.size if world else 1)
     if decoupled and images < 2:
         raise UserError("the decoupled loss was given 1 image, but its negatives are other images: give at least two")
-    if _few(len(views) * images, world):
-        return nt_xent_views_dense(views, temperature, normalize, decoupled)
-    return nt_xent_views_streamed(views, temperature, normalize, world=world, decoupled=decoupled)
+    if _few(len(views) * images, world) and (bank is None or len(bank) < STREAM_FROM_ROWS):
+        return nt_xent_views_dense(views, temperature, normalize, decoupled, bank)
+    return nt_xent_views_streamed(views, temperature, normalize, world=world, decoupled=decoupled, bank=bank)
 
 
 def nt_xent_dense(za: Tensor, zb: Tensor, temperature: float = 0.1, normalize: bool = True) -> Tensor:
@@ -122,7 +127,11 @@ def nt_xent_dense(za: Tensor, zb: Tensor, temperature: float = 0.1, normalize: b
 
 
 def nt_xent_views_dense(
-    views: Tensor, temperature: float = 0.1, normalize: bool = True, decoupled: bool = False
+    views: Tensor,
+    temperature: float = 0.1,
+    normalize: bool = True,
+    decoupled: bool = False,
+    bank: Tensor | None = None,
 ) -> Tensor:
     """The definition of `nt_xent_views`, with the whole similarity matrix in memory."""
     with torch.autocast(views.device.type, enabled=False):
@@ -133,7 +142,11 @@ def nt_xent_views_dense(
         image = torch.arange(views.shape[1], device=z.device).repeat(len(views))  # (N,) what a row shows
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         alike = image[:, None] == image  # (N, N)
-        log_sums = logits.masked_fill(alike if decoupled else itself, -math.inf).logsumexp(1)  # (N,)
+        negatives = logits.masked_fill(alike if decoupled else itself, -math.inf)  # (N, N)
+        if bank is not None:
+            keys = bank.to(z.dtype, copy=True)  # the bank may change before the backward pass
+            negatives = torch.cat([negatives, z @ keys.T / temperature], dim=1)  # (N, N + K)
+        log_sums = negatives.logsumexp(1)  # (N,)
         return (log_sums[:, None] - logits)[alike & ~itself].mean()
 
 
@@ -151,6 +164,7 @@ def nt_xent_views_streamed(
     *,
     world: DistributedContext | None = None,
     decoupled: bool = False,
+    bank: Tensor | None = None,
 ) -> Tensor:
     """`nt_xent_views` without the similarity matrix, on any number of processes."""
     with torch.autocast(views.device.type, enabled=False):
@@ -169,6 +183,9 @@ def nt_xent_views_streamed(
         log_sums = others_logsumexp(
             z, temperature, bounded=bounded, group=num_views if decoupled else 1, world=world, kernels=kernels
         )  # (N,)
+        if bank is not None:
+            of_bank = _bank_sums(z, bank, temperature, world, kernels is not None)  # (N,)
+            log_sums = torch.logaddexp(log_sums, of_bank)
         of_view = z.view(-1, num_views, 1 if decoupled else batch, width).unbind(1)  # (n W, 1, D) or (W, n, D) each
         pairs = [(first * second).sum(-1) / temperature for first, second in combinations(of_view, 2)]
         return log_sums.mean() - torch.stack(pairs).mean()
@@ -177,6 +194,16 @@ def nt_xent_views_streamed(
 def l2_normalize(x: Tensor) -> Tensor:
     """Rows (last dimension) of unit length, as TensorFlow's l2_normalize: squared norms from 1e-12."""
     return x * x.square().sum(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+
+
+def _bank_sums(z: Tensor, bank: Tensor, temperature: float, world: DistributedContext | None, kernels: bool) -> Tensor:
+    """Log-sum-exp over the bank of every row of z, (N,); each process computes its own rows, and has their gradient."""
+    if world is None or world.size == 1:
+        return bank_logsumexp(z, bank, temperature, kernels=kernels)
+    own = world.local_slice(len(z))
+    sums = bank_logsumexp(z[own], bank, temperature, kernels=kernels)
+    everyones = world.all_gather_rows(sums)
+    return torch.cat([everyones[: own.start], sums, everyones[own.stop :]])
 
 
 class _GatherRows(torch.autograd.Function):

@@ -34,6 +34,9 @@ class Method(nn.Module, ABC):
     remedy: ClassVar[str] = "Try a lower --lr, or a longer --warmup-epochs, in a new run."
     """What to try where the loss or the weights are no longer finite."""
 
+    trial_multiple: int = 1
+    """Trial batches, on which memory and time are measured, have a multiple of so many images."""
+
     encoder: Encoder
     """The network that is trained; published with each checkpoint."""
 
@@ -47,6 +50,24 @@ class Method(nn.Module, ABC):
             context: The processes that share each batch.
         """
         return cls(encoder, config, context)
+
+    @classmethod
+    def check(cls, config: PretrainConfig, context: DistributedContext, num_images: int | None = None) -> None:
+        """Refuse settings that this method cannot take, in the user's words; before anything is built.
+
+        Args:
+            num_images: None: not known yet.
+
+        Raises:
+            UserError: A setting has another value than the method can take.
+        """
+
+    def prepare_step(self, step: int) -> None:
+        """What has to happen once before the forward pass of update `step`, counted from 0, in any memory strategy.
+
+        A momentum encoder follows the weights here. Whatever the method keeps from step to step must be in its buffers
+        and parameters, which are saved with each checkpoint.
+        """
 
     @abstractmethod
     def forward(self, *inputs: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -67,6 +88,9 @@ class Method(nn.Module, ABC):
         """
         raise TypeError(f"{type(self).__name__} does not split its forward pass")
 
+    def observe(self, *inputs: Any) -> None:
+        """With gradient caching: called once with the inputs of each chunk, without gradient, before `encode` is."""
+
     def loss(self, features: Tensor, projections: Tensor, *, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """What `forward` returns, from what `encode` returned for the whole batch of this process."""
         raise TypeError(f"{type(self).__name__} does not split its forward pass")
@@ -83,5 +107,24 @@ class Method(nn.Module, ABC):
         return []
 
     def published(self) -> dict[str, nn.Module | None]:
-        """Networks that are saved for use: "encoder" and, if there is one, its projection "head"; or "classifier"."""
+        """Networks that are saved for use: "encoder" and, if there is one, its projection "head"; or "classifier".
+
+        A second encoder, such as a momentum encoder, is "key_encoder" with its "key_head".
+        """
         return {"encoder": self.encoder}
+
+
+def collapse_signs(record: Mapping[str, float]) -> list[str]:
+    """Sentences for signs that the features have collapsed; empty when they have not."""
+    signs = []
+    if record.get("effective_rank", float("inf")) < 2:
+        signs.append(
+            f"the features span {record['effective_rank']:.1f} directions (effective rank): they have collapsed; "
+            "try a lower --lr or a higher --temperature."
+        )
+    if record.get("uniformity", -float("inf")) > -0.1:
+        signs.append(
+            f"all projections point the same way (uniformity {record['uniformity']:.2f}, 0 is total collapse); "
+            "try a lower --lr or a longer --warmup-epochs."
+        )
+    return signs

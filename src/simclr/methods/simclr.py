@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from simclr.config.pretrain import PretrainConfig
 from simclr.distributed import DistributedContext
+from simclr.errors import UserError
 from simclr.losses import nt_xent
 from simclr.losses.metrics import alignment, contrastive_accuracy_and_entropy, effective_rank, uniformity
-from simclr.methods.method import Method
+from simclr.methods.method import Method, collapse_signs
 from simclr.models.encoder import Encoder
 from simclr.models.heads import ProjectionHead
+from simclr.models.momentum import KeyQueue, MomentumEncoder
 
 
 class SimCLR(Method):
@@ -29,6 +31,8 @@ class SimCLR(Method):
             (tf2/objective.py adds the two directions), which matters to parameters that LARS does not adapt.
         world: Process group that shares negatives.
         decoupled: Take DCL for NT-Xent: positives stay out of the denominator.
+        memory: Keys of earlier batches that are further negatives of every view (SimCLR v2, arXiv:2006.10029, section 2
+            and appendix D); None: none.
     """
 
     grad_cache: ClassVar[bool] = True
@@ -47,6 +51,7 @@ class SimCLR(Method):
         loss_scale: float,
         world: DistributedContext,
         decoupled: bool = False,
+        memory: "Memory | None" = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -55,17 +60,38 @@ class SimCLR(Method):
         self.loss_scale = loss_scale
         self.world = world
         self.decoupled = decoupled
+        self.memory = memory
 
     @classmethod
     def build(cls, encoder: Encoder, config: PretrainConfig, context: DistributedContext) -> Self:
         """The method with a fresh projection head, as the settings say."""
         head = ProjectionHead(
-            encoder.num_features, kind=config.head, layers=config.head_layers, dim=config.head_dim, seed=config.seed
-        )
+            encoder.num_features, kind=config.head, layers=config.head_layers, dim=config.head_dim,
+            norm=config.head_norm, seed=config.seed,
+        )  # fmt: skip
+        memory = None
+        if config.queue:
+            memory = Memory(encoder, head, length=config.queue, momentum=config.ema, seed=config.seed)
         return cls(
             encoder, head, temperature=config.temperature, loss_scale=config.loss_scale, world=context,
-            decoupled=config.loss == "dcl",
+            decoupled=config.loss == "dcl", memory=memory,
         )  # fmt: skip
+
+    @classmethod
+    def check(cls, config: PretrainConfig, context: DistributedContext, num_images: int | None = None) -> None:
+        """Refuse settings that have no effect."""
+        if config.symmetric or config.bn_splits != PretrainConfig.bn_splits:
+            name = "--symmetric" if config.symmetric else "--bn-splits"
+            raise UserError(
+                f"{name} is a setting of MoCo and has no effect on SimCLR; leave it out, or give --method moco."
+            )
+        if config.ema != PretrainConfig.ema and not config.queue:
+            raise UserError("--ema has no effect without a queue of keys; give --queue too, such as --queue 65536.")
+
+    def prepare_step(self, step: int) -> None:
+        """Let the momentum encoder, if there is one, follow the weights as the last step left them."""
+        if self.memory is not None:
+            self.memory.encoder.follow(self.encoder, self.head, self.memory.momentum)
 
     def forward(self, *views: Tensor, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to optimise, and metrics that need no labels.
@@ -77,7 +103,13 @@ class SimCLR(Method):
         Returns:
             The scaled global loss (scalar), and detached scalars: `loss` is the mean over 2N.
         """
+        self.observe(*views)
         return self.loss(*self.encode(*views), detail=detail)
+
+    def observe(self, *views: Tensor) -> None:
+        """Make the keys of two views, (b, C, S, S) each, for the queue."""
+        if self.memory is not None:
+            self.memory.observe(*views)
 
     def encode(self, *views: Tensor) -> tuple[Tensor, Tensor]:
         """Features (2B, F) and projections (2B, D) of two views, (B, C, S, S) each."""
@@ -87,7 +119,10 @@ class SimCLR(Method):
     def loss(self, features: Tensor, projections: Tensor, *, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """What `forward` returns, from the features (2B, F) and projections (2B, D) of both views."""
         za, zb = projections.chunk(2)
-        loss = nt_xent(za, zb, self.temperature, world=self.world, decoupled=self.decoupled)
+        bank = None if self.memory is None else self.memory.queue.keys
+        loss = nt_xent(za, zb, self.temperature, world=self.world, decoupled=self.decoupled, bank=bank)
+        if self.memory is not None:
+            self.memory.store(self.world)
         metrics = {"loss": loss.detach()}
         if detail:
             metrics |= self._health(features.detach(), za.detach(), zb.detach())
@@ -98,8 +133,11 @@ class SimCLR(Method):
         return collapse_signs(record)
 
     def published(self) -> dict[str, nn.Module | None]:
-        """The encoder and its projection head."""
-        return {"encoder": self.encoder, "head": self.head}
+        """The encoder and its projection head, and those of the momentum encoder if there is one."""
+        networks: dict[str, nn.Module | None] = {"encoder": self.encoder, "head": self.head}
+        if self.memory is not None:
+            networks |= {"key_encoder": self.memory.encoder.encoder, "key_head": self.memory.encoder.head}
+        return networks
 
     @torch.no_grad()
     def _health(self, h: Tensor, za: Tensor, zb: Tensor) -> dict[str, Tensor]:
@@ -115,17 +153,34 @@ class SimCLR(Method):
         }
 
 
-def collapse_signs(record: Mapping[str, float]) -> list[str]:
-    """Sentences for signs that the features have collapsed; empty when they have not."""
-    signs = []
-    if record.get("effective_rank", float("inf")) < 2:
-        signs.append(
-            f"the features span {record['effective_rank']:.1f} directions (effective rank): they have collapsed; "
-            "try a lower --lr or a higher --temperature."
-        )
-    if record.get("uniformity", -float("inf")) > -0.1:
-        signs.append(
-            f"all projections point the same way (uniformity {record['uniformity']:.2f}, 0 is total collapse); "
-            "try a lower --lr or a longer --warmup-epochs."
-        )
-    return signs
+class Memory(nn.Module):
+    """The memory of SimCLR v2: a momentum encoder, and the queue of what it made of earlier batches.
+
+    The authors did not release its code. They name 65,536 keys and a momentum of 0.999 (appendix D), and say that the
+    memory adds to the negatives of the batch (section 2). Here those stay what they are in SimCLR.
+
+    Args:
+        encoder: Whose moving average makes the keys.
+        head: Its projection head.
+        length: Keys that are kept.
+        momentum: Share of its own weights that the momentum encoder keeps at each step.
+        seed: Of the queue's first keys.
+    """
+
+    def __init__(self, encoder: Encoder, head: ProjectionHead, *, length: int, momentum: float, seed: int) -> None:
+        super().__init__()
+        self.encoder = MomentumEncoder(encoder, head)
+        self.queue = KeyQueue(length, head.dim, seed=seed)
+        self.momentum = momentum
+        self._keys: list[Tensor] = []  # of this step, (2, b, D) of each chunk
+
+    def observe(self, *views: Tensor) -> None:
+        """Make the keys of a chunk's two views, (b, C, S, S) each."""
+        self._keys.append(self.encoder(torch.cat(views)).unflatten(0, (2, -1)))
+
+    def store(self, world: DistributedContext) -> None:
+        """Put the keys of all chunks and processes into the queue: image after image, both views of each."""
+        if self._keys:
+            keys = torch.cat(self._keys, dim=1)  # (2, B, D)
+            self.queue.enqueue(world.all_gather_rows(keys.transpose(0, 1).flatten(0, 1)))
+            self._keys.clear()

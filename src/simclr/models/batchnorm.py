@@ -31,9 +31,12 @@ class TensorFlowBatchNorm(_BatchNorm):
 
     Attributes:
         unbiased: Keep the unbiased running variance, as torch does; so set on layers that were torch's.
+        splits: Equal parts of this process's batch that are normalised each by its own statistics, as on so many
+            devices without global batch norm; running statistics take the mean over the parts.
     """
 
     unbiased: bool = False
+    splits: int = 1
     _group: "weakref.ref[dist.ProcessGroup] | None" = None
 
     def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float = 0.1, beta: bool = True) -> None:
@@ -68,16 +71,31 @@ class TensorFlowBatchNorm(_BatchNorm):
         if not self.training:
             y = F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
             return _finish(y, add, relu)
+        if self.splits > 1:
+            return self._by_parts(input, add, relu)
+        y, mean, variance = self._normalise(input, add, relu)
+        self._track(mean, variance)
+        return y
+
+    def _normalise(self, x: Tensor, add: Tensor | None, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, and the statistics that are tracked: mean (C,) and variance (C,)."""
         group = self.process_group
         if group is not None and dist.get_world_size(group) == 1:
             group = None
-        if group is not None or (_by_kernels(input) and input.numel() > input.shape[1]):
-            y, mean, variance, n = _BatchNormFunction.apply(input, self.weight, self.bias, add, relu, self.eps, group)
-            self._track(mean, variance * (n / (n - 1)) if self.unbiased else variance)
-            return y
-        y, mean, variance = self._by_torch(input)
-        self._track(mean, variance)
-        return _finish(y, add, relu)
+        if group is not None or (_by_kernels(x) and x.numel() > x.shape[1]):
+            y, mean, variance, n = _BatchNormFunction.apply(x, self.weight, self.bias, add, relu, self.eps, group)
+            return y, mean, variance * (n / (n - 1)) if self.unbiased else variance
+        y, mean, variance = self._by_torch(x)
+        return _finish(y, add, relu), mean, variance
+
+    def _by_parts(self, x: Tensor, add: Tensor | None, relu: bool) -> Tensor:
+        if len(x) % self.splits:
+            raise ValueError(f"a batch of {len(x)} cannot be split into {self.splits} equal parts")
+        beside = [None] * self.splits if add is None else add.chunk(self.splits)
+        parts = [self._normalise(*both, relu) for both in zip(x.chunk(self.splits), beside, strict=True)]
+        ys, means, variances = zip(*parts, strict=True)
+        self._track(torch.stack(means).mean(0), torch.stack(variances).mean(0))
+        return torch.cat(ys)
 
     def _by_torch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Output, mean and variance by torch's kernel: at momentum 1 its running ones are the batch's."""
@@ -140,13 +158,27 @@ def set_global_batch_norm(module: nn.Module, group: dist.ProcessGroup | None) ->
     Raises:
         UserError: `module` has a kind of batch norm that has no global version.
     """
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, _BatchNorm) and not isinstance(child, TensorFlowBatchNorm):
-                setattr(parent, name, _adopt(child))
-    for layer in module.modules():
-        if isinstance(layer, TensorFlowBatchNorm):
-            layer.process_group = group
+    for layer in _adopt_all(module):
+        layer.process_group = group
+
+
+def split_batch_norm(module: nn.Module, splits: int) -> None:
+    """Let every batch norm inside `module` normalise so many equal parts of the batch apart, in place.
+
+    As the batch norm of MoCo, whose devices do not share statistics, and SplitBatchNorm of its notebook for CIFAR-10,
+    which takes every `splits`-th image where this takes images that follow each other.
+
+    Raises:
+        UserError: `module` has a kind of batch norm that cannot be split.
+    """
+    for layer in _adopt_all(module):
+        layer.splits = splits
+
+
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """Running means and variances of every batch norm inside `module`, (C,) each: the buffers themselves."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    return [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
 
 
 def track_once(module: nn.Module) -> None:
@@ -179,6 +211,15 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks
 
 
+def _adopt_all(module: nn.Module) -> list[TensorFlowBatchNorm]:
+    """Put ours in place of every other batch norm inside `module`; all of them."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, _BatchNorm) and not isinstance(child, TensorFlowBatchNorm):
+                setattr(parent, name, _adopt(child))
+    return [layer for layer in module.modules() if isinstance(layer, TensorFlowBatchNorm)]
+
+
 def _adopt(layer: _BatchNorm) -> TensorFlowBatchNorm:
     """The layer of ours that computes what torch's or timm's `layer` does."""
     kind = {
@@ -188,8 +229,8 @@ def _adopt(layer: _BatchNorm) -> TensorFlowBatchNorm:
     }.get(f"{type(layer).__module__}.{type(layer).__name__}")
     if kind is None or layer.running_mean is None or layer.momentum is None:
         raise UserError(
-            f"Global batch norm does not know this encoder's {type(layer).__name__} layers; turn it off, or "
-            "take another encoder."
+            f"This encoder's {type(layer).__name__} layers cannot normalise by the global batch, or by parts of it; "
+            "give --no-global-bn, with MoCo --bn-splits 1, or take another encoder."
         )
     ours = kind(layer.num_features, eps=layer.eps, momentum=layer.momentum)
     for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):

@@ -5,6 +5,7 @@ Shapes: B rows, F features of the encoder, D width of the projection.
 
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simclr.config.encoder import MAX_CHANNELS
@@ -20,13 +21,15 @@ class ProjectionHead(nn.Module):
     """Features h to the projection z that the contrastive loss compares.
 
     Every dense layer is without bias and followed by batch norm, the last one too (the papers do not say so,
-    the code does). The last batch norm has no beta and no ReLU after it. Hidden layers are as wide as h.
+    the code does). The last batch norm has no beta and no ReLU after it. Hidden layers are as wide as h. Without
+    batch norm, as in MoCo v2 (moco/builder.py), dense layers have biases and begin as torch's.
 
     Args:
         num_features: F.
         kind: none (z is h), linear (one layer) or nonlinear (`layers` of them).
         layers: Of the nonlinear head: 2 in SimCLR, 3 in SimCLR v2. The others do not use it.
         dim: D; without a head, z is F wide.
+        norm: Whether its layers have batch norm.
         seed: Of the initial weights.
 
     Raises:
@@ -40,6 +43,7 @@ class ProjectionHead(nn.Module):
         kind: Literal["none", "linear", "nonlinear"] = "nonlinear",
         layers: int = 2,
         dim: int = 128,
+        norm: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -56,10 +60,12 @@ class ProjectionHead(nn.Module):
             raise UserError(f"The projection's width was {dim}; it must be from 1 to {MAX_CHANNELS:,}.")
         num_layers = {"none": 0, "linear": 1, "nonlinear": layers}[kind]
         with seeded(seed, "projection head"):
-            hidden = [_Layer(num_features, num_features, last=False) for _ in range(num_layers - 1)]
-            last = [_Layer(num_features, dim, last=True)] if num_layers else []
-        self.layers = nn.ModuleList(hidden + last)
+            layer = _Layer if norm else _PlainLayer
+            hidden = [layer(num_features, num_features, last=False) for _ in range(num_layers - 1)]
+            last = [layer(num_features, dim, last=True)] if num_layers else []
+        self.layers = nn.ModuleList([*hidden, *last])
         self.kind = kind
+        self.norm = norm
         self.dim = dim if num_layers else num_features
 
     def forward(self, h: Tensor) -> Tensor:
@@ -81,7 +87,8 @@ class ProjectionHead(nn.Module):
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments of which `ProjectionHead(num_features, **arguments)` makes a head of this shape."""
-        return {"kind": self.kind, "layers": len(self.layers), "dim": self.dim}
+        shape = {"kind": self.kind, "layers": len(self.layers), "dim": self.dim}
+        return shape if self.norm else shape | {"norm": False}  # earlier versions read the others
 
 
 class LinearClassifier(nn.Linear):
@@ -112,6 +119,19 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.dense(x), relu=not self.last)
+
+
+class _PlainLayer(nn.Module):
+    """Dense with bias and, unless it is the last, ReLU."""
+
+    def __init__(self, in_features: int, out_features: int, *, last: bool) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, out_features)
+        self.last = last
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dense(x)
+        return x if self.last else F.relu(x)
 
 
 class _Dense(nn.Linear):

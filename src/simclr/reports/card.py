@@ -12,10 +12,16 @@ from simclr.reports.table import markdown_table, seeds_note
 from simclr.weights.exporters.preprocessing import in_words
 from simclr.weights.folder import Model
 
+PAPERS = {
+    "simclr": "SimCLR (Chen et al. 2020, arXiv:2002.05709)",
+    "moco": "MoCo v2 (Chen et al. 2020, arXiv:2003.04297)",
+}
+"""Methods of the package, as the card cites them."""
+
 SETTINGS = (
-    "encoder", "width", "stem", "sk", "head", "head_layers", "head_dim", "size", "views", "strength", "crop_min",
-    "flip", "jitter", "grayscale", "blur", "loss", "temperature", "optimizer", "lr", "lr_scaling", "weight_decay",
-    "epochs", "batch_size", "global_bn", "seed",
+    "method", "encoder", "width", "stem", "sk", "head", "head_layers", "head_dim", "head_norm", "queue", "ema", "size",
+    "augmentation", "strength", "crop_min", "flip", "jitter", "grayscale", "blur", "loss", "temperature", "optimizer",
+    "lr", "lr_scaling", "weight_decay", "epochs", "batch_size", "global_bn", "seed",
 )  # fmt: skip
 """Settings of pretraining that the card lists."""
 
@@ -84,9 +90,8 @@ def _summary(model: Model, origin: dict[str, Any], run: dict[str, Any] | None) -
     what += f", with a classifier of {len(model.classes):,} classes. " if model.classes else ". "
     if run is not None:
         count, data = run["data"]["images"], run["data"]["name"]
-        return (
-            f"{what}Pretrained by SimCLR (Chen et al. 2020, arXiv:2002.05709) on {count:,} unlabelled images, {data}."
-        )
+        method = PAPERS.get(run["method"], run["method"])
+        return f"{what}Pretrained by {method} on {count:,} unlabelled images, {data}."
     if "imported_from" in origin:
         return f"{what}Imported from {origin['imported_from']} ({origin.get('format', 'another format')})."
     if origin.get("method") in ("finetune", "distill"):
@@ -115,7 +120,7 @@ def _training(origin: dict[str, Any], run: dict[str, Any] | None, config: dict[s
     gpu = machine.get("gpu")
     lines.append(f"- simclr {machine['simclr']}, torch {machine['torch']}, {f'on {gpu}' if gpu else 'on a CPU'}")
     lines.append("- no label took part in pretraining")
-    if origin.get("method") not in (None, "simclr"):
+    if origin.get("method") in ("finetune", "distill"):
         lines.append(f"- after that: {origin['method']}, with labels")
     table = ["| setting | value |", "|---|---|"]
     table += [f"| {key} | {config[key]} |" for key in SETTINGS if config.get(key) is not None]

@@ -14,7 +14,6 @@ from simclr.config.overrides import Overrides
 from simclr.errors import UserError
 from simclr.evaluation.results import Result
 from simclr.methods.method import Method
-from simclr.methods.simclr import SimCLR
 from simclr.tasks.options.labels import Distill, Evaluate, Finetune
 from simclr.tasks.options.pretraining import Pretrain, Resume
 from simclr.tasks.options.using import Embed
@@ -25,12 +24,13 @@ Place = str | PathLike[str]
 """A path, or a name that the commands take too, such as "digits" or "timm/resnet18"."""
 
 
-def pretrain(data: Place, *, method: type[Method] = SimCLR, **options: Any) -> "Run":
+def pretrain(data: Place, *, method: type[Method] | str | None = None, **options: Any) -> "Run":
     """Learn an encoder from unlabelled images, as `simclr pretrain`.
 
     Args:
         data: Folder of images, .npz file, or name of a data set.
-        method: What turns batches of views into a loss (docs/methods.md).
+        method: What turns batches of views into a loss: "simclr", "moco", or a class of your own (docs/methods.md);
+            None: what the recipe says.
         options: `out` (folder of the run), `recipe`, and further options of the command (`Pretrain`); any setting of
             the training (`PretrainConfig`), such as `epochs=200`.
 
@@ -41,6 +41,8 @@ def pretrain(data: Place, *, method: type[Method] = SimCLR, **options: Any) -> "
     from simclr.tasks.pretrain import pretrain as task
 
     with in_python_words():
+        if isinstance(method, str):
+            options["method"], method = method, None
         given, overrides = _split(Pretrain, options, data=fspath(data))
         return Run(task(given, overrides, method).path)
 

@@ -183,7 +183,8 @@ def build_task(
         method=method,
         batch=_batches(teacher, student, images, targets, config, seed, world),
         optimizer=build_optimizer(
-            config.optimizer, method, lr=config.peak, weight_decay=config.weight_decay, momentum=config.momentum
+            config.optimizer, method, lr=config.peak, weight_decay=config.weight_decay, momentum=config.momentum,
+            nesterov=config.nesterov,
         ),
         learning_rate=config.learning_rate(len(images)),
         total_steps=total,

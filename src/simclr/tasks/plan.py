@@ -139,7 +139,7 @@ def plan(options: "PlanOptions", overrides: Overrides) -> Plan:
         check_settings(settings, world)
         reading = replace(DataOptions().reading(world, channels=settings.channels), completes_pack=False)
         images = open_aloud(options.data, world, reading)
-        name = (recipe or choose_recipe(images, on_gpu=world.device.type == "cuda")[0]).name
+        name = (recipe or choose_recipe(images, on_gpu=world.device.type == "cuda", method=settings.method)[0]).name
         config = settled(recipe, images, overrides, world)
         planned = measure_plan(images, config, world, recipe=name, budget=budget)
     print(planned.table())
@@ -248,9 +248,14 @@ def _time(
         smaller = replace(config, batch_size=m, memory=strategy.name, chunk=chunk_of(m))
         return _time_steps(build_task(images, smaller, RunFolder(Path()), world), config.workers, world)
 
-    few = min(n, 4 if config.size > 96 else 32)
+    multiple = method.trial_multiple
+    few = min(n, -(-(4 if config.size > 96 else 32) // multiple) * multiple)
     sizes = [n, *(2**k for k in reversed(range(n.bit_length())))]  # n, and the powers of two below
-    sizes = [m for m in sizes if m >= few and footprint.need(strategy.name, m, chunk_of(m)) <= budget]
+    sizes = [
+        m
+        for m in sizes
+        if m >= few and (m == n or m % multiple == 0) and footprint.need(strategy.name, m, chunk_of(m)) <= budget
+    ]
     if few not in sizes:
         return 0, None
     timed = timing(few)

@@ -12,8 +12,8 @@ from simclr.config.recipes import Recipe, find_recipe, settings_for
 from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
+from simclr.methods import method_name
 from simclr.methods.method import Method
-from simclr.methods.simclr import SimCLR
 from simclr.tasks.opening import DataOptions, lasting, open_aloud
 from simclr.tasks.pretrain_images import check_settings, manifest_of, pretrain_images
 from simclr.training.lock import hold
@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from simclr.tasks.options.pretraining import Pretrain
 
 
-def pretrain(options: "Pretrain", overrides: Overrides, method: type[Method] = SimCLR) -> RunFolder:
+def pretrain(options: "Pretrain", overrides: Overrides, method: type[Method] | None = None) -> RunFolder:
     """Learn an encoder from unlabelled images; the folder of the run.
+
+    Args:
+        method: A class of the caller's; None: what the settings name.
 
     Raises:
         UserError: Images, settings and folder do not go together, or memory, disk or the loss gave out.
@@ -37,17 +40,19 @@ def pretrain(options: "Pretrain", overrides: Overrides, method: type[Method] = S
     run.refuse_existing()
     if Path(options.data).is_dir() and Path(options.data).resolve() in out.resolve().parents:
         raise UserError(f"The run {out} would lie inside the images' folder {options.data}; give another --out.")
+    if method is not None:
+        overrides = Overrides({**overrides.values, "method": method_name(method)})
     recipe = find_recipe(options.recipe) if options.recipe else None
     opened = DataOptions.of(options)
     source = lasting(options.data)
     budget = parse_bytes(options.memory_budget) if options.memory_budget else None
     with distributed.joined(options.config.device) as world:
         settings = overrides(recipe.config if recipe else PretrainConfig())
-        check_settings(settings, world)
+        check_settings(settings, world, method)
         with hold(out, world):
             images = open_aloud(source, world, opened.reading(world, channels=settings.channels), labels=opened.labels)
             config = settled(recipe, images, overrides, world)
-            manifest = manifest_of(images, source, asdict(opened), method)
+            manifest = manifest_of(images, source, asdict(opened), config.method)
             pretrain_images(images, config, run, world, manifest=manifest, memory_budget=budget, method=method)
     return run
 

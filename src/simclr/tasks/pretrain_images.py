@@ -21,8 +21,8 @@ from simclr.errors import UserError
 from simclr.evaluation.knn import knn
 from simclr.evaluation.metrics import accuracy
 from simclr.files import write_atomically
+from simclr.methods import find_method, method_name
 from simclr.methods.method import Method
-from simclr.methods.simclr import SimCLR
 from simclr.models.activation_checkpointing import checkpoint_blocks
 from simclr.models.batchnorm import set_global_batch_norm, track_once
 from simclr.models.encoder import Encoder, build_encoder
@@ -58,14 +58,17 @@ def policy_of(config: PretrainConfig, channels: int) -> Policy:
         gray=config.grayscale if channels == 3 else 0.0,
         blur=config.blur,
     )
+    if config.hue is not None and channels == 3:
+        policy = replace(policy, hue=config.hue)
     return replace(policy, brightness_mode=config.brightness)
 
 
-def check_settings(config: PretrainConfig, world: DistributedContext) -> None:
+def check_settings(config: PretrainConfig, world: DistributedContext, method: type[Method] | None = None) -> None:
     """Fail before any image is read where a setting alone is wrong."""
     EncoderConfig(name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=3, size=config.size)
     policy_of(config, channels=3)
     precision_of(config.precision, world)
+    method = method or find_method(config.method)
     world.local_slice(config.batch_size)
     share = config.batch_size // world.size
     if config.chunk and share % config.chunk:
@@ -74,8 +77,10 @@ def check_settings(config: PretrainConfig, world: DistributedContext) -> None:
         )
 
 
-def check_images(images: Images, config: PretrainConfig, world: DistributedContext) -> None:
-    """Fail before anything is written where the images and the settings do not fit each other."""
+def check_images(
+    images: Images, config: PretrainConfig, world: DistributedContext, method: type[Method] | None = None
+) -> None:
+    """Fail before anything is written where images, settings and method do not fit each other."""
     if len(images) < 2:
         raise UserError(f"{images.name} has {len(images)} image; contrast needs at least two.")
     if config.batch_size > len(images):
@@ -84,6 +89,7 @@ def check_images(images: Images, config: PretrainConfig, world: DistributedConte
             f"give at most {len(images)}."
         )
     world.local_slice(config.batch_size)
+    (method or find_method(config.method)).check(config, world, len(images))
 
 
 def pretrain_images(
@@ -94,7 +100,7 @@ def pretrain_images(
     *,
     manifest: dict[str, Any] | None = None,
     memory_budget: int | None = None,
-    method: type[Method] = SimCLR,
+    method: type[Method] | None = None,
     progress: ProgressCallback | None = None,
 ) -> Outcome:
     """Train an encoder, from the newest good checkpoint of the run if it has one, until the end.
@@ -106,7 +112,7 @@ def pretrain_images(
         manifest: Of a new run (`manifest_of`): its folder is made once all else is known to be good. None: the folder
             exists.
         memory_budget: Bytes that a process of a new run may take; None: nearly all that are free.
-        method: What turns batches into a loss.
+        method: What turns batches into a loss; None: what the settings name.
         progress: As of `fit`.
 
     Raises:
@@ -114,7 +120,8 @@ def pretrain_images(
         UserError: Images and settings do not go together, another process writes the run, or memory, disk or the loss
             gave out.
     """
-    check_images(images, config, world)
+    method = method or find_method(config.method)
+    check_images(images, config, world, method)
     with hold(run.path, world):
         config = settle_memory(images, config, run, world, method, new=manifest is not None, budget=memory_budget)
         world.require_equal("settings", asdict(config), "Give every process the same flags.")
@@ -155,9 +162,10 @@ def settle_memory(
 
 
 def build_task(
-    images: Images, config: PretrainConfig, run: RunFolder, world: DistributedContext, kind: type[Method] = SimCLR
+    images: Images, config: PretrainConfig, run: RunFolder, world: DistributedContext, kind: type[Method] | None = None
 ) -> Task:
     """The task of these settings."""
+    kind = kind or find_method(config.method)
     method = build_method(config, images.channels, world, kind)
     if config.global_bn and world.size > 1:
         set_global_batch_norm(method, world.group)
@@ -171,13 +179,14 @@ def build_task(
     origin = {"method": method_name(kind), "run": str(run.path)}
 
     def publish(step: int) -> None:
-        networks = method.published()
-        encoder, head = networks["encoder"], networks.get("head")
-        assert isinstance(encoder, Encoder) and (head is None or isinstance(head, ProjectionHead))
-        progress = TrainingProgress(step, total_steps)
-        save_encoder(
-            encoder, run.encoder, preprocessing=config.augmentation, origin=origin, head=head, progress=progress
-        )
+        networks, progress = method.published(), TrainingProgress(step, total_steps)
+        for name, head_name, folder in (("encoder", "head", run.encoder), ("key_encoder", "key_head", run.key_encoder)):
+            encoder, head = networks.get(name), networks.get(head_name)
+            assert head is None or isinstance(head, ProjectionHead)
+            if isinstance(encoder, Encoder):
+                save_encoder(
+                    encoder, folder, preprocessing=config.augmentation, origin=origin, head=head, progress=progress
+                )
 
     return Task(
         method=method,
@@ -187,7 +196,8 @@ def build_task(
             chunk=config.chunk if config.memory == "grad-cache" else 0, verbose=True,
         ),
         optimizer=build_optimizer(
-            config.optimizer, method, lr=config.peak, weight_decay=config.weight_decay, momentum=config.momentum
+            config.optimizer, method, lr=config.peak, weight_decay=config.weight_decay, momentum=config.momentum,
+            nesterov=config.nesterov, decay_all=config.decay_all,
         ),
         learning_rate=config.learning_rate(n),
         total_steps=total_steps,
@@ -220,15 +230,11 @@ def _make_inputs(
     return views
 
 
-def method_name(method: type[Method]) -> str:
-    """How run.json names a method: "simclr", or module:Class of one that is not part of the package."""
-    return "simclr" if method is SimCLR else f"{method.__module__}:{method.__qualname__}"
-
-
 def build_method(
-    config: PretrainConfig, channels: int, world: DistributedContext, kind: type[Method] = SimCLR
+    config: PretrainConfig, channels: int, world: DistributedContext, kind: type[Method] | None = None
 ) -> Method:
     """Encoder and loss, on the device of this process."""
+    kind = kind or find_method(config.method)
     encoder_config = EncoderConfig(
         name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=channels, size=config.size,
     )  # fmt: skip
@@ -286,17 +292,18 @@ def _report_end(
     )
 
 
-def manifest_of(images: Images, source: str, options: dict[str, Any], method: type[Method] = SimCLR) -> dict[str, Any]:
+def manifest_of(images: Images, source: str, options: dict[str, Any], method: str = "simclr") -> dict[str, Any]:
     """What run.json states: enough to open the same data again and to see that it is the same.
 
     Args:
         source: Name or absolute path of the images.
         options: How they were opened (`OptionsRecord`).
+        method: The name of the method (`method_name`).
     """
     return {
         "data": data_record(images, source, options),
         "machine": describe_machine(),
-        "method": method_name(method),
+        "method": method,
     }
 
 

@@ -12,8 +12,8 @@ from simclr.config.pretrain import changed_on_resume
 from simclr.config.training import FREE_ON_RESUME
 from simclr.data.readers.named import NAMES
 from simclr.errors import UserError
+from simclr.methods import find_method
 from simclr.methods.method import Method
-from simclr.methods.simclr import SimCLR
 from simclr.tasks import pretrain_images as pretraining
 from simclr.tasks.opening import DataOptions, as_begun, lasting, open_aloud
 from simclr.training.device import same_threads
@@ -106,29 +106,6 @@ def _resume_task(run: RunFolder, options: "Resume", overrides: Overrides) -> Non
         given["pack"] = options.pack
     settings = given.pop("settings", {}) | dict(overrides.values)
     job(_options_from(kind, given), Overrides(settings))
-
-
-def find_method(name: str) -> type[Method]:
-    """The method that run.json names.
-
-    Raises:
-        UserError: It is no part of the package, and cannot be imported.
-    """
-    if name == "simclr":
-        return SimCLR
-    module, _, qualified = name.partition(":")
-    try:
-        method: Any = import_module(module)
-        for part in qualified.split("."):
-            method = getattr(method, part)
-    except (ImportError, AttributeError):
-        method = None
-    if not (isinstance(method, type) and issubclass(method, Method)):
-        raise UserError(
-            f"The run's method {name} cannot be imported; start Python where {module} can be, or call "
-            "simclr.resume(RUN, method=...) with it."
-        )
-    return method
 
 
 def task_record(name: str, options: Any, overrides: Callable[..., Any]) -> dict[str, Any]:

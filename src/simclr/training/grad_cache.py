@@ -59,7 +59,9 @@ class _Cached(torch.autograd.Function):
         features, projections = [], []
         for make_inputs in chunks:
             ctx.random_states.append(_random_state(device))
-            h, z = method.encode(*make_inputs())
+            inputs = make_inputs()
+            method.observe(*inputs)
+            h, z = method.encode(*inputs)
             features.append(h.unflatten(0, (method.num_views, -1)))  # (V, b, F)
             projections.append(z.unflatten(0, (method.num_views, -1)))  # (V, b, D)
         h, z = (torch.cat(parts, dim=1).flatten(0, 1) for parts in (features, projections))

@@ -230,6 +230,7 @@ def take_step(
     """
     torch.manual_seed(_step_seed(task.seed, step, world))
     set_lr(task.optimizer, task.learning_rate(step))
+    task.method.prepare_step(step)
     with _autocast(world.device, task.precision):
         loss, metrics = model(*inputs, detail=detail)
     task.optimizer.zero_grad(set_to_none=True)

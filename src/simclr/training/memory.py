@@ -199,6 +199,7 @@ def measure(method: Method, config: PretrainConfig, images: Images, precision: t
     state = 2 if config.optimizer == "adamw" else 1
     on_cpu = parameters[0].device.type == "cpu"
     few = 2 if config.size > 96 else 8  # images
+    few = -(-few // method.trial_multiple) * method.trial_multiple
     plain = _line(method, few, precision)
     again = None
     if can_checkpoint(method.encoder.backbone):

@@ -27,28 +27,34 @@ def build_optimizer(
     lr: float,
     weight_decay: float,
     momentum: float = 0.9,
+    nesterov: bool = True,
     supervised: bool = False,
+    decay_all: bool = False,
 ) -> torch.optim.Optimizer:
     """Optimiser over the trainable parameters of `module`, which must already be on its device.
 
     Args:
-        name: "lars", "sgd" (Nesterov, as the authors' `momentum`) or "adamw".
+        name: "lars", "sgd" (the authors' `momentum`) or "adamw".
         module: All that is trained: encoder, projection head, and supervised head if there is one.
         lr: Learning rate of the first step; `set_lr` changes it.
         weight_decay: Of the parameters that `param_groups` does not exempt. Decoupled for "adamw".
         momentum: Of LARS and SGD; the first beta of AdamW, whose second is 0.999.
+        nesterov: Whether the momentum of SGD is Nesterov's.
         supervised: Decay what the authors decay where labels are learned (`supervised_groups`).
+        decay_all: Decay every trainable parameter.
 
     Raises:
         UserError: Unknown name, or a module with nothing to train.
     """
     groups = supervised_groups(name, module, weight_decay) if supervised else param_groups(module, weight_decay)
+    if decay_all:
+        groups = [group | {"weight_decay": weight_decay} for group in groups]
     # The fused kernels of SGD and AdamW make one pass over memory; elsewhere torch chooses foreach or a loop.
     fused = True if {p.device.type for g in groups for p in g["params"]} <= {"cpu", "cuda"} else None
     if name == "lars":
         return Lars(groups, lr, momentum=momentum)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+        return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=fused)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=fused)
     raise UserError(f"optimizer {name!r} is unknown: choose lars, sgd or adamw")

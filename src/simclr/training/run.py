@@ -55,6 +55,11 @@ class RunFolder:
         return self.path / "encoder"
 
     @property
+    def key_encoder(self) -> Path:
+        """Folder of the momentum encoder of a run that has one."""
+        return self.path / "key_encoder"
+
+    @property
     def metrics(self) -> Path:
         """File of the records, one JSON line each."""
         return self.path / "metrics.jsonl"

@@ -54,6 +54,7 @@ class HeadRecord(_Strict):
     kind: Literal["none", "linear", "nonlinear"]
     layers: int = Field(ge=0, le=MAX_LAYERS)
     dim: int = Field(ge=1, le=MAX_CHANNELS)
+    norm: bool = True
 
 
 class ClassifierRecord(_Strict):
