@@ -15,6 +15,7 @@ from PIL import Image
 
 from simclr import SimCLR
 from simclr.cli.commands import COMMANDS
+from simclr.cli.main import main
 from simclr.config.finetune import FINETUNE_RECIPES
 from simclr.evaluation.results import KEY_FIELDS, name_of, read_results
 from simclr.tasks import recipes as recipes_task
@@ -51,7 +52,9 @@ def picture_width(path):
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "digits"
-    subprocess.run([sys.executable, "-m", "simclr", "pretrain", "digits", "--out", str(out), *FAST], check=True)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", ["simclr", "pretrain", "digits", "--out", str(out), *FAST])
+        main()
     return out
 
 
@@ -61,6 +64,13 @@ def test_help_is_quick_and_torch_stays_out():
     code += "except SystemExit: pass\nprint('torch' in sys.modules or 'numpy' in sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "--temperature" in done.stdout and done.stderr.strip() == "False"
+
+
+def test_libraries_of_models_are_imported_only_where_an_encoder_is_theirs():
+    """They take as long to import as torch."""
+    code = "import sys, simclr.tasks.pretrain, simclr.tasks.evaluate\nprint({'timm', 'torchvision'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_overview_and_version(simclr):

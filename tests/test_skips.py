@@ -24,10 +24,10 @@ def test_ci_fails_where_a_skip_is_not_allowed(tmp_path):
         "import pytest\ndef test_a(): pass\ndef test_b(): pytest.importorskip('no_such_package')\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-n", "1", "-p", "no:cacheprovider", tmp_path]
-    for ci, code in (("", 0), ("true", 1)):
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", tmp_path]
+    for ci, workers, code in (("", "0", 0), ("true", "1", 1)):
         done = subprocess.run(
-            command,
+            [*command, "-n", workers],
             cwd=Path(__file__).parent,
             env=environment | {"CI": ci},
             capture_output=True,

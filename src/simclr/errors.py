@@ -34,5 +34,10 @@ def shown(text: str, length: int = 80) -> str:
     return cut if cut.isprintable() else ascii(cut)[1:-1]
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, without its final dot."""
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+
+
 class ReportedElsewhere(UserError):
     """Another of torchrun's processes failed first and reports it; this one ends without a word, with exit code 2."""

@@ -6,9 +6,8 @@ Facts about the origin go along, but for the folders of this machine, of which o
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simclr.errors import UserError
+from simclr.errors import UserError, first_line
 from simclr.models.classifier import Classifier
-from simclr.models.external.timm_bridge import first_line
 from simclr.reports.card import model_card, read_json
 from simclr.reports.run_results import results_of
 from simclr.tasks.opening import load_model, write

@@ -11,7 +11,7 @@ from simclr.data.images import Channels, Images, Split, array_images
 from simclr.data.readers.idx import find_idx, read_idx
 from simclr.data.readers.layouts import LAYOUTS
 from simclr.data.splits import split_indices
-from simclr.errors import UserError
+from simclr.errors import UserError, first_line
 
 ARRAYS = ("digits", "fashion-mnist", "cifar10", "cifar100", "stl10", "svhn")
 """Sets whose images come in one array of equal sizes."""
@@ -116,7 +116,7 @@ def _find_fashion_mnist(folder: Path | None) -> Path:
         FashionMNIST(str(CACHE.expanduser()), download=True)
     except Exception as error:  # torchvision passes on whatever the network, the disk or the archive raises
         raise UserError(
-            f"fashion-mnist is not on this machine and could not be downloaded ({_first_line(error)}): "
+            f"fashion-mnist is not on this machine and could not be downloaded ({first_line(error)}): "
             "install Debian's package dataset-fashion-mnist, or name the folder of the four idx files, "
             "fashion-mnist:FOLDER."
         ) from error
@@ -154,7 +154,7 @@ def _open_torchvision(name: str, root: Path, split: Split, channels: Channels) -
             pixels, labels = _parts(load, split)
     except Exception as error:  # torchvision passes on whatever the network, the disk or the archive raises
         raise UserError(
-            f"{name} is not in {root} and could not be downloaded ({_first_line(error)}): name the folder "
+            f"{name} is not in {root} and could not be downloaded ({first_line(error)}): name the folder "
             f"that holds it as torchvision lays it out, {name}:FOLDER, or use digits, which needs none."
         ) from error
     return array_images(pixels, labels, name=name, split=split, has_own_split=True, classes=classes, channels=channels)
@@ -166,7 +166,3 @@ def _parts(load: Callable[[str], tuple[np.ndarray, np.ndarray]], split: Split) -
         return load(split)
     pixels, labels = zip(load("train"), load("test"), strict=True)
     return np.concatenate(pixels), np.concatenate(labels)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

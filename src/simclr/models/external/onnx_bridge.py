@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from simclr.config.encoder import EncoderConfig
-from simclr.errors import UserError, shown
+from simclr.errors import UserError, first_line, shown
 from simclr.models.encoder import Encoder
 from simclr.models.external.onnx_check import check_onnx
 from simclr.models.external.protobuf import Malformed
-from simclr.models.external.timm_bridge import first_line
 
 IMAGES, FEATURES, LOGITS = "images", "features", "logits"
 EXTRA = "install it with pip install 'simclr-torch[onnx]'"

@@ -8,7 +8,7 @@ import torch
 from timm.models import get_pretrained_cfg, is_model_pretrained
 from torch import nn
 
-from simclr.errors import UserError
+from simclr.errors import UserError, first_line
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -99,8 +99,3 @@ def num_features(model: nn.Module, name: str, channels: int, size: int) -> int:
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
         raise UserError(f"The encoder {name} does not give one row of features per image; take another model.")
     return features.shape[1]
-
-
-def first_line(error: Exception) -> str:
-    """The error's first line."""
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

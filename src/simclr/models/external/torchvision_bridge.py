@@ -10,8 +10,8 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from simclr.config.encoder import RESNETS, TORCHVISION, EncoderConfig
-from simclr.errors import UserError
-from simclr.models.external.timm_bridge import Normalisation, first_line, num_features
+from simclr.errors import UserError, first_line
+from simclr.models.external.timm_bridge import Normalisation, num_features
 
 CLASSES = 1000  # of ImageNet, for which every one of torchvision's classifiers is made
 AUXILIARY = ("googlenet", "inception_v3")  # whose further outputs belong to their own training; timm has them without

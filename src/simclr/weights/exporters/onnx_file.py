@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simclr.errors import UserError
+from simclr.errors import UserError, first_line
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import Encoder
 from simclr.models.external.onnx_bridge import EXTRA, FEATURES, IMAGES, LOGITS, OnnxNetwork
-from simclr.models.external.timm_bridge import first_line
 from simclr.models.inference import inference
 from simclr.weights.exporters.libraries import TOLERANCE, relative, trial_images
 from simclr.weights.single_file import KEY
