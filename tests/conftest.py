@@ -50,17 +50,35 @@ UNIT_FILES = (
 )  # fmt: skip
 """Files of the tier `unit`: together under a minute on two cores, and no test takes more than a few seconds."""
 
+ANY_TORCH_FILES = (
+    "test_benchmark_loss.py", "test_benchmarks.py", "test_cache.py", "test_config.py", "test_curve.py", "test_data.py",
+    "test_deprecated.py", "test_drill_cache.py", "test_drills.py", "test_evaluation_table.py", "test_files.py",
+    "test_hostile_archives.py", "test_hub.py", "test_identity.py", "test_label_lists.py", "test_layout.py",
+    "test_pack.py", "test_records.py", "test_reports.py", "test_retrieval.py", "test_schedule.py", "test_skips.py",
+    "test_source.py",
+)  # fmt: skip
+"""Files whose tests do not depend on the release of torch: readers, settings, records, reports, drills of the disk.
+
+CI runs them with the newest torch alone (marker `any_torch`), and every file that is not listed with the oldest too.
+"""
+
 
 def pytest_configure():
-    missing = [name for name in UNIT_FILES if not (Path(__file__).parent / name).exists()]
+    listed = {*UNIT_FILES, *ANY_TORCH_FILES}
+    missing = sorted(name for name in listed if not (Path(__file__).parent / name).exists())
     if missing:
-        raise pytest.UsageError(f"UNIT_FILES of tests/conftest.py names files that are gone: {', '.join(missing)}")
+        raise pytest.UsageError(f"tests/conftest.py lists files that do not exist: {', '.join(missing)}")
 
 
 def pytest_ignore_collect(collection_path, config):
-    """With -m unit other test files are not even imported."""
-    if config.option.markexpr == "unit" and collection_path.name.startswith("test_"):
-        return collection_path.name not in UNIT_FILES or None
+    """With -m unit other test files are not even imported, nor with -m "not any_torch" those that carry it."""
+    if not collection_path.name.startswith("test_"):
+        return None
+    match config.option.markexpr:
+        case "unit":
+            return collection_path.name not in UNIT_FILES or None
+        case "not any_torch":
+            return collection_path.name in ANY_TORCH_FILES or None
     return None
 
 
@@ -69,6 +87,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name in UNIT_FILES and not item.get_closest_marker("multiprocess"):
             item.add_marker("unit")
+        if item.path.name in ANY_TORCH_FILES:
+            item.add_marker("any_torch")
 
 
 @pytest.hookimpl(trylast=True)
