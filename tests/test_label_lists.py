@@ -22,10 +22,11 @@ KEYS = [
 @pytest.fixture
 def images():
     labels = np.array([0, 0, 1, -1, 2, 3])
-    return array_images(
-        np.zeros((6, 4, 4), np.uint8), labels, name="photos", split="train", has_own_split=True, classes=None,
-        channels="auto", keys=KEYS,
-    )  # fmt: skip
+    pixels = np.zeros((6, 4, 4), np.uint8)
+    images = array_images(
+        pixels, labels, name="photos", split="train", has_own_split=True, classes=None, channels="auto"
+    )
+    return replace(images, keys=KEYS)
 
 
 def listed(tmp_path, text, images):

@@ -285,9 +285,8 @@ def array_images(
     classes: list[str] | None,
     channels: Channels,
     notes: Sequence[str] = (),
-    keys: Sequence[str] | None = None,
 ) -> Images:
-    """`Images` over one array of pixels, (n, H, W) or (n, H, W, 1 or 3) uint8."""
+    """`Images` over one array of pixels, (n, H, W) or (n, H, W, 1 or 3) uint8; their keys are their positions."""
     pixels = pixels[..., None] if pixels.ndim == 3 else pixels  # (n, H, W, 1 or 3)
     labels = None if labels is None else labels.astype(np.int64)
     num_channels, said = choose_channels(channels, np.full(len(pixels), pixels.shape[-1] == 1))
@@ -296,7 +295,7 @@ def array_images(
         split=split,
         has_own_split=has_own_split,
         channels=num_channels,
-        keys=[str(i) for i in range(len(pixels))] if keys is None else keys,
+        keys=[str(i) for i in range(len(pixels))],
         sizes=np.tile(np.array(pixels.shape[1:3], dtype=np.int64), (len(pixels), 1)),
         labels=labels,
         classes=classes,

@@ -121,20 +121,12 @@ def logistic_probe(
     rows, targets = _labelled_rows((train, labels), validation)
     multi_label = labels.ndim == 2
     num_classes = targets.shape[1] if multi_label else int(targets.max()) + 1
-    if validation is None:
-        learn, validate = split_indices(len(labels) if multi_label else labels, fraction=0.2, seed=seed)
-    else:
-        learn, validate = np.arange(len(train)), np.arange(len(train), len(rows))
-    if len(l2_values) > 1 and not len(validate):
-        raise UserError(
-            "The strength of the logistic regression is chosen on labels that are held out, and of a single label per "
-            "class none can be; give two labels per class or more, or take the protocol linear."
-        )
     metric = metric or (mean_average_precision_11 if multi_label else lambda scores, truth: top_k(scores, truth, 1))
 
     best, validation_scores, converged = None, {}, True
     fits = _FitProgress(options.progress, len(set(l2_values)) + 1 if len(l2_values) > 1 else 1)
     if len(l2_values) > 1:
+        learn, validate = _held_out_rows(labels, None if validation is None else len(rows), seed)
         held_out = rows[validate].astype(np.float64, copy=False)
         for weights in path(
             rows[learn].astype(np.float64, copy=False), targets[learn], num_classes, l2_values=l2_values,
@@ -299,6 +291,26 @@ def _labelled_rows(
     if targets.ndim == 1 and len(targets) and targets.min() < 0:
         raise UserError(f"{(targets < 0).sum():,} rows to learn from have no label; leave them out, or label them.")
     return rows, targets
+
+
+def _held_out_rows(labels: np.ndarray, total: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to fit and rows to choose l2 on.
+
+    Args:
+        labels: Of the training rows.
+        total: Number of the training rows and the validation rows behind them; None: there are no such, and a fifth of
+            the training rows is taken.
+    """
+    if total is None:
+        learn, validate = split_indices(len(labels) if labels.ndim == 2 else labels, fraction=0.2, seed=seed)
+    else:
+        learn, validate = np.arange(len(labels)), np.arange(len(labels), total)
+    if not len(validate):
+        raise UserError(
+            "The strength of the logistic regression is chosen on labels that are held out, and of a single label per "
+            "class none can be; give two labels per class or more, or take the protocol linear."
+        )
+    return learn, validate
 
 
 def _standardise(rows: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

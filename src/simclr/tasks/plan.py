@@ -33,9 +33,6 @@ from simclr.training.progress import duration
 from simclr.training.run import RunFolder
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from simclr.tasks.options.pretraining import Plan as PlanOptions
 
 SECONDS_PER_STRATEGY = 6.0
@@ -169,30 +166,13 @@ def measure_plan(
     method = build_method(config, images.channels, world)
     budget = available(world) if budget is None else budget
     footprint = measure(method, config, images, precision_of(config.precision, world))
-    steps = config.steps(len(images))
     strategies = []
     for strategy in list_strategies(footprint, config.batch_size, budget):
         if strategy.name == "grad-cache" and config.chunk:
-            strategy = MemoryStrategy(
-                name="grad-cache",
-                chunk=config.chunk,
-                need=footprint.need("grad-cache", config.batch_size, config.chunk),
-            )
-        timed_at, seconds = _time(strategy, footprint, budget, images, config, method, world)
-        steps_per_epoch = len(images) / config.batch_size
-        strategies.append(
-            StrategyPlan(
-                name=strategy.name,
-                chunk=strategy.chunk,
-                need_bytes=strategy.need,
-                fits=strategy.need <= budget,
-                timed_at=timed_at,
-                step_seconds=seconds,
-                views_per_second=method.num_views * config.batch_size / seconds if seconds else None,
-                epoch_seconds=seconds * steps_per_epoch if seconds else None,
-                run_seconds=seconds * steps if seconds else None,
-            )
-        )
+            need = footprint.need("grad-cache", config.batch_size, config.chunk)
+            strategy = MemoryStrategy(name="grad-cache", chunk=config.chunk, need=need)
+        timing = _time(strategy, footprint, budget, images, config, method, world)
+        strategies.append(_strategy_plan(strategy, budget, timing, images, config, method.num_views))
     first = next((strategy.name for strategy in strategies if strategy.fits), None)
     weights = sum(p.nbytes for p in method.parameters())
     encoder_parameters = sum(p.numel() for p in method.encoder.parameters())
@@ -208,7 +188,7 @@ def measure_plan(
         size=config.size,
         batch_size=config.batch_size,
         epochs=config.epochs,
-        steps=steps,
+        steps=config.steps(len(images)),
         device=_device_name(world),
         budget_bytes=budget,
         strategies=strategies,
@@ -216,6 +196,29 @@ def measure_plan(
         checkpoint_bytes=sum(t.nbytes for t in method.state_dict().values()) + optimizer_state,
         checkpoints_kept=config.max_checkpoints,
         encoder_bytes=sum(t.nbytes for t in method.encoder.state_dict().values()),
+    )
+
+
+def _strategy_plan(
+    strategy: MemoryStrategy,
+    budget: int,
+    timing: tuple[int, float | None],
+    images: Images,
+    config: PretrainConfig,
+    num_views: int,
+) -> StrategyPlan:
+    """Memory and time of a strategy, from the images of the steps that were timed and the seconds of a step."""
+    timed_at, seconds = timing
+    return StrategyPlan(
+        name=strategy.name,
+        chunk=strategy.chunk,
+        need_bytes=strategy.need,
+        fits=strategy.need <= budget,
+        timed_at=timed_at,
+        step_seconds=seconds,
+        views_per_second=num_views * config.batch_size / seconds if seconds else None,
+        epoch_seconds=seconds * len(images) / config.batch_size if seconds else None,
+        run_seconds=seconds * config.steps(len(images)) if seconds else None,
     )
 
 

@@ -38,7 +38,7 @@ from simclr.training.optim import build_optimizer
 from simclr.training.progress import Outcome, ProgressCallback, say
 from simclr.training.run import RunFolder, describe_machine
 from simclr.views.policy import Policy
-from simclr.views.views import make_view, make_views
+from simclr.views.views import make_views
 from simclr.weights.folder import save_encoder
 from simclr.weights.training_progress import TrainingProgress
 
@@ -220,12 +220,10 @@ def _make_inputs(
     dtype = precision_of(config.precision, world)  # autocast would round the views to it anyway
 
     def views(batch: Batch) -> Inputs:
-        drawn: dict[str, Any] = {
-            "seed": config.seed, "epoch": batch.epochs, "indices": batch.indices, "device": world.device, "dtype": dtype
-        }  # fmt: skip
-        if num_views == 2:
-            return make_views(batch.pixels, policy, **drawn)  # both at once: the images are read once
-        return tuple(make_view(batch.pixels, policy, view=view, **drawn) for view in range(num_views))
+        return make_views(
+            batch.pixels, policy, seed=config.seed, epoch=batch.epochs, indices=batch.indices, views=range(num_views),
+            device=world.device, dtype=dtype,
+        )  # fmt: skip
 
     return views
 

@@ -116,15 +116,9 @@ def train(
             if log or save:
                 _stop_if_broken(finite, task, run, world, done)
             if log:  # the only synchronisation with the device
-                record = _record(task, step, metrics, evaluate=evaluate and world.is_main)
-                outcome.last = record
-                outcome.warnings = task.method.warnings(record)
-                outcome.seconds = time.perf_counter() - clock
-                outcome.wait_seconds = batches.wait_seconds
-                progress.record(record, outcome)
-                if world.is_main:
-                    run.append(run.metrics, record)
-                    run.append(run.timing, {"step": done} | _timing(outcome, task))
+                outcome.last = _record(task, step, metrics, evaluate=evaluate and world.is_main)
+                outcome.seconds, outcome.wait_seconds = time.perf_counter() - clock, batches.wait_seconds
+                _report(outcome, task, run, progress, world)
             else:
                 progress.step(done)
             if save and world.is_main:
@@ -136,9 +130,19 @@ def train(
                 break
 
     outcome.finished = outcome.step >= task.total_steps
-    outcome.seconds = time.perf_counter() - clock
-    outcome.wait_seconds = batches.wait_seconds
+    outcome.seconds, outcome.wait_seconds = time.perf_counter() - clock, batches.wait_seconds
     return outcome
+
+
+def _report(
+    outcome: Outcome, task: Task, run: RunFolder, progress: ProgressCallback, world: DistributedContext
+) -> None:
+    """Show the newest record, and append it to the files of the run."""
+    outcome.warnings = task.method.warnings(outcome.last)
+    progress.record(outcome.last, outcome)
+    if world.is_main:
+        run.append(run.metrics, outcome.last)
+        run.append(run.timing, {"step": outcome.step} | _timing(outcome, task))
 
 
 def _record(task: Task, step: int, metrics: dict[str, Tensor], *, evaluate: bool) -> dict[str, float]:

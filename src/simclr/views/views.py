@@ -12,6 +12,7 @@
 torch.Size([8, 3, 32, 32])
 """
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal
 
@@ -39,11 +40,12 @@ def make_views(
     seed: int,
     epoch: int | np.ndarray,
     indices: np.ndarray,
+    views: Sequence[int] = (0, 1),
     device: torch.device | str = "cpu",
     backend: Backend = "auto",
     dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor]:
-    """Both views of each image of a batch.
+) -> tuple[Tensor, ...]:
+    """These views of each image of a batch.
 
     A view is a pure function of (seed, epoch, index, image): the same bit for bit in any batch, at any place in
     it and on any number of threads.
@@ -55,18 +57,38 @@ def make_views(
         seed: 0 to 2**64 - 1.
         epoch: the epoch, or (B,) one for each image.
         indices: (B,) the images' positions in their data set.
+        views: which of an image's views.
         device: where the views are to be; images on a device have theirs there.
         backend: who makes the pixels; changes none of them beyond rounding.
         dtype: of the views: float32, or bfloat16, to which they are rounded at the very end.
 
     Returns:
-        Two tensors (B, C, S, S) in [0, 1], on `device`; those of the kernels are channels-last.
+        A tensor (B, C, S, S) in [0, 1] for each view, on `device`; those of the kernels are channels-last.
 
     Raises:
         UserError: images that are not uint8 or not of the policy's channels, or indices that do not fit them.
     """
-    first, second = _make(images, policy, seed, epoch, indices, (0, 1), device, backend, dtype)
-    return first, second
+    if isinstance(images, DeviceImages):
+        backend = _for_resident(images, policy.channels, backend)
+        device, sizes = images.pixels.device, images.sizes
+    else:
+        check_images(images, policy.channels)
+        sizes = image_sizes(images)
+    params = [draw(policy, sizes, seed=seed, epoch=epoch, indices=indices, view=view) for view in views]
+    if _resolve(backend, device) == "cuda":
+        from simclr.views import cuda  # Triton takes half a second to import
+
+        if not isinstance(images, DeviceImages):
+            images = DeviceImages.upload(images, policy.channels, device)
+        return tuple(cuda.render(images, params, policy, dtype))
+    assert not isinstance(images, DeviceImages)
+    if _resolve(backend, device) == "cpu":
+        from simclr.views import cpu  # Numba takes a quarter of a second to import
+
+        made = cpu.render(images, params, policy)
+    else:
+        made = [render(images, of_view, policy, device) for of_view in params]
+    return tuple(batch.to(device, dtype) for batch in made)
 
 
 def make_view(
@@ -88,7 +110,10 @@ def make_view(
 
     The other arguments, the errors and the tensor (B, C, S, S) are those of `make_views`.
     """
-    (only,) = _make(images, policy, seed, epoch, indices, (view,), device, backend, dtype)
+    (only,) = make_views(
+        images, policy, seed=seed, epoch=epoch, indices=indices, views=(view,), device=device, backend=backend,
+        dtype=dtype,
+    )  # fmt: skip
     return only
 
 
@@ -155,41 +180,6 @@ def eval_crop(size: int) -> float:
 def has_kernels(device: torch.device | str) -> bool:
     """Whether views are made on `device` from images that lie there (`DeviceImages`)."""
     return _resolve("auto", device) == "cuda"
-
-
-def _make(
-    images: Images | DeviceImages,
-    policy: Policy,
-    seed: int,
-    epoch: int | np.ndarray,
-    indices: np.ndarray,
-    views: tuple[int, ...],
-    device: torch.device | str,
-    backend: Backend,
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """These views of each image."""
-    if isinstance(images, DeviceImages):
-        backend = _for_resident(images, policy.channels, backend)
-        device, sizes = images.pixels.device, images.sizes
-    else:
-        check_images(images, policy.channels)
-        sizes = image_sizes(images)
-    params = [draw(policy, sizes, seed=seed, epoch=epoch, indices=indices, view=view) for view in views]
-    if _resolve(backend, device) == "cuda":
-        from simclr.views import cuda  # Triton takes half a second to import
-
-        if not isinstance(images, DeviceImages):
-            images = DeviceImages.upload(images, policy.channels, device)
-        return cuda.render(images, params, policy, dtype)
-    assert not isinstance(images, DeviceImages)
-    if _resolve(backend, device) == "cpu":
-        from simclr.views import cpu  # Numba takes a quarter of a second to import
-
-        made = cpu.render(images, params, policy)
-    else:
-        made = [render(images, of_view, policy, device) for of_view in params]
-    return [batch.to(device, dtype) for batch in made]
 
 
 def _resolve(backend: Backend, device: torch.device | str) -> Backend:

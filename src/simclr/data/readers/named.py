@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _open_digits(split: Split, channels: Channels) -> Images:
     pixels, labels = np.rint(digits.images * 255 / 16).astype(np.uint8), digits.target  # the values are 0..16
     train, test = split_indices(labels, fraction=0.2, seed=DIGITS_SEED)
     rows = {"train": train, "test": test, "all": np.arange(len(labels))}[split]
-    return array_images(
+    images = array_images(
         pixels[rows],
         labels[rows],
         name="digits",
@@ -66,8 +67,8 @@ def _open_digits(split: Split, channels: Channels) -> Images:
         channels=channels,
         notes=[f"digits, {len(train):,} and {len(test):,} images: 80/20 by class, seed {DIGITS_SEED}."]
         * (split != "all"),
-        keys=[str(row) for row in rows],
     )
+    return replace(images, keys=[str(row) for row in rows])
 
 
 def _open_fashion_mnist(folder: Path | None, split: Split, channels: Channels) -> Images:
