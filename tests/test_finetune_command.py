@@ -114,7 +114,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(simclr, encoder, tmp_path, mo
 
         patch.setattr(finetuning, "make_view", view)
         code, out, said = simclr(*command("parted"))
-    assert code == 130 and "simclr resume" in said and "goes on" in said and not out
+    assert code == 130 and "simclr resume" in said and "continues" in said and not out
     assert simclr(*command("parted"))[0] == 0
     whole, parted = (load_file(tmp_path / name / "encoder" / "model.safetensors") for name in ("whole", "parted"))
     assert whole.keys() == parted.keys()

@@ -111,5 +111,5 @@ def test_a_signal_to_one_process_stops_all_in_peace_and_resume_goes_on(images, t
     assert done.stderr.count("Stopped at step 2, saved") == 1, done.stderr
     assert not (tmp_path / "run" / "summary.json").exists()
     done = torchrun("-m", "simclr", "resume", tmp_path / "run")
-    assert done.returncode == 0 and done.stderr.count("Going on from step 2 of") == 1, done.stderr
+    assert done.returncode == 0 and done.stderr.count("Resuming at step 2 of") == 1, done.stderr
     assert (tmp_path / "run" / "summary.json").is_file()

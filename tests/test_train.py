@@ -124,7 +124,7 @@ def test_a_damaged_newest_checkpoint_costs_steps_not_bits(images, undisturbed, t
     newest.write_bytes(newest.read_bytes()[:1000])
     run, _ = train(images, SMALL_RUN, tmp_path / "run")
     said = capsys.readouterr().err
-    assert newest.name in said and "Going on from step 5" in said
+    assert newest.name in said and "Resuming at step 5" in said
     assert_same(final_state(run), final_state(undisturbed))
 
 
@@ -158,7 +158,7 @@ def test_sigkill_while_saving_and_resume_from_the_command_line(simclr, tmp_path)
     assert killed.returncode == -signal.SIGKILL
     assert list((tmp_path / "b" / "checkpoints").glob(".*.tmp")), "the kill came while saving"
     resumed = run_cli("resume", tmp_path / "b")
-    assert resumed.returncode == 0 and "Going on from step 3" in resumed.stderr
+    assert resumed.returncode == 0 and "Resuming at step 3" in resumed.stderr
     assert_same(final_state(RunFolder(tmp_path / "b")), final_state(RunFolder(tmp_path / "a")))
     assert not list(tmp_path.glob("b/**/.*.tmp"))
 
@@ -175,7 +175,7 @@ def test_a_signal_saves_and_stops_cleanly(images, undisturbed, tmp_path, monkeyp
 
     monkeypatch.setattr(pretraining, "make_views", views)
     path = tmp_path / "run"
-    with pytest.raises(Stopped, match=f"Stopped at step 9, saved; `simclr resume {path}` goes on") as stopped:
+    with pytest.raises(Stopped, match=f"Stopped at step 9, saved; `simclr resume {path}` continues") as stopped:
         train(images, SMALL_RUN, path)
     assert stopped.value.signal == number and newest_step(path) == 9
     run, outcome = train(images, SMALL_RUN, tmp_path / "run")

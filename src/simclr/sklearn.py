@@ -187,7 +187,7 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         given |= more
         if self.pretrained is not None and (given or self.recipe is not None):
             unused = ", ".join([*given, *(["recipe"] if self.recipe is not None else [])])
-            raise UserError(f"With pretrained nothing is trained, and {unused} would decide nothing; leave it out.")
+            raise UserError(f"With pretrained, no encoder is trained, and {unused} has no effect; leave it out.")
         return given
 
     def _train(self, images: Images, given: Mapping[str, Any]) -> Self:

@@ -53,7 +53,7 @@ def main() -> None:
 
 @contextmanager
 def _sentences() -> Iterator[None]:
-    """Turn what the machine refuses (files, memory, recursion) into a sentence instead of a traceback."""
+    """Turn errors of the operating system, of memory and of recursion into a sentence instead of a traceback."""
     try:
         yield
     except BrokenPipeError:
@@ -61,13 +61,12 @@ def _sentences() -> Iterator[None]:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(
-            f"The system refused to go on: {reason_of(error)}{where}; check the paths, their permissions and the "
-            "room on the disk, then try again."
+            f"The operating system reported an error: {reason_of(error)}{where}; check the paths, their permissions "
+            "and the space on the disk, then try again."
         ) from error
     except MemoryError:
         raise UserError(
-            "The memory of this machine is used up; end other programs, or take fewer or smaller images, or a smaller "
-            "batch."
+            "Out of memory; end other programs, or use fewer or smaller images, or a smaller batch."
         ) from None
     except RecursionError:
         raise UserError("Something that was read is nested too deeply; check the files that were given.") from None
@@ -143,4 +142,4 @@ def _overview() -> str:
     for name, command in COMMANDS.items():
         summary = (command.flags.__doc__ or "").split("\n")[0]
         lines.append(f"  simclr {name:<9} {summary}")
-    return "\n".join([*lines, "", "`simclr COMMAND --help` tells more."])
+    return "\n".join([*lines, "", "`simclr COMMAND --help` describes a command and its flags."])

@@ -20,10 +20,11 @@ class DistillConfig(DownstreamConfig):
     """Settings of one distillation."""
 
     temperature: float = SMALLER
-    """Of both sides' softmax; unset, it is 0.1 where the student has the teacher's shape, as in the paper, else 1."""
+    """Temperature of both softmaxes; unset: 0.1 if the student has the teacher's architecture, as in the paper, else
+    1."""
 
     alpha: float = 1.0
-    """Weight of the teacher; what is left of 1 goes to the cross-entropy of the images with a label (--labels)."""
+    """Weight of the distillation loss; 1 - alpha is the weight of the cross-entropy on the labels (--labels)."""
 
     def __post_init__(self) -> None:
         """Say in one sentence what is wrong with a value."""

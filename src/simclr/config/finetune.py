@@ -20,10 +20,12 @@ class FinetuneConfig(DownstreamConfig):
     """Layers of the projection head under the classifier: 0 in SimCLR v1, 1 in v2 where labels are few."""
 
     tune_from: Literal["all", 0, 1, 2, 3, 4, "none"] = "all"
-    """The whole network (all), what comes after the stem (0) or a block group (1 to 4), or the classifier (none)."""
+    """Part that is trained: the whole network (all), the layers after the stem (0) or after a block group (1 to 4), or
+    the classifier only (none)."""
 
     batch_norm_decay: float | None = None
-    """Share of the old running statistics that a step keeps; unset: what the encoder has, 0.9 for the authors'."""
+    """Decay of the running statistics of batch norm at each step; unset: as in the encoder, 0.9 for the authors'
+    encoders."""
 
     def __post_init__(self) -> None:
         """Say in one sentence what is wrong with a value."""

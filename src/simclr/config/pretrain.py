@@ -52,7 +52,7 @@ class PretrainConfig(TrainingConfig):
 
     # ---- views (paper section 3 and appendix A)
     augmentation: Literal["google", "torchvision"] = "google"
-    """Whose operations draw the views: the authors' (TensorFlow's) or torchvision's."""
+    """Implementation of the augmentation: that of the authors (TensorFlow) or of torchvision."""
 
     strength: float = 1.0
     """Strength s of the colour distortion: 1.0 for ImageNet, 0.5 for CIFAR (appendix A, B.9)."""
@@ -80,8 +80,8 @@ class PretrainConfig(TrainingConfig):
     """Multiplier on every channel count of a ResNet."""
 
     stem: Literal["auto", "cifar", "strided", "imagenet"] = "auto"
-    """First layers: 3x3 (cifar), 3x3/2 (strided: a quarter of the work), or 7x7/2 with max-pool (imagenet); auto:
-    cifar up to 32 pixels, else imagenet."""
+    """First layers of a ResNet: 3x3 (cifar), 3x3/2 (strided: a quarter of the work), or 7x7/2 with max-pool (imagenet);
+    auto: cifar up to 32 pixels, else imagenet."""
 
     sk: bool = False
     """Selective kernels, and ResNet-D's stem and shortcuts, as in SimCLR v2; ResNets only."""
@@ -96,17 +96,17 @@ class PretrainConfig(TrainingConfig):
     """Width of the projection z."""
 
     head_norm: bool = True
-    """Batch norm in the projection head; MoCo's has none."""
+    """Batch norm in the projection head; MoCo has none."""
 
     # ---- loss
     loss: Literal["nt-xent", "dcl"] = "nt-xent"
-    """The paper's loss, or DCL, which leaves the positive out of the denominator (arXiv:2110.06848)."""
+    """Loss: NT-Xent of the paper, or DCL, which leaves the positive out of the denominator (arXiv:2110.06848)."""
 
     temperature: float = 0.1
     """Temperature of the loss: 0.1 for ImageNet, 0.5 for CIFAR (table 5, B.9)."""
 
     loss_scale: float = 2.0
-    """Factor on the loss that is optimised: the authors' code takes twice the paper's mean over 2N."""
+    """Factor on the loss: the authors' code optimises twice the paper's mean over 2N."""
 
     # ---- optimiser and schedule
     optimizer: Literal["lars", "sgd", "adamw"] = "lars"
@@ -123,21 +123,21 @@ class PretrainConfig(TrainingConfig):
     """Images per step over all processes; each gives two views."""
 
     seed: int = 0
-    """Decides the initial weights, the order of the images and every view."""
+    """Seed of the initial weights, the order of the images and every view."""
 
     global_bn: bool = True
-    """Batch-norm statistics over all processes, as the authors do; no effect with one process."""
+    """Batch-norm statistics over all processes, as in the authors' code; no effect with one process."""
 
     # ---- machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto: a GPU if there is one."""
+    """Device; auto: a GPU if there is one."""
 
     memory: Literal["auto", "plain", "checkpointing", "grad-cache"] = "auto"
-    """How a step fits the memory: plain, activations recomputed (same result), or gradients cached for a chunk of the
-    batch at a time (batch norm then sees chunks); auto: the first that fits."""
+    """Memory strategy: plain, activation checkpointing (same result), or gradient caching over chunks of the batch
+    (batch norm then has the statistics of a chunk); auto: the first that fits."""
 
     chunk: int = 0
-    """With --memory grad-cache: images of a process in a chunk, which must divide its batch; 0: the most that fit."""
+    """With --memory grad-cache: images per chunk and process, a divisor of its batch; 0: as many as fit."""
 
     # ---- record
     log_every: int = 20

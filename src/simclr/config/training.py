@@ -29,7 +29,7 @@ class TrainingConfig:
     """LARS as the authors wrote it, SGD with Nesterov momentum, or AdamW."""
 
     nesterov: bool = True
-    """Nesterov momentum for SGD; MoCo's has plain momentum."""
+    """Nesterov momentum for SGD; MoCo uses plain momentum."""
 
     lr: float
     """Base learning rate, before scaling."""
@@ -38,10 +38,11 @@ class TrainingConfig:
     """Peak rate: lr x batch / 256 (linear), lr x sqrt(batch) (sqrt), or lr itself (B.1)."""
 
     warmup_epochs: float
-    """Epochs over which the rate climbs from 0 to its peak, before it decays."""
+    """Epochs of linear warm-up from 0 to the peak rate, before it decays."""
 
     lr_decay: Literal["cosine", "steps"] = "cosine"
-    """To 0 as a cosine, or to a tenth at 60 % of the steps and to a hundredth at 80 %, as in MoCo v1."""
+    """Decay after the warm-up: cosine to 0, or steps to a tenth at 60 % and to a hundredth at 80 % of the steps, as in
+    MoCo v1."""
 
     weight_decay: float
     """L2 on the weights; batch-norm parameters and biases are exempt."""
@@ -54,14 +55,14 @@ class TrainingConfig:
     """Smallest share of the image's area that a random crop may take."""
 
     flip: float = 0.5
-    """Probability of a left-right flip; 0 where mirror images mean something else, as with letters."""
+    """Probability of a left-right flip; 0 where mirror images have another meaning, as with letters."""
 
     # ---- machine
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the network; auto: bf16 on GPUs that have it, else fp32. The loss is always fp32."""
+    """Precision of the network; auto: bf16 on GPUs that support it, else fp32. The loss is always fp32."""
 
     deterministic: bool = False
-    """On a GPU, only use kernels that give the same bits each time (slower). A CPU always does."""
+    """On a GPU, use deterministic kernels only (slower). On a CPU all kernels are deterministic."""
 
     workers: int = 2
     """Threads that decode images and prepare views ahead of the network; 0: none. Changes no pixel."""
@@ -74,7 +75,7 @@ class TrainingConfig:
     """Steps between two checkpoints; one is always written at the end."""
 
     max_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints that are kept."""
 
     def steps(self, num_images: int) -> int:
         """Updates of a training on so many images."""
@@ -128,7 +129,7 @@ class DownstreamConfig(TrainingConfig):
 
     epochs: float = 30.0
     min_steps: int = 0
-    """With fewer images training goes on until it has this many steps; none where a flag says other epochs."""
+    """Minimum number of steps, however few the images are; 0 if --epochs is given without it."""
 
     batch_size: int = 4096
     """Images per step over all processes; may exceed the number of images."""
@@ -137,7 +138,7 @@ class DownstreamConfig(TrainingConfig):
     lr: float = 0.05
     warmup_epochs: float = 0.0
     weight_decay: float = 0.0
-    """L2 on what the authors decay (optim.py)."""
+    """L2 on the weights that the authors decay (training/optim.py)."""
 
     log_every: int = 50
 

@@ -136,7 +136,7 @@ def read_label_list(file: Path, images: Images) -> np.ndarray:
         raise UserError(f"The list of labelled images {file} cannot be read: {error}.") from None
     names = [name.replace("\\", "/").removeprefix("./") for name in names if name]
     if not names:
-        raise UserError(f"The list {file} is empty: give the file name of one labelled image a line.")
+        raise UserError(f"The list {file} is empty: give the file name of one labelled image per line.")
     with_name: dict[str, list[int]] = defaultdict(list)
     for i, key in enumerate(images.keys):
         with_name[key.rpartition("/")[2]].append(i)

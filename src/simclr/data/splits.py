@@ -77,11 +77,11 @@ def label_subset(labels: np.ndarray, spec: str, seed: int = 0) -> np.ndarray:
         num_images = int(per_class[1])
         fewest = int(np.unique(labels[order], return_counts=True)[1].min(initial=len(order)))
         if fewest < num_images or len(order) == 0:
-            raise UserError(f"{spec} is more than there is: the smallest class has {fewest} labelled images.")
+            raise UserError(f"{spec} is not possible: the smallest class has {fewest} labelled images.")
         return np.sort(order[rank < num_images])
     raise UserError(
         f"{spec!r} is no share of the labels and no file: write '1%', '10%' or '20/class', or name a file with the "
-        "names of images, one a line."
+        "names of images, one per line."
     )
 
 

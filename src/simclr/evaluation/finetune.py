@@ -90,7 +90,8 @@ def finetune(
         execution: Processes, folder and progress.
 
     Raises:
-        UserError: Images, network and settings do not go together, or memory, disk or the loss gave out.
+        UserError: Images, network and settings do not go together, memory or disk are full, or the loss is not
+            finite.
         Stopped: A signal asked to stop.
     """
     labels, targets, test_targets = _class_targets(train, test)

@@ -25,7 +25,7 @@ Place = str | PathLike[str]
 
 
 def pretrain(data: Place, *, method: type[Method] | str | None = None, **options: Any) -> "Run":
-    """Learn an encoder from unlabelled images, as `simclr pretrain`.
+    """Pretrain an encoder on unlabelled images, as `simclr pretrain`.
 
     Args:
         data: Folder of images, .npz file, or name of a data set.
@@ -35,8 +35,8 @@ def pretrain(data: Place, *, method: type[Method] | str | None = None, **options
             the training (`PretrainConfig`), such as `epochs=200`.
 
     Raises:
-        UserError: Images and settings do not go together, or memory, disk or the loss gave out.
-        Stopped: A signal asked to stop; `simclr.resume` goes on.
+        UserError: Images and settings do not go together, memory or disk are full, or the loss is not finite.
+        Stopped: A signal asked to stop; `simclr.resume` continues.
     """
     from simclr.tasks.pretrain import pretrain as task
 
@@ -48,7 +48,7 @@ def pretrain(data: Place, *, method: type[Method] | str | None = None, **options
 
 
 def resume(run: "Run | Place", *, method: type[Method] | None = None, **options: Any) -> "Run":
-    """Go on with a training that was stopped or killed, to the same bits, as `simclr resume`.
+    """Resume a training that was stopped or killed, with the same bits as without a stop, as `simclr resume`.
 
     Args:
         method: Of a run whose method is no part of the package and cannot be imported by name.
@@ -63,12 +63,12 @@ def resume(run: "Run | Place", *, method: type[Method] | None = None, **options:
 
 
 def finetune(run: "Run | Place", data: Place, *, out: Place, **options: Any) -> "Run":
-    """Turn an encoder into a classifier by training on labelled images, as `simclr finetune`.
+    """Fine-tune an encoder on labelled images as a classifier, as `simclr finetune`.
 
     Args:
         run: Where training begins: a run, an encoder's folder, timm/NAME, torchvision/NAME, or random.
         data: Labelled images.
-        out: Folder of the training and of the classifier; a call that was stopped goes on when it is made again.
+        out: Folder of the training and of the classifier; the same call continues a training that was stopped.
         options: Of the command (`Finetune`), such as `labels="10/class"`, and of the training (`FinetuneConfig`).
     """
     from simclr.tasks.finetune import finetune as task
@@ -79,12 +79,12 @@ def finetune(run: "Run | Place", data: Place, *, out: Place, **options: Any) -> 
 
 
 def distill(teacher: "Run | Place", data: Place, *, out: Place, **options: Any) -> "Run":
-    """Let a student learn a classifier's probabilities on images without labels, as `simclr distill`.
+    """Distil a classifier into a student on unlabelled images, as `simclr distill`.
 
     Args:
         teacher: A fine-tuned, distilled or imported classifier, timm/NAME or torchvision/NAME.
         data: Images to learn on.
-        out: Folder of the run; a call that was stopped goes on when it is made again.
+        out: Folder of the run; the same call continues a training that was stopped.
         options: Of the command (`Distill`), such as `encoder="small"`, and of the training (`DistillConfig`).
     """
     from simclr.tasks.distill import distill as task

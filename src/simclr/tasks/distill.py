@@ -156,7 +156,7 @@ def _open_images(options: "Distill", teacher: Model, world: DistributedContext) 
         train = replace(train, labels=labels)
         say(f"Labels of {len(chosen):,} images count beside the teacher.", main=world.is_main)
     if test is None or test.labels is None or not (test.labels >= 0).any():
-        say(f"{train.name} brings no labelled test images: nothing is tested at the end.", main=world.is_main)
+        say(f"{train.name} has no labelled test images: teacher and student are not tested.", main=world.is_main)
         return train, None
     if not options.test:
         return train, None

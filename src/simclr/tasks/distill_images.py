@@ -80,8 +80,9 @@ def distill_images(
         execution: Processes and folder, which is required; no progress is called.
 
     Raises:
-        UserError: Images, networks and settings do not go together, or memory, disk or the loss gave out.
-        Stopped: A signal asked to stop; called again with the same folder, the training goes on.
+        UserError: Images, networks and settings do not go together, memory or disk are full, or the loss is not
+            finite.
+        Stopped: A signal asked to stop; called again with the same folder, the training continues.
     """
     world, run = execution.world or DistributedContext(), execution.run
     assert run is not None, "the student is published there"

@@ -76,7 +76,9 @@ def evaluate(options: "Evaluate", overrides: Callable[[FinetuneConfig], Finetune
         except Stopped as stopped:
             folder = results_folder(options)
             kept = (
-                f"what is done is in {folder}: the same command goes on" if folder else "nothing is kept without --out"
+                f"results are in {folder}, and the same command continues"
+                if folder
+                else "without --out no result is stored"
             )
             raise Stopped(f"Stopped; {kept}.", stopped.signal) from None
 

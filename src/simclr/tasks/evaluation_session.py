@@ -98,7 +98,7 @@ class Session:
         folder = results_folder(options)
         store = ResultStore(folder / "results.jsonl" if folder else None, world)
         if folder is not None and not world.broadcast(_can_be_made(folder, world)):
-            say(f"{folder} cannot be written: nothing is kept there; --out names another folder.", main=world.is_main)
+            say(f"{folder} cannot be written: no results are stored; --out names another folder.", main=world.is_main)
             folder = None
         return cls(
             options=options, protocols=protocols, train=train, test=test, like=like, preprocessing=preprocessing,
@@ -132,11 +132,11 @@ class Session:
                     makes_sense(protocol, subject, subjects[0]) for subject in subjects
                 ):
                     raise UserError(
-                        f"The protocol {protocol} trains a network, and {self.options.run} brings none to train; give "
+                        f"The protocol {protocol} trains a network, and {self.options.run} has none to train; give "
                         "a run's folder, timm/NAME or torchvision/NAME (supervised takes random too)."
                     )
         if self.folder is None and set(self.protocols) & LONG:
-            self.tell("Results are kept for a second call only with --out FOLDER, or where RUN is a pretraining run.")
+            self.tell("Results are stored for later calls only with --out FOLDER, or if RUN is a pretraining run.")
 
     def unfinished(self) -> dict[str, TrainingProgress]:
         """The subjects whose training had not reached its end, by name."""

@@ -4,7 +4,7 @@ FOLDER/
   encoder/        what `simclr.load(FOLDER).classify` reads
   evaluation/     results.jsonl: the accuracies as results
   summary.json    settings, accuracies, and what they have to beat; written at the end
-  run.json, config.json, checkpoints/, metrics.jsonl, timing.jsonl   as of any run: `simclr resume FOLDER` goes on
+  run.json, config.json, checkpoints/, metrics.jsonl, timing.jsonl   as of any run: `simclr resume FOLDER` continues
 """
 
 from dataclasses import asdict
@@ -167,7 +167,7 @@ def _results(
         MAJORITY: store.get(majority_key(split), of_frequencies, about_split(MAJORITY, split)),
     }
     if (len(split.train) + len(split.test)) * 4 * pixels.channels * pixels.size**2 > PIXELS_MOST:
-        say("Raw pixels are left out beside it: so many images would take too much memory.")
+        say("kNN on raw pixels is left out: so many images would take too much memory.")
         return results
     context = EvaluationContext(store=store, world=DistributedContext(device=device))
     return results | {RAW_PIXELS: measure_one("knn", pixels, split, network.seed, Settings(), context)}
@@ -190,7 +190,7 @@ def _tell(
     print(f"Test accuracy of {options.run}, trained on {len(split.train):,} labels, in %:")
     for name, value in accuracy.items():
         print(f"  {name:<32}{100 * value:5.1f}")
-    print("Beside it, top-1:")
+    print("Baselines, top-1:")
     for name, value in baselines.items():
         print(f"  {name:<32}{100 * value:5.1f}")
     worst = sorted(by_class, key=lambda name: by_class[name])[: WORST if len(by_class) > NAMED_MOST else None]

@@ -32,8 +32,9 @@ def pretrain(options: "Pretrain", overrides: Overrides, method: type[Method] | N
         method: A class of the caller's; None: what the settings name.
 
     Raises:
-        UserError: Images, settings and folder do not go together, or memory, disk or the loss gave out.
-        Stopped: A signal asked to stop; `simclr resume` goes on.
+        UserError: Images, settings and folder do not go together, memory or disk are full, or the loss is not
+            finite.
+        Stopped: A signal asked to stop; `simclr resume` continues.
     """
     out = options.out or Path("runs") / Path(options.data).resolve().stem.replace(":", "-")
     run = RunFolder(out)

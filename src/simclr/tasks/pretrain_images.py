@@ -116,7 +116,7 @@ def pretrain_images(
         progress: As of `fit`.
 
     Raises:
-        Stopped: A signal asked to stop; `simclr resume` goes on.
+        Stopped: A signal asked to stop; `simclr resume` continues.
         UserError: Images and settings do not go together, another process writes the run, or memory, disk or the loss
             gave out.
     """
@@ -320,7 +320,7 @@ def data_record(images: Images, source: str, options: dict[str, Any]) -> dict[st
 
 
 def same_data(images: Images, origin: dict[str, Any], run: Path, *, main: bool = True) -> None:
-    """Refuse to go on with other images than the run began with."""
+    """Reject other images than those that the run was started with."""
     saved = str(origin["data"]["fingerprint"])
     first = not saved.startswith(SCHEME)
     if first:

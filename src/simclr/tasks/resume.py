@@ -1,4 +1,4 @@
-"""`simclr resume RUN`: go on with a training from its newest good checkpoint, whatever its method."""
+"""`simclr resume RUN`: resume a training from its newest intact checkpoint, whatever its method."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -72,8 +72,8 @@ def _refuse_changes(run: RunFolder, overrides: Overrides) -> None:
     if changed:
         what = ", ".join(f"--{n.replace('_', '-')} from {getattr(saved, n)} to {getattr(config, n)}" for n in changed)
         raise UserError(
-            f"Changing {what} would change the result of {run.path}; leave it out to go on as the run began, or start "
-            "a new run with --recipe " + str(run.path / "config.json") + "."
+            f"Changing {what} would change the result of {run.path}; leave it out to continue as started, or "
+            "start a new run with --recipe " + str(run.path / "config.json") + "."
         )
 
 
@@ -97,7 +97,7 @@ def _resume_pretraining(run: RunFolder, options: "Resume", overrides: Overrides,
 def _resume_task(run: RunFolder, options: "Resume", overrides: Overrides) -> None:
     record = run.origin.get("task")
     if record is None or record["name"] not in TASKS:
-        raise UserError(f"{run.path} is a training of an evaluation; the same `simclr evaluate` as before goes on.")
+        raise UserError(f"{run.path} is a training of an evaluation; the same `simclr evaluate` command continues it.")
     kind, job = (getattr(import_module(place.split(":")[0]), place.split(":")[1]) for place in TASKS[record["name"]])
     given = record["options"] | {"out": str(run.path)}
     if options.data:

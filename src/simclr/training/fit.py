@@ -65,8 +65,9 @@ def fit(
             standard error.
 
     Raises:
-        Stopped: A signal asked to stop; what was trained is saved, and a call with the same arguments goes on.
-        UserError: The folder holds another training, another process writes it, or memory, disk or the loss gave out.
+        Stopped: A signal asked to stop; what was trained is saved, and a call with the same arguments continues.
+        UserError: The folder holds another training, another process writes it, memory or disk are full, or the loss is
+            not finite.
     """
     with hold(run.path, world):
         # 1. One folder: made now, when all else is known to be good, or known to hold this very training.
@@ -87,7 +88,7 @@ def fit(
                 raise UserError(task.out_of_memory) from None
         # 5. A signal, even one during the last step: whatever would follow the training must not begin.
         if outcome.signal is not None:
-            saved = f", saved; {run.resuming} goes on" if run.lasting else ""
+            saved = f", saved; {run.resuming} continues" if run.lasting else ""
             raise Stopped(f"Stopped at step {outcome.step}{saved}.", outcome.signal)
         return outcome
 
@@ -108,7 +109,7 @@ def _displayed(
     if progress is not None:
         yield StepCallback(progress, task.total_steps) if callable(progress) else progress
         return
-    say(f"Going on from step {start} of {task.total_steps}.", main=world.is_main and start > 0)
+    say(f"Resuming at step {start} of {task.total_steps}.", main=world.is_main and start > 0)
     formats = task.method.metric_formats
     with Progress(task.total_steps, start, task.views_per_step, formats=formats, main=world.is_main) as bar:
         yield bar

@@ -187,7 +187,7 @@ def restore(task: Task, run: RunFolder, world: DistributedContext) -> int:
         processes = _load(task, state, f"The checkpoint of step {start} in {run.checkpoints}")
         if processes != world.size:
             say(
-                f"The run was trained by {processes} processes and goes on with {world.size}: the same up "
+                f"The run was trained by {processes} processes and continues with {world.size}: the same up "
                 "to rounding, not bit for bit.",
                 main=world.is_main,
             )

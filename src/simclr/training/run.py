@@ -124,7 +124,7 @@ class RunFolder:
         config = self.path / "config.json"
         if config.exists() and not _is_leftover(config):
             raise UserError(
-                f"{self.path} already holds a run; `simclr resume {self.path}` goes on with it, and another --out "
+                f"{self.path} already holds a run; `simclr resume {self.path}` continues it, and another --out "
                 "starts a new one."
             )
         if self.path.exists() and not (self.path.is_dir() and all(map(_is_leftover, self.path.iterdir()))):

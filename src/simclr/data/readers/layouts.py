@@ -123,7 +123,7 @@ def _listing(name: str, place: Path, layout: Layout) -> Listing:
 def _place(name: str, folder: Path | None, layout: Layout) -> Path:
     if folder is None:
         raise UserError(
-            f"{name} is read from a folder of yours and not downloaded: write {name}:FOLDER; {layout.laid_out}."
+            f"{name} is read from a local folder and not downloaded: write {name}:FOLDER; {layout.laid_out}."
         )
     places = [folder / place for place in layout.places]
     for place in places:

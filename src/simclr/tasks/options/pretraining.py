@@ -11,7 +11,7 @@ from simclr.config.pretrain import PretrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Say before a run what fits the memory, how long it takes and how much disk, from a few measured steps.
+    """Estimate memory, time and disk space of a pretraining run from a few measured steps.
 
     Takes the settings of `simclr pretrain`, and trains a few steps on the images in well under a minute. Neither a run
     nor a pack is written; images that an existing pack holds are read from it.
@@ -24,7 +24,7 @@ class Plan:
     """As in `simclr pretrain`."""
 
     memory_budget: str | None = None
-    """What training may take of the device's memory (of a process), such as 2GB; unset: nearly all that is free."""
+    """Device memory that each process may use for training, such as 2GB; unset: nearly all that is free."""
 
     json: Path | None = None
     """Also write the plan to this file."""
@@ -34,66 +34,68 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain:
-    """Learn an encoder from unlabelled images.
+    """Pretrain an encoder on unlabelled images.
 
     DATA is a folder of images at any depth, an .npz file with `x` (and `y`), or one of: digits, fashion-mnist, cifar10,
     cifar100, stl10, svhn (NAME:FOLDER if its files are in FOLDER). Settings that no flag gives come from the recipe;
-    the defaults below are those without one. Several processes: `torchrun --nproc-per-node K -m simclr pretrain ...`.
+    the defaults below apply without a recipe. Several processes: `torchrun --nproc-per-node K -m simclr pretrain ...`.
     """
 
     data: Positional[Annotated[str, arg(metavar="DATA")]]
     """Folder, .npz file or name of the images."""
 
     out: Path | None = None
-    """Folder of the run; unset: runs/NAME of the data."""
+    """Folder of the run; unset: runs/NAME, after the name of the data."""
 
     recipe: str | None = None
-    """Where the settings start from: a name (see `simclr recipes`) or a config.json; unset: chosen for the data."""
+    """Recipe whose settings the flags replace: a name (see `simclr recipes`) or a config.json; unset: chosen by the
+    data."""
 
     strict: bool = False
     """Stop at the first image that cannot be read, instead of leaving it out."""
 
     labels_file: Path | None = None
-    """CSV of path,label lines for a folder of images; only for the kNN check, training uses no label."""
+    """CSV file with lines path,label for a folder of images. Labels are used by the kNN check, never by the
+    training."""
 
     pack: str = "auto"
-    """Where a folder's images are kept decoded, for all runs: a folder, off, or auto: the user's cache folder, if
-    decoding is slow."""
+    """Where decoded copies of a folder's images are stored for all runs (a pack): a folder, off, or auto: the user's
+    cache folder, if decoding is slow."""
 
     pack_side: int | None = None
-    """Shrink images whose shorter side is longer to this many pixels, once; unset: every pixel is kept."""
+    """Shorter side, in pixels, to which larger images are shrunk before views are made; unset: they are not shrunk."""
 
     memory_budget: str | None = None
-    """What training may take of the device's memory (of a process), such as 2GB; unset: nearly all that is free."""
+    """Device memory that each process may use for training, such as 2GB; unset: nearly all that is free."""
 
     config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resume:
-    """Go on with a run from its newest good checkpoint, to the same bits as if it had never stopped.
+    """Resume a run from its newest intact checkpoint; the result has the same bits as that of an uninterrupted run.
 
-    All settings are those that the run began with. Only --workers, --save-every, --max-checkpoints and --knn-every may
-    differ; any other flag would change the result and is refused.
+    The settings are those that the run was started with. Only --workers, --save-every, --max-checkpoints and
+    --knn-every may be given; any other setting would change the result and is rejected.
     """
 
     run: Positional[Annotated[Path, arg(metavar="RUN")]]
     """Folder of the run."""
 
     data: str | None = None
-    """Where the images are now, if they have moved."""
+    """New place of the images, if they have moved."""
 
     pack: str | None = None
-    """Where a folder's images are kept decoded, as in `simclr pretrain`; unset: as the run began. Changes no pixel."""
+    """Where decoded images are stored, as in `simclr pretrain`; unset: as at the start of the run. Changes no pixel."""
 
     config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Views:
-    """Draw rows of images with their views, to look at the policy before spending a night on it.
+    """Draw images and random views of them, to check the augmentation before a long run.
 
-    Takes the flags of `simclr pretrain`; those of size, colour, crop, flip and blur make a difference.
+    Takes the settings of `simclr pretrain`; those of size, colour, crop, flip and blur change the picture.
     """
 
     data: Positional[Annotated[str, arg(metavar="DATA")]]
@@ -109,10 +111,10 @@ class Views:
     """As in `simclr pretrain`."""
 
     images: int = 8
-    """Rows."""
+    """Number of images, one per row."""
 
     columns: int = 8
-    """Views of each image."""
+    """Number of views per image."""
 
     config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
 
@@ -122,4 +124,4 @@ class Recipes:
     """Print the recipes with their settings, command, cost and expected result."""
 
     name: Positional[str | None] = None
-    """Only this one."""
+    """Name of the recipe to print; unset: all."""

@@ -9,13 +9,13 @@ from tyro.conf import Positional, arg
 
 @dataclass(frozen=True, kw_only=True)
 class Predict:
-    """Write the class of every image, and how sure the classifier is, to a .csv or .parquet file.
+    """Classify images, and write their most probable classes and probabilities to a .csv or .parquet file.
 
-    MODEL is a folder of `simclr finetune` or `simclr import`, or any other that holds an encoder with a classifier.
-    Rows are in the order of the keys; files that cannot be read are left out and counted. However many images there
-    are, a few of them are in memory at a time. In .csv, text that a spreadsheet would run as a formula (it begins with
-    = + - @, tab or carriage return) or that begins with ' has a ' in front; take one away to have it back. .parquet has
-    text as it is.
+    MODEL is a folder of `simclr finetune` or `simclr import`, or another folder of an encoder with a classifier. Rows
+    are in the order of the keys; files that cannot be read are left out and counted. Images are read batch by batch, so
+    that memory does not grow with their number. In .csv, text that a spreadsheet would run as a formula (it begins with
+    = + - @, tab or carriage return) or that begins with ' is written with a ' in front; remove that character to
+    restore the text. In .parquet text is unchanged.
     """
 
     model: Positional[Annotated[Path, arg(metavar="MODEL")]]
@@ -25,19 +25,20 @@ class Predict:
     """Images: folder, .npz file or name; every split."""
 
     out: Path
-    """The file to write, with columns key, class, probability; one that is there is replaced at the end."""
+    """File to write, with columns key, class, probability; an existing file is replaced at the end."""
 
     top: int = 1
-    """Likeliest classes to write: class_2, probability_2 and so on beside the first."""
+    """Number of most probable classes to write: further ones in columns class_2, probability_2 and so on."""
 
     probabilities: bool = False
-    """Also one column for each class."""
+    """Also write the probability of each class to a column of its own."""
 
     pack_side: int | None = None
-    """Shrink larger images of a folder first, where the classifier was trained so."""
+    """Shorter side to which larger images of a folder are shrunk first; needed if the classifier was trained with
+    it."""
 
     batch_size: int = 256
-    """Images at a time; changes no class."""
+    """Images per batch; changes no class."""
 
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one."""
@@ -45,7 +46,7 @@ class Predict:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Decode every image of a data set and name the damaged files; exit code 1 if there are any."""
+    """Decode every image of a data set and list the damaged files; exit code 1 if there are any."""
 
     data: Positional[Annotated[str, arg(metavar="DATA")]]
     """Images: folder, .npz file or name; all parts."""
@@ -53,7 +54,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Embed:
-    """Put an encoder to work: write the features of images to an .npz file (features, keys, labels)."""
+    """Compute features of images, and write them to an .npz file (features, keys, labels)."""
 
     run: Positional[Annotated[Path, arg(metavar="RUN")]]
     """Folder of a run or of an encoder."""
@@ -62,16 +63,16 @@ class Embed:
     """Images: folder, .npz file or name."""
 
     out: Path
-    """The .npz file to write."""
+    """File to write (.npz)."""
 
     labels_file: Path | None = None
-    """CSV of path,label lines for a folder of images."""
+    """CSV file with lines path,label for a folder of images."""
 
     pack: str = "auto"
-    """Where a folder's images are kept decoded, as in `simclr pretrain`."""
+    """Where decoded images are stored, as in `simclr pretrain`."""
 
     pack_side: int | None = None
-    """Shrink larger images, as in `simclr pretrain`; unset: as the run did."""
+    """Shorter side to which larger images are shrunk, as in `simclr pretrain`; unset: as in the run."""
 
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one."""
@@ -79,80 +80,81 @@ class Embed:
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """Turn somebody else's checkpoint into an encoder's folder; needs neither TensorFlow nor the library it came from.
+    """Convert a checkpoint of another library to an encoder's folder; neither TensorFlow nor that library is needed.
 
     The authors' TensorFlow checkpoints (SimCLR v1, v2; TensorFlow 1, 2, SavedModels): encoder, projection head and
-    supervised head are taken, whatever of them is there. Files of PyTorch or safetensors (lightly, solo-learn, MoCo,
-    torchvision): the ResNet. Depth, width and stem follow from the weights; no pickle is run. `simclr evaluate OUT
-    DATA`, `simclr embed OUT DATA` and `simclr.load("OUT")` then work.
+    supervised head are imported, as far as the checkpoint has them. Of files of PyTorch or safetensors (lightly,
+    solo-learn, MoCo, torchvision) the ResNet is imported. Depth, width and stem are inferred from the weights; no
+    pickle is executed. `simclr evaluate OUT DATA`, `simclr embed OUT DATA` and `simclr.load("OUT")` accept the result.
     """
 
     checkpoint: Positional[Annotated[Path, arg(metavar="CHECKPOINT")]]
-    """TensorFlow: what the names of its files begin with, such as r50_1x_sk0/model.ckpt-250228, or their folder. Else a
+    """TensorFlow: common prefix of the files, such as r50_1x_sk0/model.ckpt-250228, or their folder. Otherwise a
     file."""
 
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
-    """The folder to write."""
+    """Folder to write."""
 
     format: Literal["auto", "tensorflow", "lightly", "solo-learn", "moco", "torchvision"] = "auto"
-    """Whose checkpoint it is; auto: found out by its files and names."""
+    """Library that wrote the checkpoint; auto: inferred from its files and names."""
 
     size: int | None = None
-    """Pixels a side of the encoder's images; unset: 32 for the small stem, 224 for the other."""
+    """Side of the encoder's images, in pixels; unset: 32 for the 3x3 stem, 224 for the 7x7 stem."""
 
     mean: tuple[float, float, float] | None = None
-    """What was subtracted from pixels in [0, 1] in training, for checkpoints of PyTorch; unset: ImageNet's, and
-    CIFAR-10's for solo-learn's small stem. Give --std too."""
+    """Mean that training subtracted from pixels in [0, 1], for checkpoints of PyTorch; unset: ImageNet's, and
+    CIFAR-10's for solo-learn's 3x3 stem. Requires --std."""
 
     std: tuple[float, float, float] | None = None
-    """What they were then divided by."""
+    """Standard deviation by which training then divided."""
 
     ema: bool = False
-    """Take the moving average that SimCLR v2's checkpoints keep beside the weights; the supervised head is left out."""
+    """Import the moving average of the weights that SimCLR v2's checkpoints contain; it has no supervised head."""
 
     head_layer: int | None = None
-    """Layers of the projection head before the supervised head; unset: what fits, 1 for SimCLR v2's checkpoints that
-    were fine-tuned on 1 % or 10 % of the labels."""
+    """Layers of the projection head under the supervised head; unset: inferred from the shapes, 1 for SimCLR v2's
+    checkpoints that were fine-tuned on 1 % or 10 % of the labels."""
 
     classes: Path | None = None
-    """Text file with the names of the supervised head's classes, one a line; unset: ImageNet's identifiers for 1,000
+    """Text file with the names of the supervised head's classes, one per line; unset: ImageNet's identifiers for 1,000
     classes, else numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Hand an encoder on: as a folder, a torchvision or timm state dict, an ONNX file, a folder for the hub.
+    """Export an encoder as a folder, a torchvision or timm state dict, an ONNX file or a folder for the hub.
 
-    What is written was loaded first and compared with the encoder; where a library's own network differs, that is said,
-    or refused. Each export says what it expects of an image, and `simclr evaluate OUT DATA` takes it.
+    Each export is loaded and compared with the encoder before it is published; if a library's own network differs, the
+    difference is reported, or the export is rejected. Each export states its preprocessing, and `simclr evaluate OUT
+    DATA` accepts it.
     """
 
     run: Positional[Annotated[Path, arg(metavar="RUN")]]
-    """Folder of a run or of an encoder; a classifier goes along."""
+    """Folder of a run or of an encoder; a classifier is exported too."""
 
     format: Literal["safetensors", "torchvision", "timm", "onnx", "hub-folder"]
-    """safetensors: an encoder's folder; torchvision, timm: a state dict of theirs; onnx: images in [0, 1] to features;
-    hub-folder: an encoder's folder with a model card written from the run."""
+    """safetensors: an encoder's folder; torchvision, timm: a state dict of that library; onnx: a graph from images in
+    [0, 1] to features; hub-folder: an encoder's folder with a model card written from the run."""
 
     out: Path
-    """Folder or file to write; of torchvision and timm .safetensors or .pth."""
+    """Folder or file to write; for torchvision and timm a file ending in .safetensors or .pth."""
 
     licence: str | None = None
-    """For the model card: an identifier such as apache-2.0; unset: none is stated."""
+    """Licence stated in the model card, as an identifier such as apache-2.0; unset: none is stated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Push:
-    """Upload a folder of `simclr export --format hub-folder` to huggingface.co; nothing else ever uploads anything."""
+    """Upload a folder of `simclr export --format hub-folder` to huggingface.co; no other command uploads anything."""
 
     folder: Positional[Annotated[Path, arg(metavar="FOLDER")]]
-    """Of files and model card."""
+    """Folder of `simclr export --format hub-folder`."""
 
     repo_id: Positional[Annotated[str, arg(metavar="REPO_ID")]]
-    """USER/NAME of the repository, made if there is none."""
+    """USER/NAME of the repository, created if it does not exist."""
 
     private: bool = False
     """Make a new repository private."""
 
     message: str = "Upload an encoder with simclr push"
-    """Of the commit."""
+    """Message of the commit."""
