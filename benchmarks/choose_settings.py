@@ -19,6 +19,10 @@ measurement of speed included by which the schedule is stretched over the steps 
 over, wherever its schedule is then. `--clock cpu` counts processor time divided by the cores instead of wall-clock
 time, for machines that are shared with other work: for screening alone.
 
+`--also-read stages1-4 stages1-4+pca` scores the trained (or random) encoder with other features too
+(`EncoderConfig.feature`), nothing trained anew; pca: standardised, then the first 128 principal components with unit
+variance, by the development images. Each is an arm of its own in file and tables, "ARM read as ...".
+
 Scores: kNN with all development labels, and the exact linear probe with 1 %, 10 % and all of them; the first two are
 means over `--draws` choices of labels, the same for all arms. A run is one JSON line; what is in the file is not run
 again. Runs of an arm and the control with the same data, seed, time and machine's processor are paired.
@@ -44,7 +48,6 @@ import numpy as np
 from PIL import Image
 
 from common import Stop, in_fresh_process, machine, print_markdown, run_ours, stretched
-from simclr.config.encoder import EncoderConfig
 from simclr.config.overrides import override
 from simclr.config.pretrain import PretrainConfig
 from simclr.config.recipes import RECIPES, fit_recipe
@@ -56,6 +59,7 @@ from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.knn import knn
 from simclr.evaluation.logistic import linear_probe
 from simclr.evaluation.subjects import BASELINE_NAMES, EvaluatedModel, open_subject
+from simclr.models.encoder import encoder_of
 from simclr.training.loop import Task
 
 HELD_OUT = {60_000: 10_000, 50_000: 5_000}
@@ -66,6 +70,7 @@ MAY_HURT = 0.005  # share of the images: half a point
 MUST_HELP = 2  # sets
 WARM_STEPS = 5
 """Steps before a measurement of speed: kernels are compiled, threads are up."""
+COMPONENTS = 128  # of PCA, the width of h in the recipe
 PROBE = 0.03  # of the time, for the measurement of speed
 PROBE_STEPS = 10  # at least
 
@@ -87,14 +92,17 @@ def main() -> None:
                 if any(key.items() <= run.items() for run in runs):
                     continue
                 print(f"{key['data']}, {name}, seed {seed}: ", end="", flush=True)
-                run = key | in_fresh_process(args.cores, run_arm, source, name, settings, seed, seconds, args)
-                run |= {"machine": machine()}
+                done, scores_of_arms = in_fresh_process(
+                    args.cores, run_arm, source, name, settings, seed, seconds, args
+                )
+                done |= {"machine": machine()}
                 args.out.parent.mkdir(parents=True, exist_ok=True)
-                with open(args.out, "a") as file:
-                    file.write(json.dumps(run) + "\n")
-                runs.append(run)
-                scores = ", ".join(f"{score} {100 * value:.1f}" for score, value in run["scores"].items())
-                print(f"{run['seconds']:.0f} s, {run['epochs']:.1f} epochs: {scores}", flush=True)
+                for arm, scores in scores_of_arms.items():
+                    runs.append(key | done | {"arm": arm, "scores": scores})
+                    with open(args.out, "a") as file:
+                        file.write(json.dumps(runs[-1]) + "\n")
+                    listed = ", ".join(f"{score} {100 * value:.1f}" for score, value in scores.items())
+                    print(f"{arm}, {done['seconds']:.0f} s, {done['epochs']:.1f} epochs: {listed}", flush=True)
     report(runs)
 
 
@@ -111,6 +119,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--draws", type=int, default=3, help="of the few labels")
     parser.add_argument("--skip-all", action="store_true", help="no linear probe with all labels, which takes minutes")
+    parser.add_argument("--also-read", nargs="+", default=[], metavar="FEATURE[+pca]", help="further features to score")
     parser.add_argument("--rows", type=int, help="only so many training images, to try the script")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/choose_settings.jsonl"))
     args = parser.parse_args()
@@ -220,16 +229,13 @@ class Clock:
 
 def run_arm(
     data: str, name: str, settings: dict[str, Any], seed: int, seconds: float, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Scores of one arm on held-out training images, and what was done for them."""
+) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """What was done for one arm, and scores on held-out training images: of the arm, and of it read otherwise."""
     clock = Clock(args.clock, args.cores, seconds)
     learn, held_out = open_parts(data, args.rows)
     config, _ = fit_recipe(RECIPES["cpu"], learn)
     config = override(config, settings | {"seed": seed, "knn_every": 0, "save_every": 10**9, "device": "cpu"})
-    shape = EncoderConfig(
-        name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=learn.channels,
-        size=config.size,
-    )  # fmt: skip
+    shape = encoder_of(config, learn.channels)
     world, cache = DistributedContext(), FeatureCache(None)
     if name in BASELINE_NAMES:
         subject = open_subject(
@@ -243,11 +249,15 @@ def run_arm(
             name=name, encoder=encoder, preprocessing=config.augmentation, size=config.size, channels=learn.channels
         )
     began = time.perf_counter()
-    scores = scores_of(subject, learn, held_out, args)
+    scores = {name: scores_of(subject, learn, held_out, args)}
+    for reading in args.also_read if subject.encoder is not None else ():
+        feature, _, whitened = reading.partition("+")
+        other = subject.read_as(feature)
+        scores[f"{name} read as {reading}"] = scores_of(other, learn, held_out, args, whitened=bool(whitened))
     return done | {
-        "scores": scores, "learn": len(learn), "held_out": len(held_out), "draws": args.draws,
+        "learn": len(learn), "held_out": len(held_out), "draws": args.draws,
         "scoring_seconds": time.perf_counter() - began, "config": asdict(config),
-    }  # fmt: skip
+    }, scores  # fmt: skip
 
 
 def train(images: Images, config: PretrainConfig, clock: Clock) -> tuple[Task, dict[str, Any]]:
@@ -286,10 +296,14 @@ def _seconds_per_step(images: Images, config: PretrainConfig, clock: Clock) -> f
     return (moments[-1] - moments[0]) / (len(moments) - 1)
 
 
-def scores_of(subject: EvaluatedModel, learn: Images, held_out: Images, args: argparse.Namespace) -> dict[str, float]:
+def scores_of(
+    subject: EvaluatedModel, learn: Images, held_out: Images, args: argparse.Namespace, *, whitened: bool = False
+) -> dict[str, float]:
     """Shares of held-out images that are told rightly."""
     assert learn.labels is not None and held_out.labels is not None
     train, queries = subject.features(learn), subject.features(held_out)  # (n, F), (m, F)
+    if whitened:
+        train, queries = pca_whitened(train, queries)
     labels, truth = learn.labels, held_out.labels
 
     def linear(rows: np.ndarray, seed: int) -> float:
@@ -302,6 +316,17 @@ def scores_of(subject: EvaluatedModel, learn: Images, held_out: Images, args: ar
     if not args.skip_all:
         scores["linear all"] = linear(np.arange(len(labels)), 0)
     return scores
+
+
+def pca_whitened(train: np.ndarray, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Standardised, then the first COMPONENTS principal components with unit variance, all by the training rows."""
+    mean, deviation = train.mean(0, dtype=np.float64), train.std(0, dtype=np.float64)
+    scale = 1 / np.maximum(deviation, 1e-6)
+    rows = ((train - mean) * scale).astype(np.float32)
+    values, vectors = np.linalg.eigh(rows.T @ rows / len(rows))
+    chosen = np.argsort(values)[::-1][:COMPONENTS]
+    basis = (vectors[:, chosen] / np.sqrt(np.maximum(values[chosen], 1e-6))).astype(np.float32)  # (F, COMPONENTS)
+    return rows @ basis, ((queries - mean) * scale).astype(np.float32) @ basis
 
 
 # --- the rule ---------------------------------------------------------------------------------------------------------

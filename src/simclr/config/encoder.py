@@ -14,6 +14,11 @@ from simclr.errors import UserError, shown
 TIMM, TORCHVISION = "timm/", "torchvision/"
 Stem = Literal["auto", "cifar", "strided", "imagenet"]
 STEMS: tuple[Stem, ...] = get_args(Stem)
+Feature = Literal["h", "stage4", "stages3-4", "stages1-4"]
+FEATURES: tuple[Feature, ...] = get_args(Feature)
+STAGES_READ: dict[Feature, int] = {"stage4": 1, "stages3-4": 2, "stages1-4": 4}
+"""Features on grids -> last stages of a ResNet that they are read from."""
+GRID = 4  # cells a side, at most, that a stage's feature map is averaged to
 CIFAR_STEM_UP_TO = 32  # pixels; the authors' run.py takes the small stem at and below this size
 
 
@@ -88,8 +93,10 @@ class EncoderConfig:
     stem_relu: bool = True
     """Of an imported torchvision ResNet's cifar stem: whether a ReLU follows; lightly's CIFAR-10 example loses it."""
 
-    feature: Literal["h"] = "h"
-    """Where features are taken: h, after the global average pool (SimCLR section 2.1)."""
+    feature: Feature = "h"
+    """What the encoder returns and the head reads: h, after the global average pool (SimCLR section 2.1); or feature
+    maps of a ResNet's stages, which keep positions, averaged to at most 4 x 4 cells and put side by side: of the last
+    stage (stage4), the last two or all four. The weights are the same."""
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -120,8 +127,13 @@ class EncoderConfig:
                 f"{self.name} with the {self.stem} stem was given stem_padding {self.stem_padding} and stem_relu "
                 f"{self.stem_relu}; only the cifar stem of a torchvision ResNet has other than 1 and true."
             )
-        if not isinstance(self.feature, str) or self.feature != "h":
-            raise UserError(f"The feature layer was {_value(self.feature)}; it must be h, the encoder's output.")
+        if not isinstance(self.feature, str) or self.feature not in FEATURES:
+            raise UserError(f"The features were {_value(self.feature)}; they must be one of {', '.join(FEATURES)}.")
+        if self.feature != "h" and self.is_external:
+            raise UserError(
+                f"{self.name} was given the features {self.feature}; they are read from the stages of our ResNets, "
+                "such as resnet18, and of others h alone."
+            )
         self._check_normalisation()
 
     @property
@@ -140,6 +152,13 @@ class EncoderConfig:
         if self.stem == "auto":
             return "cifar" if self.size <= CIFAR_STEM_UP_TO else "imagenet"
         return self.stem
+
+    @property
+    def grids(self) -> tuple[int, ...]:
+        """Cells a side of the feature maps that features are read from, first stage first; empty for h."""
+        halvings = {"cifar": 0, "strided": 1, "imagenet": 2}[self.resolved_stem]
+        sides = [math.ceil(self.size / 2 ** (halvings + stage)) for stage in range(4)]  # of a ResNet's four stages
+        return () if self.feature == "h" else tuple(min(GRID, s) for s in sides[-STAGES_READ[self.feature] :])
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as plain JSON values."""

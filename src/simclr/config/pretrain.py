@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from simclr.config.deprecated import FIELDS, rename_settings
+from simclr.config.encoder import Feature
 from simclr.config.training import FREE_ON_RESUME, TrainingConfig
 from simclr.errors import UserError
 from simclr.files import write_atomically
@@ -85,6 +86,10 @@ class PretrainConfig(TrainingConfig):
 
     sk: bool = False
     """Selective kernels, and ResNet-D's stem and shortcuts, as in SimCLR v2; ResNets only."""
+
+    feature: Feature = "h"
+    """What the head reads and the encoder returns: h, the average over the image as in the paper, or feature maps of
+    stage4, stages3-4 or stages1-4 on grids of at most 4 x 4, which keep positions; our ResNets only."""
 
     head: Literal["none", "linear", "nonlinear"] = "nonlinear"
     """Projection head between the encoder and the loss (section 4.2)."""

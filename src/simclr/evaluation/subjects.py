@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from simclr.config.encoder import TIMM, TORCHVISION, EncoderConfig
+from simclr.config.encoder import TIMM, TORCHVISION, EncoderConfig, Feature
 from simclr.data.images import Images, fit_channels
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
@@ -23,7 +23,7 @@ from simclr.evaluation.hog import HogFeatures
 from simclr.evaluation.keys import features_key
 from simclr.evaluation.patches import MAX_PATCHES_SIDE, PatchFeatures
 from simclr.evaluation.results import name_of
-from simclr.models.encoder import Encoder, build_encoder
+from simclr.models.encoder import Encoder, build_encoder, read_as
 from simclr.models.heads import ProjectionHead
 from simclr.models.inference import extract, outputs, pixels_of
 from simclr.training.progress import counting
@@ -101,6 +101,17 @@ class EvaluatedModel:
     def _hand_made_network(self) -> nn.Module | None:
         """On the device where the work is to be done."""
         return None if self.hand_made is None else self.hand_made.network(self.world).to(self.world.device)
+
+    def read_as(self, feature: Feature) -> "EvaluatedModel":
+        """The same weights with other features; without the head, which reads the features that it was trained on.
+
+        Raises:
+            UserError: The encoder has h alone.
+        """
+        assert self.encoder is not None
+        if feature == self.encoder.config.feature:
+            return self
+        return replace(self, encoder=read_as(self.encoder, feature), head=None)
 
     @property
     def description(self) -> str:

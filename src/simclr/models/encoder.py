@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from simclr.config.encoder import RESNETS, TIMM, TORCHVISION, EncoderConfig
+from simclr.config.encoder import MAX_CHANNELS, RESNETS, TIMM, TORCHVISION, EncoderConfig, Feature
+from simclr.config.pretrain import PretrainConfig
 from simclr.errors import UserError
 from simclr.models.init import seeded
 from simclr.models.resnet import ResNet
@@ -71,6 +72,31 @@ class Encoder(nn.Module):
             )
 
 
+def encoder_of(config: PretrainConfig, channels: int) -> EncoderConfig:
+    """Description of the encoder that settings of pretraining ask for.
+
+    Raises:
+        UserError: The settings do not go together.
+    """
+    return EncoderConfig(
+        name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=channels, size=config.size,
+        feature=config.feature,
+    )  # fmt: skip
+
+
+def read_as(encoder: Encoder, feature: Feature) -> Encoder:
+    """The encoder with the same weights and other features (`EncoderConfig.feature`), on its device.
+
+    Raises:
+        UserError: It is no ResNet of ours.
+    """
+    if feature == encoder.config.feature:
+        return encoder
+    other = build_encoder(replace(encoder.config, feature=feature))
+    other.load_state_dict(encoder.state_dict())
+    return other.to(next(encoder.parameters()).device).train(encoder.training)
+
+
 def build_encoder(config: EncoderConfig, *, seed: int = 0, pretrained: bool = False) -> Encoder:
     """The encoder of `config`, on the CPU, initialised from `seed` without touching torch's global generator.
 
@@ -91,7 +117,13 @@ def build_encoder(config: EncoderConfig, *, seed: int = 0, pretrained: bool = Fa
         raise UserError(f"There are no pretrained weights for {config.name}; take a timm model, such as timm/resnet50.")
     with seeded(seed, "encoder"):
         backbone = ResNet(
-            RESNETS[config.name], width=config.width, stem=config.resolved_stem, channels=config.channels, sk=config.sk
+            RESNETS[config.name], width=config.width, stem=config.resolved_stem, channels=config.channels, sk=config.sk,
+            grids=config.grids,
+        )  # fmt: skip
+    if backbone.num_features > MAX_CHANNELS:
+        raise UserError(
+            f"{config.name} of width {config.width:g} has {backbone.num_features:,} features of {config.feature}, more "
+            f"than the {MAX_CHANNELS:,} that can be read; take fewer stages."
         )
     return Encoder(config, backbone, backbone.num_features)
 

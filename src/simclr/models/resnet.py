@@ -16,6 +16,7 @@ Shapes: B images, C channels, H x W pixels.
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -26,7 +27,7 @@ from simclr.models.selective_kernel import AveragePool, SelectiveKernel
 
 
 class ResNet(nn.Module):
-    """Images to features h, (B, C, H, W) -> (B, num_features), by a global average pool.
+    """Images to features, (B, C, H, W) -> (B, num_features): h by a global average pool, or feature maps on grids.
 
     Initialised from torch's global generator; `build_encoder` gives it a seed. With `recompute` set, backward has
     only the inputs of stem and blocks to go by and computes the rest again, one block at a time.
@@ -38,6 +39,8 @@ class ResNet(nn.Module):
             (imagenet).
         channels: Of the input.
         sk: Selective kernels and ResNet-D.
+        grids: Cells a side that the maps of the last stages are averaged to, the earliest of these stages first
+            (`EncoderConfig.grids`); empty: h.
     """
 
     recompute = False
@@ -50,12 +53,14 @@ class ResNet(nn.Module):
         stem: Stem = "imagenet",
         channels: int = 3,
         sk: bool = False,
+        grids: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         width = width * shape.width
         self.stem = _stem(stem, channels, int(64 * width), sk=sk)
         self.groups = nn.Sequential()
         in_channels = int(64 * width)
+        channels_of_stages = []
         for index, num_blocks in enumerate(shape.blocks):
             inner = 64 * 2**index * width  # not yet whole: the authors cut each convolution's own count
             group = nn.Sequential()
@@ -64,17 +69,36 @@ class ResNet(nn.Module):
                 group.append(_block(shape.bottleneck, in_channels, inner, stride=stride, project=block == 0, sk=sk))
                 in_channels = int(4 * inner) if shape.bottleneck else int(inner)
             self.groups.append(group)
-        self.num_features = in_channels
+            channels_of_stages.append(in_channels)
+        self.grids = grids
+        read = zip(channels_of_stages[-len(grids) :], grids, strict=True) if grids else [(in_channels, 1)]
+        self.num_features = sum(channels * side * side for channels, side in read)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, num_features)."""
-        if self.recompute and self.training:
-            x = checkpoint(self.stem, x, use_reentrant=False)
-            for block in (block for group in self.groups for block in group.children()):
-                x = checkpoint(block, x, use_reentrant=False)
-        else:
-            x = self.groups(self.stem(x))
-        return x.mean((2, 3))  # from (B, num_features, H/32, W/32) with the imagenet stem; H/16 strided, H/8 cifar
+        maps = self._last_maps(x)
+        if not self.grids:
+            return maps[-1].mean((2, 3))  # from (B, num_features, H/32, W/32); H/16 with a strided stem, H/8 cifar
+        return torch.cat([_on_grid(map_, side) for map_, side in zip(maps, self.grids, strict=True)], dim=1)
+
+    def _last_maps(self, x: Tensor) -> list[Tensor]:
+        """Feature maps (B, C', H', W') of the stages that are read, the earliest first."""
+        maps: list[Tensor] = []
+        again = self.recompute and self.training
+        x = checkpoint(self.stem, x, use_reentrant=False) if again else self.stem(x)
+        for group in self.groups:
+            if again:
+                for block in group.children():
+                    x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = group(x)
+            maps = [*maps, x][-max(1, len(self.grids)) :]
+        return maps
+
+
+def _on_grid(x: Tensor, side: int) -> Tensor:
+    """Means of side x side cells of a feature map: (B, C, H, W) -> (B, C * side * side)."""
+    return (x if x.shape[2:] == (side, side) else F.adaptive_avg_pool2d(x, side)).flatten(1)
 
 
 class Block(nn.Module):

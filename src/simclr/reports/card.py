@@ -19,9 +19,9 @@ PAPERS = {
 """Methods of the package, as the card cites them."""
 
 SETTINGS = (
-    "method", "encoder", "width", "stem", "sk", "head", "head_layers", "head_dim", "head_norm", "queue", "ema", "size",
-    "augmentation", "strength", "crop_min", "flip", "jitter", "grayscale", "blur", "loss", "temperature", "optimizer",
-    "lr", "lr_scaling", "weight_decay", "epochs", "batch_size", "global_bn", "seed",
+    "method", "encoder", "width", "stem", "sk", "feature", "head", "head_layers", "head_dim", "head_norm", "queue",
+    "ema", "size", "augmentation", "strength", "crop_min", "flip", "jitter", "grayscale", "blur", "loss", "temperature",
+    "optimizer", "lr", "lr_scaling", "weight_decay", "epochs", "batch_size", "global_bn", "seed",
 )  # fmt: skip
 """Settings of pretraining that the card lists."""
 

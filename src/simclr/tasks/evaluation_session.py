@@ -29,6 +29,7 @@ from simclr.evaluation.subjects import (
     require_model,
     subject_of,
 )
+from simclr.models.encoder import encoder_of
 from simclr.tasks.opening import DataOptions, open_parts, require_writable, side_of
 from simclr.training.progress import say
 from simclr.training.run import RunFolder
@@ -89,10 +90,16 @@ class Session:
             train, test = open_parts(source, world, _data_options(options, source))
         cache, opened = open_cache(options.cache), {}
         if model is not None:
-            like, preprocessing = model.encoder.config, model.preprocessing
-            opened[options.run, None] = subject_of(model, options.run, cache=cache, world=world)
+            subject = subject_of(model, options.run, cache=cache, world=world)
+            if options.feature != "auto":
+                subject = subject.read_as(options.feature)
+            assert subject.encoder is not None
+            like, preprocessing = subject.encoder.config, model.preprocessing
+            opened[options.run, None] = subject
         else:
             like, preprocessing = _shape(options, train, world)
+            if options.feature != "auto":
+                like = replace(like, feature=options.feature)
         if test is None:
             _warn_if_seen(run, train, world)
         folder = results_folder(options)
@@ -281,11 +288,7 @@ def _shape(options: "Evaluate", images: Images, world: DistributedContext) -> tu
     if options.run in BASELINE_NAMES:
         recipe, _ = choose_recipe(images, on_gpu=world.device.type == "cuda")
         config, _ = fit_recipe(recipe, images)
-        shape = EncoderConfig(
-            name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=images.channels,
-            size=config.size,
-        )  # fmt: skip
-        return shape, config.augmentation
+        return encoder_of(config, images.channels), config.augmentation
     return EncoderConfig(name=options.run, channels=3, size=options.size), "torchvision"
 
 

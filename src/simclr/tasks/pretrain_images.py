@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from simclr.config.encoder import EncoderConfig
 from simclr.config.pretrain import PretrainConfig
 from simclr.config.records import versioned
 from simclr.data.fingerprint import SCHEME, first_scheme
@@ -25,7 +24,7 @@ from simclr.methods import find_method, method_name
 from simclr.methods.method import Method
 from simclr.models.activation_checkpointing import checkpoint_blocks
 from simclr.models.batchnorm import set_global_batch_norm, track_once
-from simclr.models.encoder import Encoder, build_encoder
+from simclr.models.encoder import Encoder, build_encoder, encoder_of
 from simclr.models.heads import ProjectionHead
 from simclr.models.inference import extract
 from simclr.training.batches import Batch, Inputs, make_batches
@@ -65,7 +64,7 @@ def policy_of(config: PretrainConfig, channels: int) -> Policy:
 
 def check_settings(config: PretrainConfig, world: DistributedContext, method: type[Method] | None = None) -> None:
     """Fail before any image is read where a setting alone is wrong."""
-    EncoderConfig(name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=3, size=config.size)
+    encoder_of(config, channels=3)
     policy_of(config, channels=3)
     precision_of(config.precision, world)
     method = method or find_method(config.method)
@@ -233,10 +232,7 @@ def build_method(
 ) -> Method:
     """Encoder and loss, on the device of this process."""
     kind = kind or find_method(config.method)
-    encoder_config = EncoderConfig(
-        name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=channels, size=config.size,
-    )  # fmt: skip
-    encoder = build_encoder(encoder_config, seed=config.seed)
+    encoder = build_encoder(encoder_of(config, channels), seed=config.seed)
     with torch.random.fork_rng([]):  # weights that a method draws from torch's generator depend on the seed alone
         torch.manual_seed(config.seed % 2**63)
         method = kind.build(encoder, config, world)

@@ -94,6 +94,8 @@ def _difference(library: str, config: EncoderConfig) -> str | None:
     title, same = library.rstrip("/"), COUNTERPARTS[library]
     if config.is_external:
         return f"it is {config.name}"
+    if config.feature != "h":
+        return f"its features are those of {config.feature} on grids, theirs the average of the last stage"
     if config.resolved_stem != "imagenet":
         return f"its {config.resolved_stem} stem is one 3x3 convolution, theirs 7x7 and a max-pool"
     if config.sk:
