@@ -74,6 +74,8 @@ class Plan:
     encoder: str
     encoder_parameters: int
     head_parameters: int
+    frozen_parameters: int
+    """Parameters without gradient, such as those of a momentum encoder."""
     size: int
     batch_size: int
     epochs: int
@@ -98,6 +100,7 @@ class Plan:
             f"{self.data}: {self.images:,} images, {'gray' if self.channels == 1 else 'colour'}",
             f"recipe {self.recipe}: {self.encoder} with {self.encoder_parameters:,} parameters, and "
             f"{self.head_parameters:,} in the head; views of {self.size} pixels",
+            *([f"{self.frozen_parameters:,} more parameters without gradient"] if self.frozen_parameters else []),
             f"{self.batch_size:,} images per step, {self.steps:,} steps, {self.epochs:,} epochs",
             f"{self.device}, {readable(self.budget_bytes)} of memory to spend",
             "",
@@ -174,9 +177,9 @@ def measure_plan(
         timing = _time(strategy, footprint, budget, images, config, method, world)
         strategies.append(_strategy_plan(strategy, budget, timing, images, config, method.num_views))
     first = next((strategy.name for strategy in strategies if strategy.fits), None)
-    weights = sum(p.nbytes for p in method.parameters())
+    trained = [p for p in method.parameters() if p.requires_grad]
     encoder_parameters = sum(p.numel() for p in method.encoder.parameters())
-    optimizer_state = weights * (2 if config.optimizer == "adamw" else 1)
+    optimizer_state = sum(p.nbytes for p in trained) * (2 if config.optimizer == "adamw" else 1)
     return Plan(
         data=images.name,
         images=len(images),
@@ -184,7 +187,8 @@ def measure_plan(
         recipe=recipe,
         encoder=config.encoder,
         encoder_parameters=encoder_parameters,
-        head_parameters=sum(p.numel() for p in method.parameters()) - encoder_parameters,
+        head_parameters=sum(p.numel() for p in trained) - encoder_parameters,
+        frozen_parameters=sum(p.numel() for p in method.parameters() if not p.requires_grad),
         size=config.size,
         batch_size=config.batch_size,
         epochs=config.epochs,
