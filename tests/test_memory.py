@@ -46,14 +46,14 @@ def test_the_count_of_tiny_steps_foretells_a_large_one():
         return [p.grad for p in fresh.parameters()]
 
     assert footprint.plain.at(100) / 1.15 == pytest.approx(peak_bytes(step), rel=0.05)
-    assert footprint.recompute.per_image < footprint.plain.per_image
+    assert footprint.checkpointing.per_image < footprint.plain.per_image
 
 
 # ---- which strategy
 
 FOOTPRINT = Footprint(
     weights=1000, views=10, pixels=1, projections=2, ahead=1,
-    plain=Line(fixed=100, per_image=1000), recompute=Line(fixed=100, per_image=400),
+    plain=Line(fixed=100, per_image=1000), checkpointing=Line(fixed=100, per_image=400),
 )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def test_the_first_rung_that_fits_is_chosen_with_the_largest_chunk(n, budget, na
 def test_what_fits_nowhere_is_refused_in_words():
     with pytest.raises(UserError, match=r"4,096 images, which need .* even with --memory grad-cache in chunks of 8"):
         choose(FOOTPRINT, 4096, 10_000)
-    without = replace(FOOTPRINT, recompute=None)
+    without = replace(FOOTPRINT, checkpointing=None)
     assert [strategy.name for strategy in list_strategies(without, 64, 1)] == ["plain", "grad-cache"]
 
 

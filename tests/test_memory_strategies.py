@@ -214,10 +214,12 @@ def test_recomputing_changes_no_bit(name, size):
     assert_equal(buffers(again), buffers(plain))
 
 
-def test_an_encoder_that_cannot_recompute_is_named():
+def test_an_encoder_that_cannot_checkpoint_is_named():
     encoder = build_encoder(EncoderConfig("timm/darknet17", channels=1, size=64))
     assert not can_checkpoint(encoder.backbone)
-    with pytest.raises(UserError, match="--memory was recompute, which this encoder cannot do; try cache"):
+    with pytest.raises(
+        UserError, match="--memory was checkpointing, which this encoder does not support; try grad-cache"
+    ):
         checkpoint_blocks(encoder.backbone)
 
 

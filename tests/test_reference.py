@@ -15,7 +15,7 @@ from simclr.config.schedule import learning_rate, peak_lr, warmup_steps
 from simclr.losses import contrastive_accuracy_and_entropy, nt_xent, nt_xent_dense
 from simclr.losses.nt_xent import nt_xent_streamed
 from simclr.training.optim import Lars, set_lr
-from simclr.views.params import draw
+from simclr.views.params import sample_params
 from simclr.views.policy import Policy
 from simclr.views.reference import color_jitter, gaussian_blur, grayscale
 from simclr.views.resize import crop_resize
@@ -148,7 +148,7 @@ def test_crop_boxes_have_the_same_distribution(reference: Path):
     for name in data.files:
         theirs = data[name].astype(np.float64)
         sizes = np.tile([int(side) for side in name.split("x")], (num_draws, 1))
-        params = draw(Policy.google(32), sizes, seed=0, epoch=0, indices=np.arange(num_draws), view=0)
+        params = sample_params(Policy.google(32), sizes, seed=0, epoch=0, indices=np.arange(num_draws), view=0)
         for what, ours_1d, theirs_1d in zip(
             ("area", "aspect", "y", "x"), measures(params.box), measures(theirs), strict=True
         ):

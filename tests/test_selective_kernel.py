@@ -120,7 +120,7 @@ def test_on_a_cpu_the_large_norms_run_in_our_kernels_in_channels_last(monkeypatc
         )
     network(batch(32, 3, 32, 32).to(memory_format=torch.channels_last)).sum().backward()
     assert len(layouts) == 16 and all(layouts)
-    assert by_torch and max(by_torch) < batchnorm_module.LEAST_FOR_KERNELS
+    assert by_torch and max(by_torch) < batchnorm_module.MIN_SIZE_FOR_KERNELS
 
 
 def test_recomputing_the_blocks_changes_no_bit() -> None:

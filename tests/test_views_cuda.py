@@ -17,7 +17,7 @@ from simclr.tasks.pretrain_images import _make_inputs
 from simclr.training import batches
 from simclr.views import reference, resize
 from simclr.views.device_images import DeviceImages
-from simclr.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, draw
+from simclr.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, sample_params
 from simclr.views.policy import Policy
 from simclr.views.views import eval_images, make_view, make_views
 from skips import NEEDS_GPU
@@ -54,7 +54,7 @@ def random_images(sizes: list[tuple[int, int]], channels: int = 3) -> list[np.nd
 def draws(policy: Policy, images: list[np.ndarray]) -> ViewParams:
     """With every operation that the policy has in some of the views and not in others."""
     row = np.arange(len(images))
-    drawn = draw(policy, resize.image_sizes(images), seed=3, epoch=1, indices=row, view=0)
+    drawn = sample_params(policy, resize.image_sizes(images), seed=3, epoch=1, indices=row, view=0)
     return replace(
         drawn,
         blur=(row % 2 == 0) & (policy.blur > 0),

@@ -195,9 +195,10 @@ class EncoderConfig:
             )
         if self.is_external:
             return
-        least = (2 if self.sk else 1) / (64 * RESNETS[self.name].width)  # ResNet-D's stem begins with half the channels
-        if width < least:
-            raise UserError(f"A width multiplier of {width} leaves {self.name} no channel; take at least {least}.")
+        # ResNet-D's stem begins with half the channels
+        min_width = (2 if self.sk else 1) / (64 * RESNETS[self.name].width)
+        if width < min_width:
+            raise UserError(f"A width multiplier of {width} leaves {self.name} no channel; take at least {min_width}.")
 
     def _check_normalisation(self) -> None:
         if (self.mean is None) != (self.std is None):
