@@ -40,17 +40,18 @@ from simclr.weights.folder import load, save_encoder
 COMPUTES: dict[str, list[tuple[Any, str]]] = {
     "features": [(subjects, "extract")],
     "knn": [(measure, "knn_votes")],
-    "linear": [(measure, "linear_probe"), (measure, "linear")],
+    "linear": [(measure, "linear_probe")],
     "logistic": [(measure, "logistic_probe")],
-    "finetune": [(measure, "finetune")],
-    "supervised": [(measure, "supervised")],
+    "finetune": [],
+    "supervised": [],
     "curve": [(curve, "linear_probe")],
-    "curve from scratch": [(protocols, "supervised")],
+    "curve from scratch": [(protocols, "train_subject")],
     "probe": [(protocols, "probe")],
     "label-free": [(protocols, "label_free")],
-    "transfer": [(transfer, "logistic_probe"), (grid, "finetune")],
+    "transfer": [(transfer, "logistic_probe"), (grid, "train_subject")],
 }
-"""What is counted -> the functions that compute it, where they are called from."""
+"""What is counted -> the functions that compute it, where they are called from. Trainings on labels are counted by the
+protocol that they are for (`measure._train`)."""
 
 ALL = frozenset(COMPUTES) - {"features"}
 FROM_SCRATCH = frozenset({"supervised", "curve from scratch"})
@@ -295,7 +296,14 @@ def counted() -> Iterator[dict[str, int]]:
 
         return wrapped
 
+    train = measure._train
+
+    def counting_training(protocol: str, *arguments: Any) -> Any:
+        calls[protocol] += 1
+        return train(protocol, *arguments)
+
     with ExitStack() as stack:
+        stack.enter_context(patch.object(measure, "_train", counting_training))
         for name, functions in COMPUTES.items():
             for module, attribute in functions:
                 stack.enter_context(patch.object(module, attribute, counting(name, getattr(module, attribute))))
