@@ -61,7 +61,7 @@ def authors_variables(
     Each weight has a slot of the optimiser's beside it.
     """
     generator = torch.Generator().manual_seed(seed)
-    variables: dict[str, np.ndarray] = {"global_step": np.int64(7)}
+    variables: dict[str, np.ndarray] = {"global_step": np.array(7)}
     for name, tensor in authors_names(encoder, head, classifier).items():
         with torch.no_grad():
             scale = tensor.shape[1:].numel() ** -0.5 if tensor.ndim > 1 else 0.3

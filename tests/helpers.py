@@ -5,6 +5,7 @@ import tracemalloc
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -23,6 +24,9 @@ SMALL_RUN = PretrainConfig(
     size=8, encoder="small", width=0.5, strength=0.5, batch_size=32, epochs=5, warmup_epochs=1, optimizer="lars",
     lr=0.3, log_every=3, save_every=5, max_checkpoints=2, knn_every=0.7, workers=0,
 )  # fmt: skip
+
+Value = TypeVar("Value")
+Network = TypeVar("Network", bound=nn.Module)
 
 CLASS_NAMES = ["cat", "Hund", "oiseau à plumes"]
 
@@ -48,9 +52,20 @@ def gloo_threads() -> list[str]:
     return [name for name in names if "gloo_runloop" in name]
 
 
+def known(value: Value | None) -> Value:
+    """The value, which must not be None."""
+    assert value is not None
+    return value
+
+
+def parts_of(module: nn.Module) -> Any:
+    """The module itself; torch's types do not know the names of its submodules."""
+    return module
+
+
 def final_state(run):
     """All that must be equal bit for bit, and the bytes of the records."""
-    _, state = load_newest(run.checkpoints, pytest.fail)
+    _, state = known(load_newest(run.checkpoints, pytest.fail))
     return flatten(state), run.metrics.read_bytes()
 
 
@@ -76,7 +91,7 @@ class Killed(BaseException):
     """Stands for a power cut: nothing catches it."""
 
 
-def as_trained(module: nn.Module) -> nn.Module:
+def as_trained(module: Network) -> Network:
     """Batch norm as training leaves it: no two channels alike, and no branch switched off."""
     generator = torch.Generator().manual_seed(1)
     for layer in module.modules():
@@ -84,7 +99,7 @@ def as_trained(module: nn.Module) -> nn.Module:
             for tensor, low in ((layer.weight, 0.5), (layer.bias, -0.3), (layer.running_mean, -0.3)):
                 if tensor is not None:
                     nn.init.uniform_(tensor, low, low + 0.8, generator=generator)
-            nn.init.uniform_(layer.running_var, 0.5, 1.5, generator=generator)
+            nn.init.uniform_(known(layer.running_var), 0.5, 1.5, generator=generator)
     return module.eval()
 
 
@@ -105,7 +120,7 @@ class NarrowResNet(resnet.ResNet):
         super().__init__(block, blocks)
         self.conv1 = nn.Conv2d(3, 64 // self.divisor, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64 // self.divisor)
-        self.fc = nn.Identity()
+        self.fc: nn.Module = nn.Identity()  # pyrefly: ignore[bad-override]
 
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
         if planes == 64:
@@ -113,7 +128,7 @@ class NarrowResNet(resnet.ResNet):
         return super()._make_layer(block, planes // self.divisor, blocks, stride, dilate)
 
 
-def with_random_state(model: nn.Module, seed: int = 0) -> nn.Module:
+def with_random_state(model: Network, seed: int = 0) -> Network:
     """Every number of its state random, so that none can be left out unseen."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -126,7 +141,7 @@ def with_random_state(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def peak_bytes_of(work: Callable[[], None]) -> int:
+def peak_bytes_of(work: Callable[[], object]) -> int:
     """Most bytes that Python and NumPy held at once."""
     tracemalloc.start()
     try:

@@ -6,6 +6,7 @@ tensorflow/core/protobuf/trackable_object_graph.proto.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 BOTTLENECK, BASIC = "conv_relu_dropblock_layers", "conv2d_bn_layers"
 
 
-def write_tf2(prefix: Path, variables: Mapping[str, np.ndarray], **layout: object) -> dict[str, str]:
+def write_tf2(prefix: Path, variables: Mapping[str, np.ndarray], **layout: Any) -> dict[str, str]:
     """Write a checkpoint of `variables`, and return the attributes' path of each of TF1's names.
 
     A variable's key is its path, as in a checkpoint of training.
@@ -23,7 +24,7 @@ def write_tf2(prefix: Path, variables: Mapping[str, np.ndarray], **layout: objec
     paths = attributes(variables, **layout)
     content = {paths[name] + VALUE: array for name, array in variables.items() if name in paths}
     graph = object_graph({path: path + VALUE for path in paths.values()})
-    write_bundle(prefix, content | {"_CHECKPOINTABLE_OBJECT_GRAPH": graph, "save_counter" + VALUE: np.int64(1)})
+    write_bundle(prefix, content | {"_CHECKPOINTABLE_OBJECT_GRAPH": graph, "save_counter" + VALUE: np.array(1)})
     return paths
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers import known
 from processes import run_in_processes
 from simclr.distributed import stop
 from simclr.errors import UserError
@@ -74,7 +75,7 @@ def naive(x: Tensor, layer: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Te
 def test_equals_the_naive_formula(shape: tuple[int, ...], beta: bool) -> None:
     x = example(shape).requires_grad_()
     layer = layer_for(x, beta=beta)
-    running_mean, running_var = layer.running_mean.clone(), layer.running_var.clone()
+    running_mean, running_var = known(layer.running_mean).clone(), known(layer.running_var).clone()
     expected, mean, variance = naive(x, layer)
     y = layer(x)
     close = {"rtol": 1e-10, "atol": 1e-10}
@@ -93,8 +94,9 @@ def test_inference_uses_the_running_statistics_and_keeps_them() -> None:
     layer = layer_for(x).eval()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     column = (1, 3, 1, 1)
-    expected = (x - layer.running_mean.view(column)) / torch.sqrt(layer.running_var.view(column) + 1e-5)
-    expected = expected * layer.weight.view(column) + layer.bias.view(column)
+    mean, variance = known(layer.running_mean).view(column), known(layer.running_var).view(column)
+    expected = (x - mean) / torch.sqrt(variance + 1e-5)
+    expected = expected * layer.weight.view(column) + known(layer.bias).view(column)
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
     assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
 
@@ -111,7 +113,7 @@ def test_statistics_are_fp32_under_bf16() -> None:
     x = example((64, 3, 8, 8), torch.bfloat16)
     layer = layer_for(x.float())
     expected, mean, _ = naive(x.double(), layer)
-    before = layer.running_mean.clone()
+    before = known(layer.running_mean).clone()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
@@ -197,7 +199,7 @@ def test_shards_equal_the_whole_batch(processes: int, tmp_path: Path) -> None:
     (model(images) * probe).sum().backward()
     for shard in shards:
         for key, parameter in model.named_parameters():
-            scale = parameter.grad.abs().max()
+            scale = known(parameter.grad).abs().max()
             error = (shard["ddp gradients"][key] - parameter.grad).abs().max()
             assert error <= 1e-10 * scale, f"{key}: {error / scale:.1e}"
         for key, buffer in model.named_buffers():
@@ -299,7 +301,7 @@ def test_channels_last_sums_are_accurate(shape: tuple[int, ...]) -> None:
         leaf = x.to(dtype).contiguous(memory_format=layout).detach().clone().requires_grad_()
         y = norm(leaf)
         y.backward(dy.to(dtype).contiguous(memory_format=layout))
-        found.append([y, leaf.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var])
+        found.append([y, leaf.grad, norm.weight.grad, known(norm.bias).grad, norm.running_mean, norm.running_var])
     for exact, single in zip(*found, strict=True):
         assert (single.double() - exact).norm() <= 3e-6 * exact.norm() + 1e-12
 
@@ -330,7 +332,7 @@ def test_norm_addition_and_relu_in_one_pass(shape: tuple[int, ...], added: bool,
                 y = y + inputs[1] if added else y
                 y = y.relu() if relu else y
             outputs.append(y)
-            wanted = [*inputs[: 1 + added], layer.weight, layer.bias]
+            wanted = [*inputs[: 1 + added], layer.weight, known(layer.bias)]
             gradients.append(torch.autograd.grad((y * weight.to(dtype)).sum(), wanted))
     finally:
         torch.set_num_threads(before)

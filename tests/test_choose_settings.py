@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from helpers import known
 from simclr.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -99,5 +100,5 @@ def test_the_interval_is_that_of_the_paired_t_test() -> None:
 
     differences = [0.01, 0.03, 0.025]
     expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
-    margin = choose_settings.margin_of(differences)
+    margin = known(choose_settings.margin_of(differences))
     assert (np.mean(differences) - margin, np.mean(differences) + margin) == pytest.approx(tuple(expected))

@@ -56,10 +56,12 @@ def test_every_setting_is_documented():
     documented = set()
     for kind in PretrainConfig.__mro__[:-1]:
         (definition,) = ast.parse(inspect.getsource(kind)).body
+        assert isinstance(definition, ast.ClassDef)
         documented |= {
             first.target.id
             for first, second in itertools.pairwise(definition.body)
             if isinstance(first, ast.AnnAssign)
+            and isinstance(first.target, ast.Name)
             and isinstance(second, ast.Expr)
             and isinstance(second.value, ast.Constant)
         }

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from simclr.data.images import Images, array_images
 from simclr.data.splits import label_subset
 from simclr.errors import UserError
-from simclr.evaluation.curve import Curve, labels_curve, labels_saved
+from simclr.evaluation.curve import Count, Curve, labels_curve, labels_saved
 from simclr.evaluation.results import Result
 from simclr.evaluation.split import Split
 from simclr.reports.curve import curve_table, draw_curve, needed_in_words, when_it_pays
@@ -197,7 +198,7 @@ def test_one_class_is_refused():
         labels_curve({"pixels": flat}, data, seeds=(0,), classify=nearest_mean)
 
 
-def constructed(lines: dict[str, list[float]], counts=(1, 10, 100, "all"), seeds=(0, 1)) -> Curve:
+def constructed(lines: dict[str, list[float]], counts: Sequence[Count] = (1, 10, 100, "all"), seeds=(0, 1)) -> Curve:
     """4 classes of 1,000 labels; the mean over seeds is the line, seeds lie 0.01 beside it."""
     shift = {0: -0.01, 1: 0.01}
     results = {

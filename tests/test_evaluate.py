@@ -6,6 +6,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
+from helpers import known
 from simclr.config.encoder import EncoderConfig
 from simclr.data.opening import open_data
 from simclr.errors import UserError
@@ -77,13 +78,13 @@ def test_features_do_not_depend_on_the_batch(digits):
 def test_split_is_stratified_seeded_and_the_labels_are_counted(digits):
     every = open_data("digits", split="all")
     split = split_data(every, None, seed=1)
-    counts = np.bincount(split.test.labels) / np.bincount(every.labels)
+    counts = np.bincount(known(split.test.labels)) / np.bincount(known(every.labels))
     assert np.abs(counts - 0.2).max() < 0.01
     assert not set(split.train.keys) & set(split.test.keys)
     assert split_data(every, None, seed=1).test.keys == split.test.keys
     assert split_data(every, None, seed=2).test.keys != split.test.keys
     few = split_data(*digits, seed=0, labels="2/class")
-    assert np.bincount(few.train.labels).tolist() == [2] * 10 and len(few.test) == len(digits[1])
+    assert np.bincount(known(few.train.labels)).tolist() == [2] * 10 and len(few.test) == len(digits[1])
 
 
 def test_what_cannot_be_evaluated_is_said(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torchvision import models
 
 import simclr
-from helpers import CLASS_NAMES, as_trained, random_inputs, relative_error
+from helpers import CLASS_NAMES, as_trained, known, random_inputs, relative_error
 from simclr.errors import UserError
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder
 from simclr.models.classifier import Classifier
@@ -19,7 +20,7 @@ from simclr.tasks.export import export
 from simclr.tasks.options.using import Export
 from simclr.weights.folder import save_classifier, save_encoder
 
-NORMAL = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
+NORMAL: dict[str, Any] = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
 
 
 def normalised(config: EncoderConfig, x: torch.Tensor) -> torch.Tensor:
@@ -31,7 +32,7 @@ def normalised(config: EncoderConfig, x: torch.Tensor) -> torch.Tensor:
 def run_lines(lines: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """The model that a stranger gets who types what the command printed."""
     monkeypatch.chdir(folder)
-    names: dict[str, nn.Module] = {}
+    names: dict[str, Any] = {}
     exec(lines, names)
     return names["model"]
 
@@ -85,7 +86,7 @@ def test_a_resnet_in_another_library_and_back(library, ending, size, classifier,
     assert described["load"] == printed.out.splitlines()
     theirs = run_lines(printed.out, tmp_path, monkeypatch)
     loaded = simclr.load(file)
-    again = loaded.classifier if classifier else loaded.encoder
+    again = known(loaded.classifier) if classifier else loaded.encoder
     with torch.no_grad():
         expected = network(x)
         assert relative_error(theirs(normalised(config, x)), expected) < 1e-5
@@ -118,7 +119,7 @@ def test_their_own_models_go_home(library, name, channels, size, classifier, tmp
     export(Export(run=tmp_path / "encoder", format=library, out=tmp_path / "weights"))
     theirs = run_lines(capsys.readouterr().out, tmp_path, monkeypatch)
     loaded = simclr.load(tmp_path / "weights.safetensors")
-    again = loaded.classifier if classifier else loaded.encoder
+    again = known(loaded.classifier) if classifier else loaded.encoder
     with torch.no_grad():
         assert relative_error(theirs(normalised(config, x)), network(x)) < 1e-5
         assert relative_error(again(x), network(x)) < 1e-6
@@ -146,14 +147,15 @@ def test_what_they_cannot_compute_is_refused(library: str, config: EncoderConfig
 
 def test_a_refusal_leaves_nothing_behind(tmp_path: Path) -> None:
     saved(EncoderConfig("small", channels=3, size=40), tmp_path / "encoder", classifier=False)
-    for flags, reason in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"format": "torchvision", "out": tmp_path / "w"}, "a convolution on its shortcut"),
         ({"format": "timm", "out": tmp_path / "w.onnx"}, r"writes \.safetensors or \.pth files, and --out was"),
         ({"format": "hub-folder", "out": tmp_path / "encoder"}, "holds an encoder or a run already"),
         ({"format": "safetensors", "out": tmp_path / "w.safetensors"}, "writes a folder"),
         ({"format": "safetensors", "out": tmp_path / "w", "licence": "mit"}, "model card"),
         ({"format": "onnx", "out": Path("/proc/w.onnx")}, "cannot be written"),
-    ):
+    )
+    for flags, reason in cases:
         with pytest.raises(UserError, match=reason):
             export(Export(run=tmp_path / "encoder", **flags))
     assert [path.name for path in tmp_path.iterdir()] == ["encoder"]

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from torch import nn
 
+from helpers import known
 from simclr import load
 from simclr.config.encoder import EncoderConfig
 from simclr.config.finetune import FINETUNE_RECIPES
@@ -66,13 +67,15 @@ def test_the_figures_are_those_of_the_saved_classifier(simclr, encoder, tmp_path
     assert accuracy["top-5"] == pytest.approx(top_k_accuracy_score(test.labels, probabilities, k=5))
     assert accuracy["mean per class"] == pytest.approx(balanced_accuracy_score(test.labels, predicted))
     assert summary["by_class"]["7"] == pytest.approx((predicted[test.labels == 7] == 7).mean())
-    assert beside["always the commonest class"] == pytest.approx((test.labels == 0).mean()), "five of each: the first"
+    assert beside["always the commonest class"] == pytest.approx((known(test.labels) == 0).mean()), (
+        "five of each: the first"
+    )
     assert 0.5 < beside["kNN on raw pixels"] < 1
     assert f"{100 * accuracy['top-1']:.1f}" in table and re.search(r"kNN on raw pixels +\d", table)
 
     results = {result.protocol: result for result in read_results(out / "evaluation" / "results.jsonl")[0]}
     own = results["classifier"]
-    assert own.weights == digest_of(model.classifier) and own.num_train == 50 and own.num_test == 359
+    assert own.weights == digest_of(known(model.classifier)) and own.num_train == 50 and own.num_test == 359
     assert own.metrics == {name: accuracy[METRICS[name]] for name in METRICS}
     assert results["majority"].value("top1") == beside["always the commonest class"]
     assert results["knn"].value("top1") == beside["kNN on raw pixels"] and results["knn"].subject == "pixels"

@@ -8,6 +8,7 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,7 +193,7 @@ def test_progressive_jpeg_of_many_scans_is_left_out(tmp_path: Path) -> None:
     assert list(images.keys) == ["good.jpg"]
     assert images.skipped == [("slow.jpg", "progressive JPEG of more than 100 scans at 2000 x 2000 pixels")]
     with Image.open(tmp_path / "good.jpg") as image:
-        np.testing.assert_array_equal(images.read([0])[0, ..., 0], np.asarray(image))
+        np.testing.assert_array_equal(images.read([0])[0][..., 0], np.asarray(image))
 
 
 def test_scans_are_bounded_by_the_pixels_that_they_go_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +221,7 @@ def test_only_the_first_frame_is_decoded(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (64, 64), (i, 0, 0)) for i in range(100)]
     for ending in ("png", "webp", "tiff", "gif"):
         path = tmp_path / f"a.{ending}"
-        options = {"lossless": True} if ending == "webp" else {}
+        options: dict[str, Any] = {"lossless": True} if ending == "webp" else {}
         frames[0].save(path, save_all=True, append_images=frames[1:], **options)
         pixels = decode_file(path)
         assert isinstance(pixels, np.ndarray) and pixels.shape[:2] == (64, 64) and pixels.max() == 0

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import simclr
 from bundle_writer import authors_variables, write_bundle
+from helpers import known, parts_of
 from simclr.cli.main import main
 from simclr.errors import UserError
 from simclr.models import Encoder, EncoderConfig, LinearClassifier, ProjectionHead, build_encoder
@@ -36,7 +38,8 @@ def test_authors_checkpoints(folder: Path, tmp_path: Path) -> None:
     x = torch.from_numpy(expected["x"]).permute(0, 3, 1, 2)
     with torch.no_grad():
         h = model.encoder(x)
-        ours = {"h": h, "z": model.head(h), "head_input": model.classifier.features(x), "logits": model.classifier(x)}
+        head, classifier = known(model.head), parts_of(known(model.classifier))
+        ours = {"h": h, "z": head(h), "head_input": classifier.features(x), "logits": classifier(x)}
     for key, tensor in ours.items():
         theirs = expected[f"{key}_eval"]
         assert np.linalg.norm(tensor.numpy() - theirs) < TOLERANCE * np.linalg.norm(theirs), key
@@ -109,7 +112,7 @@ def test_supervised_head_within_the_projection_head(tmp_path: Path) -> None:
     *_, variables = make("resnet10", 1 / 32, layers=3)
     images = torch.rand(2, 3, 32, 32)
     for step, asked, layer in ((751, None, 1), (3754, None, 1), (37535, None, 0), (37535, 2, 2), (751, 0, 0)):
-        write_bundle(tmp_path / "x", variables | {"global_step": np.int64(step)})
+        write_bundle(tmp_path / "x", variables | {"global_step": np.array(step)})
         found = import_tf(tmp_path, head_layer=asked)
         assert found.classifier is not None and found.head is not None and found.classifier.head_layer == layer
         with torch.no_grad():
@@ -143,7 +146,7 @@ def test_moving_average(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_what_does_not_fit(tmp_path: Path) -> None:
     *_, variables = make("resnet10", 1 / 32)
     kernel = "base_model/conv2d_3/kernel"
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         "lacks base_model/batch_normalization_3/gamma": {
             k: v for k, v in variables.items() if "zation_3/gamma" not in k
         },

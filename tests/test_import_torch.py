@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 import simclr
-from helpers import MUTATIONS, NarrowResNet, mutate_bytes, peak_bytes_of, with_random_state
+from helpers import MUTATIONS, NarrowResNet, mutate_bytes, parts_of, peak_bytes_of, with_random_state
 from simclr.errors import UserError
 from simclr.models.external.torchvision_bridge import IMAGENET
 from simclr.tasks.import_ import import_checkpoint
@@ -30,7 +30,7 @@ BASIC18 = (resnet.BasicBlock, [2, 2, 2, 2])
 
 def cifar(model: resnet.ResNet, padding: int = 1) -> resnet.ResNet:
     model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, 1, padding, bias=False)
-    model.maxpool = nn.Identity()
+    parts_of(model).maxpool = nn.Identity()
     return model
 
 
@@ -115,7 +115,7 @@ def test_torchvision_and_safetensors(tmp_path: Path, capsys: pytest.CaptureFixtu
     model = with_random_state(resnet.resnet18(num_classes=7))
     state = {name: value for name, value in model.state_dict().items() if "tracked" not in name}
     save_file(state, tmp_path / "a.safetensors")
-    model.fc = nn.Identity()
+    parts_of(model).fc = nn.Identity()
     found = same_features(model, tmp_path / "a.safetensors")
     assert found.left_out == ("fc.bias", "fc.weight") and found.encoder.config.stem == "auto"
     import_checkpoint(Import(checkpoint=tmp_path / "a.safetensors", out=tmp_path / "out", size=40))
@@ -188,7 +188,8 @@ def test_objects_beside_the_weights(
 ) -> None:
     """What training code saves along: objects of many classes, some with tensors of their own."""
     lightning = ModuleType("lightning")
-    AttributeDict = lightning.AttributeDict = type("AttributeDict", (dict,), {"__module__": "lightning"})
+    AttributeDict = type("AttributeDict", (dict,), {"__module__": "lightning"})
+    vars(lightning)["AttributeDict"] = AttributeDict
     monkeypatch.setitem(sys.modules, "lightning", lightning)
     weights = {"conv1.weight": torch.randn(4, 3, 7, 7), "bn1.bias": torch.randn(4)}
     network = nn.Linear(2, 3)

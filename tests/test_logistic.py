@@ -94,8 +94,8 @@ def test_the_gradient_vanishes_where_classes_can_be_separated():
 
 def test_a_problem_that_stops_early_says_so(clouds, monkeypatch):
     monkeypatch.setattr(lbfgs, "MAX_STEPS", 2)
-    assert not fit(*clouds, NUM_CLASSES, l2=1e-4).converged
-    assert not logistic_probe(*clouds, clouds[0], seed=0, l2_values=[1e-4, 1e-3]).converged
+    assert not fit(clouds[0], clouds[1], NUM_CLASSES, l2=1e-4).converged
+    assert not logistic_probe(clouds[0], clouds[1], clouds[0], seed=0, l2_values=[1e-4, 1e-3]).converged
 
 
 def test_permuted_classes_permute_the_coefficients(clouds):
@@ -168,8 +168,8 @@ def test_given_validation_rows_are_used_and_then_learnt_from(clouds):
     )  # fmt: skip
     assert told == sorted(told) and told[-1] == (3000, 3000) and {(1000, 3000), (2000, 3000)} <= set(told)
     assert len(told) > 6  # within the fits too
-    together = [np.concatenate(x) for x in zip((features[:200], labels[:200]), validation, strict=True)]
-    alone = logistic_probe(*together, features[300:], seed=9, l2_values=[probe.l2])
+    x, y = (np.concatenate(z) for z in zip((features[:200], labels[:200]), validation, strict=True))
+    alone = logistic_probe(x, y, features[300:], seed=9, l2_values=[probe.l2])
     assert alone.validation_scores == {}
     np.testing.assert_allclose(alone.scores, probe.scores, atol=1e-2)
     assert np.array_equal(alone.predicted, probe.predicted)

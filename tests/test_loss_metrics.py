@@ -30,7 +30,7 @@ def test_accuracy_and_entropy(views, monkeypatch, chunk):
         p /= p.sum()
         hits.append(p.argmax() == i)
         entropies.append(-sum(q * math.log(q + 1e-8) for q in p))
-    accuracy, entropy = contrastive_accuracy_and_entropy(*views, 0.2)
+    accuracy, entropy = contrastive_accuracy_and_entropy(views[0], views[1], 0.2)
     assert 0 < np.mean(hits) < 1
     assert accuracy.item() == pytest.approx(np.mean(hits), abs=1e-12)
     assert entropy.item() == pytest.approx(np.mean(entropies), rel=1e-12)
@@ -49,7 +49,7 @@ def test_accuracy_and_entropy_at_their_limits():
 def test_alignment(views, alpha):
     a, b = map(unit, views)
     expected = np.mean([np.linalg.norm(u - v) ** alpha for u, v in zip(a, b, strict=True)])
-    assert alignment(*views, alpha).item() == pytest.approx(expected)
+    assert alignment(views[0], views[1], alpha).item() == pytest.approx(expected)
     assert alignment(views[0], 3 * views[0]).item() == pytest.approx(0, abs=1e-12)
 
 

@@ -1,6 +1,7 @@
 """The table of an evaluation: what makes sense for whom, what is remembered, and that no test label leaks."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import known
 from simclr.config.encoder import EncoderConfig
 from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
 from simclr.data.opening import open_data
@@ -16,7 +18,7 @@ from simclr.errors import UserError
 from simclr.evaluation import measure as measure_module
 from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.knn import knn
-from simclr.evaluation.measure import EvaluationContext, Settings, measure, supervised_recipe
+from simclr.evaluation.measure import EvaluationContext, Protocol, Settings, measure, supervised_recipe
 from simclr.evaluation.results import ResultStore
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import EvaluatedModel, open_subject
@@ -65,7 +67,7 @@ def raising(_what: str, error: UserError):
 def run(
     split: Split,
     opened: list[EvaluatedModel],
-    protocols=PROTOCOLS,
+    protocols: Sequence[Protocol] = PROTOCOLS,
     *,
     store=None,
     folder=None,
@@ -104,9 +106,9 @@ def test_who_is_measured_how(digits, folder):
         *[("pixels", protocol) for protocol in ("knn", "linear", "logistic")],
     ]
     for one in found:
-        assert 0 <= one.metrics["top1"] <= one.metrics["top5"] <= 1 and 0 <= one.metrics["mean_per_class"] <= 1
+        assert 0 <= one.value("top1") <= one.value("top5") <= 1 and 0 <= one.value("mean_per_class") <= 1
         assert (one.data_name, one.num_train, one.num_test, one.num_classes) == ("digits", 50, len(digits.test), 10)
-    pixels = {one.protocol: one.metrics["top1"] for one in found if one.subject == "pixels"}
+    pixels = {one.protocol: one.value("top1") for one in found if one.subject == "pixels"}
     assert min(pixels.values()) > 0.8  # scikit-learn's digits are easy
 
 
@@ -160,7 +162,7 @@ def test_no_test_label_touches_a_prediction(digits, folder, monkeypatch):
 def test_features_are_made_once(digits, folder, tmp_path, monkeypatch):
     cache = FeatureCache(tmp_path / "features")
     first = subjects(folder, cache=cache)[0].features(digits.test)
-    kept = list(cache.folder.iterdir())
+    kept = list(known(cache.folder).iterdir())
     assert len(kept) == 1
 
     def never(*_args, **_kwargs):
@@ -178,7 +180,7 @@ def test_features_are_made_once(digits, folder, tmp_path, monkeypatch):
 def test_features_that_are_not_numbers_are_refused(digits):
     random = subjects("random")[0]
     with torch.no_grad():
-        next(random.encoder.parameters()).fill_(float("nan"))
+        next(known(random.encoder).parameters()).fill_(float("nan"))
     with pytest.raises(UserError, match="features contain NaN"):
         random.features(digits.test)
 

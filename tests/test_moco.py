@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers import in_processes
+from helpers import in_processes, known, parts_of
 from simclr.config.encoder import EncoderConfig
 from simclr.config.pretrain import PretrainConfig
 from simclr.config.recipes import RECIPES, choose_recipe, fit_recipe
@@ -133,12 +133,13 @@ def test_split_batch_norm_is_that_of_separate_devices():
     split_batch_norm(network, 4)
     x = torch.randn(12, 3, 8, 8)
     expected, statistics = [], []
-    before = [b.clone() for b in (twin[1].running_mean, twin[1].running_var)]
+    norm = parts_of(twin)[1]
+    before = [b.clone() for b in (norm.running_mean, norm.running_var)]
     for part in x.chunk(4):
-        for buffer, value in zip((twin[1].running_mean, twin[1].running_var), before, strict=True):
+        for buffer, value in zip((norm.running_mean, norm.running_var), before, strict=True):
             buffer.copy_(value)
         expected.append(twin(part))
-        statistics.append([twin[1].running_mean.clone(), twin[1].running_var.clone()])
+        statistics.append([norm.running_mean.clone(), norm.running_var.clone()])
     torch.testing.assert_close(network(x), torch.cat(expected))
     for own, theirs in zip(
         (network[1].running_mean, network[1].running_var), zip(*statistics, strict=True), strict=True
@@ -301,14 +302,14 @@ def test_an_empty_memory_is_simclr_bit_for_bit():
     without = simclr_of(config)
     x, y = torch.rand(2, 16, 1, 8, 8)
     assert without.memory is None
-    before = with_memory.memory.queue.keys.clone()
+    before = known(with_memory.memory).queue.keys.clone()
     losses = [method(x, y)[0] for method in (without, with_memory)]
     for ours, theirs in zip(with_memory.encoder.buffers(), without.encoder.buffers(), strict=True):
         assert torch.equal(ours, theirs)
     assert losses[1] > losses[0]  # more negatives
     za, zb = without.encode(x, y)[1].chunk(2)
     torch.testing.assert_close(losses[1], nt_xent(za, zb, 0.2, bank=before))
-    assert not torch.equal(with_memory.memory.queue.keys, before)
+    assert not torch.equal(known(with_memory.memory).queue.keys, before)
 
 
 def test_the_memory_holds_what_the_momentum_encoder_made_of_both_views():
@@ -318,13 +319,14 @@ def test_the_memory_holds_what_the_momentum_encoder_made_of_both_views():
         for p in method.encoder.parameters():
             p.add_(1e-2)
     method.prepare_step(0)
-    for key, first in zip(method.memory.encoder.encoder.parameters(), start, strict=True):
+    memory = known(method.memory)
+    for key, first in zip(memory.encoder.encoder.parameters(), start, strict=True):
         torch.testing.assert_close(key, first + 0.5e-2)
     x, y = torch.rand(2, 16, 1, 8, 8)
-    expected = method.memory.encoder(torch.cat([x, y]))
+    expected = memory.encoder(torch.cat([x, y]))
     method(x, y)
-    torch.testing.assert_close(method.memory.queue.keys[:32:2], expected[:16])  # image after image
-    torch.testing.assert_close(method.memory.queue.keys[1:32:2], expected[16:])
+    torch.testing.assert_close(memory.queue.keys[:32:2], expected[:16])  # image after image
+    torch.testing.assert_close(memory.queue.keys[1:32:2], expected[16:])
 
 
 # ---- settings, recipes, runs
@@ -347,7 +349,7 @@ def test_a_run_publishes_both_encoders(images, tmp_path):
     assert run.method == "moco" and run.config.method == "moco"
     query, key = load(run.path), load(run.path / "key_encoder")
     assert not np.allclose(query.embed(images), key.embed(images))
-    assert query.head is not None and query.head.norm is False and query.head.layers[0].dense.bias is not None
+    assert query.head is not None and query.head.norm is False and parts_of(query.head).layers[0].dense.bias is not None
     assert {"pretext_accuracy", "effective_rank", "loss"} <= run.read_metrics()[-1].keys()
 
 
@@ -358,7 +360,7 @@ def test_memory_counts_the_second_encoder(images):
     trained = sum(p.nbytes for p in build_encoder(EncoderConfig("small", channels=1, size=8, width=0.5)).parameters())
     method = pretraining.build_method(CONFIG, 1, DistributedContext())
     held = sum(t.nbytes for t in method.state_dict().values())  # what a checkpoint holds beside the optimiser's state
-    assert held > 2 * trained + method.queue.keys.nbytes
+    assert held > 2 * trained + parts_of(method).queue.keys.nbytes
 
 
 @pytest.mark.parametrize(

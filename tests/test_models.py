@@ -16,6 +16,7 @@ import torchvision
 from scipy.stats import kstest, truncnorm
 from torch import nn
 
+from helpers import known, parts_of
 from simclr.config.encoder import RESNETS
 from simclr.errors import UserError
 from simclr.models import EncoderConfig, LinearClassifier, ProjectionHead, build_encoder
@@ -61,7 +62,7 @@ def num_trainable(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(("encoder", "counts"), ENCODER_COUNTS.items(), ids=str)
-def test_parameter_counts_of_encoders(encoder: tuple[str, int, str], counts: tuple[int, int]) -> None:
+def test_parameter_counts_of_encoders(encoder: tuple[str, int, Any], counts: tuple[int, int]) -> None:
     name, width, stem = encoder
     with torch.device("meta"):
         resnet = ResNet(RESNETS[name], width=width, stem=stem)
@@ -89,7 +90,7 @@ def test_parameter_counts_of_heads(head: tuple[int, int], count: int) -> None:
 def test_resnet200_has_its_blocks() -> None:
     with torch.device("meta"):
         resnet = ResNet(RESNETS["resnet200"])
-    assert [len(group) for group in resnet.groups] == [3, 24, 36, 3]
+    assert [len(group) for group in parts_of(resnet).groups] == [3, 24, 36, 3]
     assert resnet(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 2048)
 
 
@@ -97,8 +98,8 @@ def test_equals_torchvisions_resnet50_but_for_the_max_pool() -> None:
     ours, theirs = ResNet(RESNETS["resnet50"]), torchvision.models.resnet50(weights=None)
     for norm in (module for module in ours.modules() if isinstance(module, nn.BatchNorm2d)):
         for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-            nn.init.uniform_(tensor, 0.5, 1.0)
-    theirs.maxpool, theirs.fc = SameMaxPool(), nn.Identity()
+            nn.init.uniform_(known(tensor), 0.5, 1.0)
+    parts_of(theirs).maxpool, parts_of(theirs).fc = SameMaxPool(), nn.Identity()
     theirs.load_state_dict({torchvisions_name(name): tensor for name, tensor in ours.state_dict().items()})
     x = torch.rand(2, 3, 67, 50)
     h, expected = ours.eval()(x), theirs.eval()(x)
@@ -132,7 +133,7 @@ def test_max_pool_pads_as_tensorflow_does(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("stem", ["cifar", "strided", "imagenet"])
 @pytest.mark.parametrize(("name", "width", "features"), [("small", 1, 128), ("resnet10", 0.3, 153)])
 @pytest.mark.parametrize("size", [(8, 8), (9, 15)])
-def test_any_channels_and_sizes(stem: str, name: str, width: float, features: int, size: tuple[int, int]) -> None:
+def test_any_channels_and_sizes(stem: Any, name: str, width: float, features: int, size: tuple[int, int]) -> None:
     for channels in (1, 4):
         resnet = ResNet(RESNETS[name], width=width, stem=stem, channels=channels)
         h = resnet(torch.rand(2, channels, *size))
@@ -143,28 +144,31 @@ def test_any_channels_and_sizes(stem: str, name: str, width: float, features: in
 def test_each_convolution_cuts_its_own_fractional_channels() -> None:
     with torch.device("meta"):
         resnet = ResNet(RESNETS["resnet50"], width=0.3)
-    first = resnet.groups[0][0]
+    first = parts_of(resnet).groups[0][0]
     assert first.residual[0].conv.out_channels == int(64 * 0.3)
     assert first.residual[2].conv.out_channels == first.shortcut.conv.out_channels == int(4 * 64 * 0.3)
 
 
 def test_small_is_small() -> None:
     encoder = build_encoder(EncoderConfig("small", channels=1, size=28))
-    assert [group[0].residual[0].conv.out_channels for group in encoder.backbone.groups] == [16, 32, 64, 128]
+    assert [group[0].residual[0].conv.out_channels for group in parts_of(encoder).backbone.groups] == [16, 32, 64, 128]
     assert encoder.num_features == 128
 
 
 def test_the_stem_follows_the_size() -> None:
-    def kernel(size: int, stem: str = "auto") -> int:
+    def kernel(size: int, stem: Any = "auto") -> int:
         encoder = build_encoder(EncoderConfig("small", channels=3, size=size, stem=stem))
-        return encoder.backbone.stem[0].conv.kernel_size[0]
+        return parts_of(encoder).backbone.stem[0].conv.kernel_size[0]
 
     assert [kernel(32), kernel(33), kernel(96, "cifar"), kernel(32, "imagenet")] == [3, 7, 3, 7]
 
 
 def test_the_strided_stem_is_every_second_position_of_the_plain_one() -> None:
-    configs = [EncoderConfig("small", channels=1, size=9, stem=stem) for stem in ("cifar", "strided")]
-    plain, strided = (build_encoder(config).backbone.stem for config in configs)
+    configs = [
+        EncoderConfig("small", channels=1, size=9, stem="cifar"),
+        EncoderConfig("small", channels=1, size=9, stem="strided"),
+    ]
+    plain, strided = (parts_of(build_encoder(config)).backbone.stem for config in configs)
     x = torch.randn(2, 1, 9, 9)
     assert torch.allclose(strided[0].conv(x), plain[0].conv(x)[..., ::2, ::2], atol=1e-6)
 
@@ -190,7 +194,7 @@ def test_convolutions_begin_as_truncated_normals_of_variance_one_over_fan_in() -
 def test_batch_norms_begin_at_one_and_the_last_of_each_block_at_zero() -> None:
     for name in ("resnet18", "resnet50"):
         resnet = ResNet(RESNETS[name], width=0.125)
-        blocks = [block for group in resnet.groups for block in group]
+        blocks = [block for group in parts_of(resnet).groups for block in group]
         last = {id(block.residual[-1].norm) for block in blocks}
         for norm in (module for module in resnet.modules() if isinstance(module, nn.BatchNorm2d)):
             assert (norm.weight == (0 if id(norm) in last else 1)).all()
@@ -203,7 +207,7 @@ def test_the_seed_decides_the_weights_and_nothing_else_is_drawn(name: str) -> No
     config = EncoderConfig(name, channels=3, size=32)
     before = torch.get_rng_state()
     first, again, other = (build_encoder(config, seed=seed) for seed in (1, 1, 2))
-    head, same_head, other_head = (ProjectionHead(128, seed=seed) for seed in (1, 1, 2))
+    head, same_head, other_head = (parts_of(ProjectionHead(128, seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(1)  # nor does the global generator's state matter
     later = build_encoder(config, seed=1)
@@ -217,13 +221,13 @@ def test_the_seed_decides_the_weights_and_nothing_else_is_drawn(name: str) -> No
 def test_nonlinear_head_is_dense_batch_norm_relu_and_ends_in_batch_norm() -> None:
     torch.manual_seed(0)
     head = ProjectionHead(24, layers=3, dim=7, seed=5)
-    for layer in head.layers:
+    for layer in parts_of(head).layers:
         nn.init.uniform_(layer.norm.weight, 0.5, 2.0)
         if layer.norm.bias is not None:
             nn.init.normal_(layer.norm.bias)
     h = torch.randn(16, 24)
     expected = [h]
-    for index, layer in enumerate(head.layers):
+    for index, layer in enumerate(parts_of(head).layers):
         x = expected[-1] @ layer.dense.weight.T
         x = (x - x.mean(0)) / torch.sqrt(x.var(0, correction=0) + 1e-5) * layer.norm.weight
         expected.append(x if index == 2 else F.relu(x + layer.norm.bias))
@@ -249,7 +253,7 @@ def test_linear_and_absent_heads() -> None:
 
 
 def test_dense_layers_begin_at_a_hundredth() -> None:
-    weight = ProjectionHead(512, seed=1).layers[0].dense.weight.detach()
+    weight = parts_of(ProjectionHead(512, seed=1)).layers[0].dense.weight.detach()
     assert abs(float(weight.std()) / 0.01 - 1) < 0.01
     classifier, zero = LinearClassifier(512, 300, seed=1), LinearClassifier(512, 300, zero=True)
     assert abs(float(classifier.weight.detach().std()) / 0.01 - 1) < 0.01

@@ -157,7 +157,7 @@ def test_not_a_number_is_not_hidden(num_images):
 def test_size_chooses_the_form_and_not_the_result():
     for num_images in (319, 320):
         views = random_views(num_images, 8)
-        torch.testing.assert_close(nt_xent(*views), nt_xent_dense(*views), rtol=1e-12, atol=0)
+        torch.testing.assert_close(nt_xent(views[0], views[1]), nt_xent_dense(views[0], views[1]), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.02])
@@ -190,10 +190,10 @@ def test_streamed_never_holds_the_similarity_matrix(temperature):
     rows = 2 * num_images
     views = random_views(num_images, width, torch.float32)
     with LargestTensor() as streamed:
-        nt_xent(*views, temperature).backward()
+        nt_xent(views[0], views[1], temperature).backward()
     assert streamed.elements <= max(rows * width, CPU_TILE**2) < rows**2 / 30
     with LargestTensor() as dense:
-        nt_xent_dense(*views, temperature).backward()
+        nt_xent_dense(views[0], views[1], temperature).backward()
     assert dense.elements == rows**2  # the measure does see what happens in backward and forward
 
 
@@ -203,7 +203,7 @@ def test_autocast_changes_nothing(num_images, temperature):
     views = random_views(num_images, 16, torch.float32)
     expected, expected_grads = value_and_grads(nt_xent, views, temperature)
     with torch.autocast("cpu", torch.bfloat16):
-        value = nt_xent(*views, temperature)
+        value = nt_xent(views[0], views[1], temperature)
     grads = torch.cat(torch.autograd.grad(value, views))
     assert torch.equal(value.detach(), expected) and torch.equal(grads, expected_grads)
 
@@ -221,9 +221,9 @@ def test_autocast_around_a_streamed_backward_changes_nothing():
 def test_half_precision_projections_have_fp32_logits(num_images, dtype):
     views = random_views(num_images, 16, dtype)
     exact = [view.detach().float() for view in views]
-    value = nt_xent(*views)
+    value = nt_xent(views[0], views[1])
     assert value.dtype == torch.float32
-    assert torch.equal(value.detach(), nt_xent(*exact))
+    assert torch.equal(value.detach(), nt_xent(exact[0], exact[1]))
     assert all(grad.dtype == dtype for grad in torch.autograd.grad(value, views))
 
 

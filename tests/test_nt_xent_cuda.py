@@ -134,7 +134,7 @@ def test_bf16_projections_have_the_exact_loss_of_their_rounded_unit_rows(monkeyp
     first = rows(40, 32)
     views = torch.stack([first, first + 0.01 * rows(80, 32)[40:]]).bfloat16()
     rounded = l2_normalize(views.float()).bfloat16().double().requires_grad_()
-    expected = nt_xent_dense(*rounded, 0.1, False)
+    expected = nt_xent_dense(rounded[0], rounded[1], 0.1, False)
     got = nt_xent_views_streamed(views.to(DEVICE), 0.1)
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
@@ -206,4 +206,4 @@ def test_strips_of_the_bank_do_not_matter(monkeypatch, programs):
     results = cuda_bank.log_sums_and_means(
         z.float().to(DEVICE), bank.float().to(DEVICE), 0.2, operands=Operands.FP32, launch=TILE
     )
-    assert_close(tuple(t.cpu() for t in results), (s.logsumexp(1), s.softmax(1) @ bank), 2e-6)
+    assert_close((results[0].cpu(), results[1].cpu()), (s.logsumexp(1), s.softmax(1) @ bank), 2e-6)

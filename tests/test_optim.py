@@ -1,6 +1,7 @@
 """LARS against its formula written per tensor in NumPy, and the roles of parameters."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,14 +79,14 @@ def test_lars_leaves_gradients_and_idle_parameters_alone():
 
 def network() -> nn.Module:
     classifier = nn.Linear(4, 3)
-    classifier.is_supervised_head = True
+    vars(classifier)["is_supervised_head"] = True
     return nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.BatchNorm2d(4),
         nn.GroupNorm(2, 4),
         nn.Flatten(),
         nn.Linear(4, 4),
-        nn.LayerNorm((4,)),
+        nn.LayerNorm(4),
         classifier,
     )
 
@@ -118,7 +119,7 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(name, tmp_path):
 
 
 def test_roles_and_not_names_decide():
-    model = network()
+    model: Any = network()
     adapted, exempt = param_groups(model, 1e-4)
     assert [p.shape for p in adapted["params"]] == [model[0].weight.shape, model[4].weight.shape]
     assert (adapted["adapt"], adapted["weight_decay"]) == (True, 1e-4)
@@ -164,7 +165,7 @@ def test_build_optimizer():
     set_lr(lars, 0.25)
     assert all(group["lr"] == 0.25 and group["momentum"] == 0.8 for group in lars.param_groups)
     with pytest.raises(UserError, match="adagrad"):
-        build_optimizer("adagrad", model, lr=0.1, weight_decay=0.01)
+        build_optimizer("adagrad", model, lr=0.1, weight_decay=0.01)  # pyrefly: ignore[bad-argument-type]
 
 
 @pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])

@@ -174,13 +174,16 @@ def test_five_hundred_images_need_the_memory_of_fifty(tmp_path, monkeypatch):
     watch(digests, "decode_file")
     watch(stream, "eval_images")
 
+    def unwanted(skipped):
+        raise AssertionError(skipped)
+
     def run(name):
         """Most images and views alive at a time, and the peak of bytes."""
         most.update(dict.fromkeys(most, 0))
         tracemalloc.start()
         total = 0
         images = open_whole(tmp_path / name, Reading(workers=workers, memory_budget=0))
-        for batch in stream.stream_views(images, size=8, preset="google", batch_size=16, leave_out=pytest.fail):
+        for batch in stream.stream_views(images, size=8, preset="google", batch_size=16, leave_out=unwanted):
             assert batch.views.shape == (len(batch.indices), 1, 8, 8)
             total += len(batch.indices)
         peak = tracemalloc.get_traced_memory()[1]
@@ -204,7 +207,7 @@ def test_parquet_is_written_in_groups(monkeypatch, tmp_path):
     with tables.open_table(tmp_path / "a.parquet", {"key": str, "p": float}) as add:
         for begin in range(0, 25, 4):
             rows = range(begin, min(begin + 4, 25))
-            add([[str(i) for i in rows], np.array(rows, np.float32)])
+            add([[str(i) for i in rows], [float(i) for i in rows]])
     file = ParquetFile(tmp_path / "a.parquet")
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [12, 12, 1]
     assert file.read().to_pydict() == {"key": [str(i) for i in range(25)], "p": list(range(25))}

@@ -8,6 +8,7 @@ import scipy.ndimage
 import torch
 from torch import nn
 
+from helpers import parts_of
 from simclr.config.encoder import EncoderConfig
 from simclr.data.images import Images, array_images
 from simclr.errors import UserError
@@ -124,8 +125,9 @@ def test_layers_are_those_of_a_forward_pass_and_hooks_are_removed():
     encoder.eval(), head.eval()
     with torch.no_grad():
         x, _ = batches(images, "rotation")
-        expected = [encoder.backbone.stem(x)]
-        for group in encoder.backbone.groups:
+        backbone = parts_of(encoder).backbone
+        expected = [backbone.stem(x)]
+        for group in backbone.groups:
             expected.append(group(expected[-1]))
         above = head.hiddens(encoder(x))
     for name, output in zip(names, [e.mean((2, 3)) for e in expected] + above, strict=True):

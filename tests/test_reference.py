@@ -11,11 +11,12 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
+from helpers import known
 from simclr.config.schedule import learning_rate, peak_lr, warmup_steps
 from simclr.losses import contrastive_accuracy_and_entropy, nt_xent, nt_xent_dense
 from simclr.losses.nt_xent import nt_xent_streamed
 from simclr.training.optim import Lars, set_lr
-from simclr.views.params import sample_params
+from simclr.views.params import draw
 from simclr.views.policy import Policy
 from simclr.views.reference import color_jitter, gaussian_blur, grayscale
 from simclr.views.resize import crop_resize
@@ -34,8 +35,8 @@ def test_loss_and_gradient(reference, loss):
         value.backward()
         assert value.item() == pytest.approx(float(data[f"loss{k}"]), rel=1e-5), k
         expected = torch.tensor(data[f"grad{k}"])
-        assert (z.grad - expected).norm() <= 1e-5 * expected.norm(), k
-        assert (z.grad - expected).abs().max() <= 1e-5 * expected.abs().max(), k
+        assert (known(z.grad) - expected).norm() <= 1e-5 * expected.norm(), k
+        assert (known(z.grad) - expected).abs().max() <= 1e-5 * expected.abs().max(), k
 
 
 def test_contrastive_accuracy_and_entropy(reference):
@@ -43,7 +44,7 @@ def test_contrastive_accuracy_and_entropy(reference):
     for k in range(int(data["count"])):
         views = torch.tensor(data[f"z{k}"]).chunk(2)
         settings = float(data[f"temperature{k}"]), bool(data[f"normalize{k}"])
-        accuracy, entropy = contrastive_accuracy_and_entropy(*views, *settings)
+        accuracy, entropy = contrastive_accuracy_and_entropy(views[0], views[1], *settings)
         assert accuracy.item() == pytest.approx(float(data[f"contrast_acc{k}"]), abs=1e-6), k
         assert entropy.item() == pytest.approx(float(data[f"contrast_entropy{k}"]), rel=1e-5, abs=1e-6), k
 
@@ -148,7 +149,7 @@ def test_crop_boxes_have_the_same_distribution(reference: Path):
     for name in data.files:
         theirs = data[name].astype(np.float64)
         sizes = np.tile([int(side) for side in name.split("x")], (num_draws, 1))
-        params = sample_params(Policy.google(32), sizes, seed=0, epoch=0, indices=np.arange(num_draws), view=0)
+        params = draw(Policy.google(32), sizes, seed=0, epoch=0, indices=np.arange(num_draws), view=0)
         for what, ours_1d, theirs_1d in zip(
             ("area", "aspect", "y", "x"), measures(params.box), measures(theirs), strict=True
         ):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from dataclasses import replace
 from hashlib import sha256
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -85,7 +86,8 @@ def test_each_field_of_the_key_determines_a_result(tmp_path, field):
 def test_a_result_of_wrong_types_cannot_be(wrong):
     assert Result(**KEY, metrics={"top1": 1.0}).value("top1") == 1.0
     with pytest.raises(ValidationError):
-        Result(**{**KEY, "metrics": {"top1": 1.0}, **wrong})
+        values: dict[str, Any] = {**KEY, "metrics": {"top1": 1.0}, **wrong}
+        Result(**values)
 
 
 @pytest.mark.parametrize(

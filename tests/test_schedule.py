@@ -33,7 +33,7 @@ def test_scalings():
     assert peak_lr(0.075, 4096, "sqrt") == pytest.approx(4.8)
     assert peak_lr(0.3, 4096, "none") == 0.3
     with pytest.raises(UserError, match="cubic"):
-        peak_lr(0.3, 4096, "cubic")
+        peak_lr(0.3, 4096, "cubic")  # pyrefly: ignore[bad-argument-type]
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7])

@@ -58,7 +58,7 @@ def test_headers_tell_the_shape_of_what_is_decoded(tmp_path: Path) -> None:
             if turn is not None:
                 exif[0x0112] = turn
             try:
-                random_image(mode, 21, 12, gray=gray).save(path, **({"exif": exif} if turn else {}))
+                random_image(mode, 21, 12, gray=gray).save(path, exif=exif if turn else Image.Exif())
             except (OSError, TypeError):  # this Pillow cannot write it
                 path.unlink(missing_ok=True)
                 continue
@@ -138,8 +138,7 @@ def test_opening_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_next_readable_image_takes_the_place_of_a_damaged_one(tmp_path: Path, pack: bool) -> None:
     photos = write_photos(tmp_path / "photos")
     said: list[str] = []
-    options = {"pack": str(tmp_path / "packs")} if pack else {}
-    images = open_data(photos, say=said.append, **options)
+    images = open_data(photos, say=said.append, pack=str(tmp_path / "packs") if pack else "off")
     expected = dict(zip(images.keys, images.keys, strict=True))
     expected |= {"cat/04.png": "cat/06.png", "dog/03.png": "dog/05.png", "dog/11.png": "cat/00.png"}
     order = RNG.permutation(12)
@@ -160,7 +159,7 @@ def test_damaged_images_are_left_out_of_work_on_labels(tmp_path: Path) -> None:
     photos = write_photos(tmp_path / "photos")
     images = open_data(photos)
     seen: list[tuple[int, int]] = []
-    assert [item.key for item in images.check(lambda *now: seen.append(now))] == DAMAGED
+    assert [item.key for item in images.check(lambda done, total: seen.append((done, total)))] == DAMAGED
     assert seen == [(i + 1, 12) for i in range(12)]
     left = images.readable(lambda *_: pytest.fail("all are known by now"))
     assert [item.key for item in left.skipped] == sorted([*DAMAGED, "dog/note.png"])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from helpers import known, parts_of
 from simclr import UserError
 from simclr.config.encoder import EncoderConfig
 from simclr.distributed import DistributedContext
@@ -56,7 +57,7 @@ def test_loss_and_gradients_are_those_of_the_naive_formula(head_layer):
 
     features = plain.encoder(x)
     if head_layer:
-        features = plain.head.hiddens(features)[head_layer]
+        features = known(plain.head).hiddens(features)[head_layer]
     logits = features @ plain.linear.weight.T + plain.linear.bias  # (24, 5)
     expected = (torch.logsumexp(logits, 1) - logits[torch.arange(len(x)), targets]).mean()
     expected.backward()
@@ -72,7 +73,7 @@ def test_head_layer_one_is_dense_batch_norm_and_relu_after_h():
     model = network(head_layer=1).eval()
     nn.init.normal_(model.linear.weight)
     x, _ = batch()
-    layer = model.head.layers[0]
+    layer = parts_of(known(model.head)).layers[0]
     dense = model.encoder(x) @ layer.dense.weight.T
     norm = layer.norm
     hidden = F.relu((dense - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias)

@@ -42,7 +42,7 @@ def test_what_was_written_comes_back(tmp_path: Path, shards: int, block_bytes: i
     rng = np.random.default_rng(1)
     written = {f"scope_{i}/kernel": rng.normal(size=(i, 2, 3)).astype("float32") for i in range(1, 40)}
     written |= {
-        "step": np.int64(7),
+        "step": np.array(7),
         "scope_1/kernel/Momentum": np.zeros(5, "float64"),
         "é": np.arange(3, dtype="int32"),
     }

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from helpers import SMALL_RUN, Killed, assert_same, final_state
+from helpers import SMALL_RUN, Killed, assert_same, final_state, known
 from processes import run_in_processes
 from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext, stop
@@ -69,8 +69,8 @@ def test_records_and_summary(undisturbed):
 
 
 def test_the_published_encoder_brings_its_projection_head(undisturbed):
-    _, state = load_newest(undisturbed.checkpoints, pytest.fail)
-    published = load(undisturbed.path).head.state_dict()
+    _, state = known(load_newest(undisturbed.checkpoints, pytest.fail))
+    published = known(load(undisturbed.path).head).state_dict()
     assert published.keys() == {name.removeprefix("head.") for name in state["method"] if name.startswith("head.")}
     assert all(torch.equal(tensor, state["method"][f"head.{name}"]) for name, tensor in published.items())
 
@@ -90,10 +90,10 @@ def test_resume_is_exact(images, undisturbed, tmp_path, monkeypatch, moments):
 
         monkeypatch.setattr(pretraining, "make_views", views)
         try:
-            run, _ = train(images, SMALL_RUN, tmp_path / "run")
+            train(images, SMALL_RUN, tmp_path / "run")
         except Killed:
             continue
-    assert_same(final_state(run), final_state(undisturbed))
+    assert_same(final_state(RunFolder(tmp_path / "run")), final_state(undisturbed))
 
 
 def newest_step(path):
@@ -194,7 +194,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(imag
     monkeypatch.setattr(pretraining, "make_views", views)
     with pytest.raises(UserError, match=r"no longer finite.*last good checkpoint"):
         train(images, SMALL_RUN, tmp_path / "run")
-    step, state = load_newest(tmp_path / "run" / "checkpoints", pytest.fail)
+    step, state = known(load_newest(tmp_path / "run" / "checkpoints", pytest.fail))
     assert step == 5
     assert all(torch.isfinite(v).all() for v in state["method"].values())
 

@@ -3,12 +3,14 @@
 import json
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from helpers import known
 from simclr.config.encoder import EncoderConfig
 from simclr.data.images import array_images
 from simclr.data.presets import TransferSet
@@ -29,7 +31,7 @@ from simclr.evaluation.grid import (
 from simclr.evaluation.knn import knn
 from simclr.evaluation.measure import train_subject
 from simclr.evaluation.results import About, Result, ResultStore
-from simclr.evaluation.subjects import open_subject
+from simclr.evaluation.subjects import EvaluatedModel, open_subject
 from simclr.evaluation.transfer import differences, linear_transfer, score_and_credits, transfer, true_labels
 from simclr.methods.supervised import many_classes, share_right
 from simclr.models.encoder import Encoder, build_encoder
@@ -66,7 +68,16 @@ class Standin:
         return (found + self.noise * np.random.default_rng(len(images)).normal(size=found.shape)).astype(np.float32)
 
 
-def picture_set(metric="top-1", channels="1", sizes=(40, 20, 50), name="bars"):
+def standin(*values: Any, **fields: Any) -> Any:
+    """A stand-in where the types ask for an `EvaluatedModel`."""
+    return Standin(*values, **fields)
+
+
+def refuse(subject: EvaluatedModel, data: TransferSet) -> Result:
+    raise AssertionError(f"{subject} was measured on {data}")
+
+
+def picture_set(metric: Any = "top-1", channels: Any = "1", sizes=(40, 20, 50), name="bars"):
     """Images with a bright row (class 0), column (1) or nothing (2); the classes are of unequal size."""
     random = np.random.default_rng(0)
     n = sum(sizes)
@@ -133,7 +144,7 @@ def test_score_of_several_classes_leaves_out_what_is_unknown():
 
 @pytest.mark.parametrize("metric", ["top-1", "mean per class", "11-point mAP"])
 def test_poisoned_test_labels_change_the_score_alone(metric):
-    data, subject = picture_set(metric), Standin()
+    data, subject = picture_set(metric), standin()
     clean, bad = (linear_transfer(subject, one, seed=0) for one in (data, poisoned(data)))
     assert clean.data["metric"] == metric and clean.value("score") > bad.value("score") + 0.2
     assert (bad.metrics["validation"], bad.details["chosen"]) == (clean.metrics["validation"], clean.details["chosen"])
@@ -142,7 +153,7 @@ def test_poisoned_test_labels_change_the_score_alone(metric):
 @pytest.mark.parametrize("metric", ["top-1", "mean per class", "11-point mAP"])
 def test_linear_transfer_takes_the_best_strength_on_validation_by_the_metric(metric):
     """Of strengths one by one, judged by scikit-learn on validation; then both parts are fitted together."""
-    data, subject = picture_set(metric, sizes=(60, 40, 80)), Standin(noise=1.0)
+    data, subject = picture_set(metric, sizes=(60, 40, 80)), standin(noise=1.0)
     strengths = (10.0, 1.0, 0.1, 0.01, 1e-3)
     train, validation, test = (subject.features(part) for part in (data.train, data.validation, data.test))
 
@@ -164,7 +175,7 @@ def test_linear_transfer_takes_the_best_strength_on_validation_by_the_metric(met
     best = strengths[int(np.argmax(on_validation))]
     whole = fitted(
         np.concatenate([train, validation]),
-        np.concatenate([true_labels(data.train), true_labels(data.validation)]),
+        np.concatenate([true_labels(data.train), true_labels(known(data.validation))]),
         best,
     )
     found = linear_transfer(subject, data, seed=0, l2_values=strengths)
@@ -174,7 +185,7 @@ def test_linear_transfer_takes_the_best_strength_on_validation_by_the_metric(met
 
 
 def test_linear_transfer_is_looked_up(tmp_path):
-    data, subject = picture_set(), Standin()
+    data, subject = picture_set(), standin()
     first = linear_transfer(subject, data, seed=0, store=ResultStore(tmp_path / "cells.jsonl"))
     assert subject.calls == 3
     again = linear_transfer(subject, data, seed=0, store=ResultStore(tmp_path / "cells.jsonl"))
@@ -200,7 +211,7 @@ def test_linear_transfer_sees_the_border():
     )
     assert linear_transfer(pixels_only, data, seed=0, l2_values=(0.01,)).metrics["score"] == 1
     cropped = [pixels_only.features(part) for part in parts[::2]]
-    assert (knn(cropped[0], parts[0].labels, cropped[1], k=5) == parts[2].labels).mean() < 0.9
+    assert (knn(cropped[0], known(parts[0].labels), cropped[1], k=5) == parts[2].labels).mean() < 0.9
 
 
 # ---- the table and the permutation test
@@ -228,7 +239,7 @@ def test_rows_have_a_value_a_seed_and_a_mean():
 def test_transfer_measures_every_subject_on_every_set():
     said = []
     sets = [picture_set(name="x"), picture_set("mean per class", name="y")]
-    subjects = [Standin(), Standin("noisy", noise=2.0)]
+    subjects = [standin(), standin("noisy", noise=2.0)]
     results = transfer(subjects, sets, lambda s, d: linear_transfer(s, d, seed=0), progress=said.append)
     assert [(r.data_name, r.subject, r.data["metric"]) for r in results] == [
         ("x", "pixels", "top-1"), ("x", "noisy", "top-1"),
@@ -266,9 +277,9 @@ def test_only_results_on_the_same_images_are_compared():
 
 def test_names_that_one_table_cannot_tell_apart_are_refused():
     with pytest.raises(UserError, match="Two data sets are called bars"):
-        transfer([Standin()], [picture_set(), picture_set()], lambda s, d: None, progress=print)
+        transfer([standin()], [picture_set(), picture_set()], refuse, progress=print)
     with pytest.raises(UserError, match="Two subjects are called pixels"):
-        transfer([Standin(), Standin()], [picture_set()], lambda s, d: None, progress=print)
+        transfer([standin(), standin()], [picture_set()], refuse, progress=print)
 
 
 # ---- the grid
@@ -309,7 +320,7 @@ def test_grid_takes_the_best_on_validation_and_trains_on_both():
 
 def test_grid_chooses_by_the_metric_of_the_set():
     data = picture_set("mean per class")
-    rare = np.flatnonzero(data.validation.labels != 0)
+    rare = np.flatnonzero(known(data.validation).labels != 0)
 
     def train(cell, learn, judged):
         told = np.zeros(len(judged), int)  # always the common class: top-1 likes it
@@ -318,7 +329,7 @@ def test_grid_chooses_by_the_metric_of_the_set():
             told[judged.labels == 0] = 1  # the common class never, the others always
         return np.eye(3)[told], np.arange(3)
 
-    assert len(rare) < len(data.validation) / 2
+    assert len(rare) < len(known(data.validation)) / 2
     assert search(train, data).details["chosen"]["rate"] == 0.1
     assert search(train, replace(data, metric="top-1")).details["chosen"]["rate"] == 0.01
 
@@ -396,7 +407,7 @@ def test_settings_of_a_cell(num_images, decay):
 
 @pytest.mark.parametrize("metric", ["top-1", "11-point mAP"])
 def test_finetune_transfer_trains_and_resumes(tmp_path, monkeypatch, metric):
-    subject = Standin("tiny", tiny_encoder())
+    subject = standin("tiny", tiny_encoder())
     before = {name: tensor.clone() for name, tensor in subject.encoder.state_dict().items()}
     data, small = picture_set(metric), Grid(steps=8, rates=(1e-4, 0.05), decays=(0.0,), batch_size=20)
     said, steps = [], []
@@ -424,7 +435,7 @@ def test_finetune_transfer_trains_and_resumes(tmp_path, monkeypatch, metric):
 
 def test_a_cell_that_was_stopped_goes_on(tmp_path, monkeypatch):
     """Stopped in the middle of a training: the checkpoints are there, and the end is the same."""
-    subject, small = Standin("tiny", tiny_encoder()), Grid(steps=6, rates=(0.05,), decays=(0.0,), batch_size=20)
+    subject, small = standin("tiny", tiny_encoder()), Grid(steps=6, rates=(0.05,), decays=(0.0,), batch_size=20)
     undisturbed = finetune_transfer(subject, picture_set(), grid=small, seed=0)
 
     def killed_at_the_end(*arguments, **options):
@@ -446,9 +457,9 @@ def test_a_cell_that_was_stopped_goes_on(tmp_path, monkeypatch):
 
 def test_from_scratch_is_shared_by_encoders_of_one_shape(tmp_path, monkeypatch):
     small = Grid(steps=2, rates=(0.1,), decays=(1e-4,), batch_size=20, from_scratch=True)
-    one_of_them = finetune_transfer(Standin("a", tiny_encoder()), picture_set(), grid=small, seed=0, folder=tmp_path)
+    one_of_them = finetune_transfer(standin("a", tiny_encoder()), picture_set(), grid=small, seed=0, folder=tmp_path)
     monkeypatch.setattr(grid_module, "train_subject", None)
-    other = finetune_transfer(Standin("b", tiny_encoder()), picture_set(), grid=small, seed=0, folder=tmp_path)
+    other = finetune_transfer(standin("b", tiny_encoder()), picture_set(), grid=small, seed=0, folder=tmp_path)
     assert replace(other, subject="a") == one_of_them
 
 
@@ -466,9 +477,9 @@ def test_losses_of_several_classes_by_hand():
 @pytest.mark.parametrize(
     ("subject", "data", "match"),
     [
-        (Standin(), picture_set(), "no network to fine-tune"),
-        (Standin("tiny", tiny_encoder()), replace(picture_set(), validation=None), "no image to spare"),
-        (Standin("tiny", tiny_encoder()), picture_set(channels="3"), "expects 1-channel images"),
+        (standin(), picture_set(), "no network to fine-tune"),
+        (standin("tiny", tiny_encoder()), replace(picture_set(), validation=None), "no image to spare"),
+        (standin("tiny", tiny_encoder()), picture_set(channels="3"), "expects 1-channel images"),
     ],
 )
 def test_what_cannot_be_finetuned_is_refused(subject, data, match):

@@ -16,7 +16,7 @@ import torch
 
 import simclr
 from simclr.views import cpu, reference, resize
-from simclr.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, sample_params
+from simclr.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, draw
 from simclr.views.policy import Policy
 from simclr.views.views import eval_images, make_views
 
@@ -35,7 +35,7 @@ def random_images(sizes: list[tuple[int, int]], channels: int = 3) -> list[np.nd
 
 
 def draws(policy: Policy, images: list[np.ndarray], view: int = 0) -> ViewParams:
-    return sample_params(policy, resize.image_sizes(images), seed=3, epoch=1, indices=np.arange(len(images)), view=view)
+    return draw(policy, resize.image_sizes(images), seed=3, epoch=1, indices=np.arange(len(images)), view=view)
 
 
 def assert_same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from simclr.tasks.pretrain_images import _make_inputs
 from simclr.training import batches
 from simclr.views import reference, resize
 from simclr.views.device_images import DeviceImages
-from simclr.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, sample_params
+from simclr.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, draw
 from simclr.views.policy import Policy
 from simclr.views.views import eval_images, make_view, make_views
 from skips import NEEDS_GPU
@@ -54,7 +55,7 @@ def random_images(sizes: list[tuple[int, int]], channels: int = 3) -> list[np.nd
 def draws(policy: Policy, images: list[np.ndarray]) -> ViewParams:
     """With every operation that the policy has in some of the views and not in others."""
     row = np.arange(len(images))
-    drawn = sample_params(policy, resize.image_sizes(images), seed=3, epoch=1, indices=row, view=0)
+    drawn = draw(policy, resize.image_sizes(images), seed=3, epoch=1, indices=row, view=0)
     return replace(
         drawn,
         blur=(row % 2 == 0) & (policy.blur > 0),
@@ -140,7 +141,7 @@ def test_operations_in_every_place_and_at_their_neutral_values(preset):
     orders = [np.roll([BRIGHTNESS, CONTRAST, SATURATION, HUE], k) for k in range(4)] * 2
     drawn = draws(policy, images)
     neutral = np.arange(8) >= 4  # the rows of the first operation at its neutral value
-    factors = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}
+    factors: dict[str, Any] = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}
     for number, (name, value) in enumerate(factors.items()):
         idle = neutral & (np.array(orders)[:, 0] == number)
         factors[name] = np.where(idle, np.float32(value), getattr(drawn, name))
@@ -188,7 +189,7 @@ def test_a_view_is_the_same_bits_in_any_batch(preset):
 def test_back_ends_of_make_views_and_eval_images_agree(preset):
     images = random_images(MIXED)
     policy = preset(18)
-    where = {"seed": 1, "epoch": 2, "indices": np.arange(len(images)), "device": DEVICE}
+    where: dict[str, Any] = {"seed": 1, "epoch": 2, "indices": np.arange(len(images)), "device": DEVICE}
     ours = make_views(images, policy, **where, backend="cuda")
     for a, b in zip(ours, make_views(images, policy, **where, backend="reference"), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=LAST_BITS, check_stride=False)
@@ -214,7 +215,7 @@ def test_resident_images_make_the_views_of_the_same_images_streamed():
     )  # fmt: skip
     ragged = random_images([(14, 9), (5, 30), (20, 20)])
     policy, rows = Policy.google(10), np.array([7, 0, 7])
-    where = {"seed": 1, "epoch": 2, "indices": rows, "device": DEVICE, "backend": "cuda"}
+    where: dict[str, Any] = {"seed": 1, "epoch": 2, "indices": rows, "device": DEVICE, "backend": "cuda"}
     resident = DeviceImages.of(data, DEVICE)
     for a, b in zip(
         make_views(resident[rows], policy, **where), make_views(data.read(rows), policy, **where), strict=True

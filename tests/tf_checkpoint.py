@@ -7,6 +7,7 @@ empty key the bundle's header, under a variable's name where its bytes lie in `P
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ def authors_names(encoder: Encoder, head: ProjectionHead, classifier: LinearClas
         names[f"base_model/conv2d{_suffix(i)}/kernel"] = conv.weight
     for i, norm in enumerate(norms):
         names |= _norm(f"base_model/batch_normalization{_suffix(i)}", norm)
-    for j, layer in enumerate(head.layers):
+    layers: Any = head.layers
+    for j, layer in enumerate(layers):
         names[f"head_contrastive/nl_{j}/dense/kernel"] = layer.dense.weight
         names |= _norm(f"head_contrastive/nl_{j}/batch_normalization", layer.norm)
     names["head_supervised/linear_layer/dense/kernel"] = classifier.weight
@@ -81,7 +83,7 @@ def _suffix(index: int) -> str:
     return f"_{index}" if index else ""
 
 
-def _tensor(entry: dict[int, int | bytes], shards: list[bytes]) -> np.ndarray:
+def _tensor(entry: dict[int, Any], shards: list[bytes]) -> np.ndarray:
     """The array that a BundleEntryProto describes: 1 dtype, 2 shape, 3 shard, 4 offset, 5 size."""
     offset, size = entry.get(4, 0), entry.get(5, 0)
     raw = shards[entry.get(3, 0)][offset : offset + size]
@@ -124,12 +126,12 @@ def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
         position += length
 
 
-def _message(data: bytes) -> dict[int, int | bytes]:
+def _message(data: bytes) -> dict[int, Any]:
     """A protobuf message without repeated fields: field number -> value."""
     return dict(_fields(data))
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
     position = 0
     while position < len(data):
         tag, position = _varint(data, position)

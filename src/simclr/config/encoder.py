@@ -195,10 +195,9 @@ class EncoderConfig:
             )
         if self.is_external:
             return
-        # ResNet-D's stem begins with half the channels
-        min_width = (2 if self.sk else 1) / (64 * RESNETS[self.name].width)
-        if width < min_width:
-            raise UserError(f"A width multiplier of {width} leaves {self.name} no channel; take at least {min_width}.")
+        least = (2 if self.sk else 1) / (64 * RESNETS[self.name].width)  # ResNet-D's stem begins with half the channels
+        if width < least:
+            raise UserError(f"A width multiplier of {width} leaves {self.name} no channel; take at least {least}.")
 
     def _check_normalisation(self) -> None:
         if (self.mean is None) != (self.std is None):

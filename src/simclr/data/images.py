@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
-from typing import ClassVar, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -86,7 +86,6 @@ class MemoryStore:
 class Images:
     """Images that are images by their headers, and are decoded when they are read. Made by `simclr.data.open_data`."""
 
-    kind: ClassVar[Kind] = "image"
     name: str
     split: Split
     """The part that this is; "all" where the data brings no split of its own."""
@@ -114,6 +113,11 @@ class Images:
     """Files that are left out."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the user: what was left out, what was converted."""
+
+    @property
+    def kind(self) -> Kind:
+        """Modality of the items."""
+        return "image"
 
     def __len__(self) -> int:
         return len(self.rows)

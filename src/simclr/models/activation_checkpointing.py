@@ -25,16 +25,14 @@ def can_checkpoint(backbone: nn.Module) -> bool:
 
 
 def checkpoint_blocks(backbone: nn.Module) -> None:
-    """Switch on activation checkpointing of a backbone's blocks, in place; `track_once` must go with it.
+    """Let training recompute the blocks of an encoder's backbone, in place; `track_once` must go with it.
 
     Raises:
         UserError: A model of timm that cannot.
     """
     if not can_checkpoint(backbone):
-        raise UserError(
-            "--memory was checkpointing, which this encoder does not support; try grad-cache, or another encoder."
-        )
+        raise UserError("--memory was recompute, which this encoder cannot do; try cache, or another encoder.")
     if isinstance(backbone, ResNet):
-        backbone.checkpointing = True
+        backbone.recompute = True
     else:
         backbone.set_grad_checkpointing(True)  # pyrefly: ignore[not-callable]

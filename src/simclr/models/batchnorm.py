@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from simclr.distributed import all_gather_flat
 from simclr.errors import UserError
 
-MIN_SIZE_FOR_KERNELS = 1 << 14
+LEAST_FOR_KERNELS = 1 << 14
 """Values below which torch's own kernels are as fast as ours."""
 
 
@@ -348,7 +348,7 @@ def _by_kernels(x: Tensor) -> bool:
     n = 400,000; ours are a hundred times more accurate, and faster.
     """
     last = x.ndim == 2 or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-    return x.device.type == "cpu" and x.dtype == torch.float32 and last and x.numel() >= MIN_SIZE_FOR_KERNELS
+    return x.device.type == "cpu" and x.dtype == torch.float32 and last and x.numel() >= LEAST_FOR_KERNELS
 
 
 def _kernels() -> ModuleType:

@@ -109,7 +109,7 @@ def build_encoder(config: EncoderConfig, *, seed: int = 0, pretrained: bool = Fa
     """
     if config.is_external:
         with seeded(seed, "encoder"):
-            backbone, num_features, normalisation = _build_external(config, pretrained)
+            backbone, num_features, normalisation = _build_foreign(config, pretrained)
         if normalisation is not None:
             config = replace(config, mean=normalisation[0], std=normalisation[1])
         return Encoder(config, backbone, num_features)
@@ -128,7 +128,7 @@ def build_encoder(config: EncoderConfig, *, seed: int = 0, pretrained: bool = Fa
     return Encoder(config, backbone, backbone.num_features)
 
 
-def _build_external(config: EncoderConfig, pretrained: bool) -> "tuple[nn.Module, int, Normalisation | None]":
+def _build_foreign(config: EncoderConfig, pretrained: bool) -> "tuple[nn.Module, int, Normalisation | None]":
     """The model, its number of features, and the (mean, std) of pretrained weights."""
     if config.is_adapted:
         from simclr.models.external.torchvision_bridge import build_adapted

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MIN_COLUMNS = 512
+LEAST_COLUMNS = 512
 """K C is at least this where n allows it: the inner loops then cost more than what surrounds them."""
 _BLOCK = 32  # rows whose sums are fp32
 _LEAST_SHARE = 1 << 18  # values worth a thread of their own
@@ -117,7 +117,7 @@ def _folds(x: Tensor) -> int:
     """K, a power of two that divides n."""
     channels, folds = x.shape[1], 1
     n = x.numel() // channels
-    while folds * channels < MIN_COLUMNS and n % (2 * folds) == 0:
+    while folds * channels < LEAST_COLUMNS and n % (2 * folds) == 0:
         folds *= 2
     return folds
 

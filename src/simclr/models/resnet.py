@@ -29,7 +29,7 @@ from simclr.models.selective_kernel import AveragePool, SelectiveKernel
 class ResNet(nn.Module):
     """Images to features, (B, C, H, W) -> (B, num_features): h by a global average pool, or feature maps on grids.
 
-    Initialised from torch's global generator; `build_encoder` gives it a seed. With `checkpointing` set, backward has
+    Initialised from torch's global generator; `build_encoder` gives it a seed. With `recompute` set, backward has
     only the inputs of stem and blocks to go by and computes the rest again, one block at a time.
 
     Args:
@@ -43,7 +43,7 @@ class ResNet(nn.Module):
             (`EncoderConfig.grids`); empty: h.
     """
 
-    checkpointing = False
+    recompute = False
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class ResNet(nn.Module):
     def _last_maps(self, x: Tensor) -> list[Tensor]:
         """Feature maps (B, C', H', W') of the stages that are read, the earliest first."""
         maps: list[Tensor] = []
-        again = self.checkpointing and self.training
+        again = self.recompute and self.training
         x = checkpoint(self.stem, x, use_reentrant=False) if again else self.stem(x)
         for group in self.groups:
             if again:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simclr.models.convolution import Conv2d, ConvNorm
 
 RATIO = 0.0625  # of the squeezed channels to the output's; the authors' --sk_ratio
-MIN_SQUEEZED = 32
+LEAST_SQUEEZED = 32
 
 
 class SelectiveKernel(nn.Module):
@@ -28,7 +28,7 @@ class SelectiveKernel(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
         super().__init__()
-        squeezed = max(int(out_channels * RATIO), MIN_SQUEEZED)
+        squeezed = max(int(out_channels * RATIO), LEAST_SQUEEZED)
         self.branches = ConvNorm(in_channels, 2 * out_channels, 3, stride)
         self.squeeze = ConvNorm(out_channels, squeezed, 1)
         self.weigh = Conv2d(squeezed, 2 * out_channels, 1)

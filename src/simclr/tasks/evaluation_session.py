@@ -190,8 +190,8 @@ class Session:
     def _subject(self, name: str, seed: int) -> EvaluatedModel:
         """Opened once; only random weights and patches depend on the seed."""
         pretrained = self.protocols != [SUPERVISED]
-        is_external = name.startswith((TIMM, TORCHVISION))
-        key = name, seed if name in (RANDOM, PATCHES) or (is_external and not pretrained) else None
+        foreign = name.startswith((TIMM, TORCHVISION))
+        key = name, seed if name in (RANDOM, PATCHES) or (foreign and not pretrained) else None
         if key not in self._opened:
             subject = open_subject(
                 name, like=self.like, preprocessing=self.preprocessing, seed=seed, cache=self.cache, world=self.world,

@@ -49,11 +49,11 @@ from simclr.weights.training_progress import TrainingProgress
 CLASSIFIER, MAJORITY, RAW_PIXELS = "classifier", "always the commonest class", "kNN on raw pixels"
 METRIC_NAMES = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
 """Metric of a result -> its name in the table and in summary.json."""
-MAX_PIXELS_BYTES = 1 << 30
+PIXELS_MOST = 1 << 30
 """Bytes of raw pixels, as features, up to which their accuracy stands beside the classifier's."""
 TOP5_FROM = 10
 """Classes from which on the top 5 tell something."""
-MAX_NAMED_CLASSES = 20
+NAMED_MOST = 20
 """Classes up to which each one's accuracy is printed; with more, the WORST of them."""
 WORST = 5
 
@@ -166,7 +166,7 @@ def _results(
         CLASSIFIER: store.get(key, of_classifier, about_split("encoder", split)),
         MAJORITY: store.get(majority_key(split), of_frequencies, about_split(MAJORITY, split)),
     }
-    if (len(split.train) + len(split.test)) * 4 * pixels.channels * pixels.size**2 > MAX_PIXELS_BYTES:
+    if (len(split.train) + len(split.test)) * 4 * pixels.channels * pixels.size**2 > PIXELS_MOST:
         say("kNN on raw pixels is left out: so many images would take too much memory.")
         return results
     context = EvaluationContext(store=store, world=DistributedContext(device=device))
@@ -193,7 +193,7 @@ def _tell(
     print("Baselines, top-1:")
     for name, value in baselines.items():
         print(f"  {name:<32}{100 * value:5.1f}")
-    worst = sorted(by_class, key=lambda name: by_class[name])[: WORST if len(by_class) > MAX_NAMED_CLASSES else None]
+    worst = sorted(by_class, key=lambda name: by_class[name])[: WORST if len(by_class) > NAMED_MOST else None]
     print(f"{'The worst' if len(worst) < len(by_class) else 'All'} of {len(by_class)} classes:")
     for name in worst:
         print(f"  {name:<32}{100 * by_class[name]:5.1f}")

@@ -67,7 +67,7 @@ class Footprint:
     ahead: int
     """Batches prepared beside the one in use."""
     plain: Line
-    checkpointing: Line | None
+    recompute: Line | None
     """None: the encoder cannot."""
 
     def need(self, strategy: MemoryStrategyName, n: int, chunk: int = 0) -> int:
@@ -77,7 +77,7 @@ class Footprint:
             waiting = (1 + self.ahead) * n * self.pixels
             kept = n * self.projections + chunk * self.views + waiting
             return int(self.weights + kept + self.plain.at(chunk))
-        line = self.plain if strategy == "plain" else self.checkpointing
+        line = self.plain if strategy == "plain" else self.recompute
         assert line is not None
         return int(self.weights + (1 + self.ahead) * n * self.views + line.at(n))
 
@@ -98,7 +98,7 @@ def list_strategies(footprint: Footprint, n: int, budget: int) -> list[MemoryStr
     The chunk is the largest that fits the budget, or the smallest that is sensible.
     """
     strategies = [MemoryStrategy(name="plain", chunk=0, need=footprint.need("plain", n))]
-    if footprint.checkpointing is not None:
+    if footprint.recompute is not None:
         strategies.append(MemoryStrategy(name="checkpointing", chunk=0, need=footprint.need("checkpointing", n)))
     if footprint.projections is None:
         return strategies
@@ -212,7 +212,7 @@ def measure(method: Method, config: PretrainConfig, images: Images, precision: t
         projections=_cached_bytes(method) if method.grad_cache else None,
         ahead=config.workers,
         plain=plain,
-        checkpointing=again,
+        recompute=again,
     )
 
 

@@ -58,11 +58,11 @@ class ViewParams:
     def __len__(self) -> int:
         return len(self.box)
 
-    def __getitem__(self, rows: slice | np.ndarray) -> "ViewParams":
+    def __getitem__(self, rows: slice | np.ndarray | list[int]) -> "ViewParams":
         return ViewParams(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def sample_params(
+def draw(
     policy: Policy,
     sizes: np.ndarray,
     *,
@@ -132,22 +132,22 @@ def _google_boxes(policy: Policy, sizes: np.ndarray, attempts: _Attempts) -> np.
     def candidates(rows: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         full_h, full_w = sizes[rows, 0, None], sizes[rows, 1, None]  # (rows, 1)
         area = full_h * full_w
-        min_area, max_area = policy.crop_area[0] * area, policy.crop_area[1] * area
+        least, most = policy.crop_area[0] * area, policy.crop_area[1] * area
         low, high = policy.crop_aspect
         aspect = low + u[..., 0] * (high - low)  # (rows, attempts)
-        h_max = np.rint(np.sqrt(max_area / aspect))
+        h_max = np.rint(np.sqrt(most / aspect))
         # the largest height whose rounded width still fits
         fitting = np.floor((full_w + 0.5 - 1e-7) / aspect)
         fitting -= np.rint(fitting * aspect) > full_w
         h_max = np.minimum(np.where(np.rint(h_max * aspect) > full_w, fitting, h_max), full_h)
-        h_min = np.minimum(np.rint(np.sqrt(min_area / aspect)), h_max)
+        h_min = np.minimum(np.rint(np.sqrt(least / aspect)), h_max)
         h = h_min + np.floor(u[..., 1] * (h_max - h_min + 1))
         # rounding may have left the area just outside its bounds: one pixel of height is allowed to mend it
-        h += h * np.rint(h * aspect) < min_area
-        h -= h * np.rint(h * aspect) > max_area
+        h += h * np.rint(h * aspect) < least
+        h -= h * np.rint(h * aspect) > most
         w = np.rint(h * aspect)
         legal = (h >= 1) & (w >= 1) & (h <= full_h) & (w <= full_w)
-        legal &= (h * w >= min_area) & (h * w <= max_area) & (h * w >= _MIN_COVERED * area)
+        legal &= (h * w >= least) & (h * w <= most) & (h * w >= _MIN_COVERED * area)
         # TF draws offsets below the slack, so the last one never comes
         y, x = np.floor(u[..., 2] * (full_h - h)), np.floor(u[..., 3] * (full_w - w))
         return np.stack([y, x, h, w], axis=-1), legal
@@ -158,7 +158,7 @@ def _google_boxes(policy: Policy, sizes: np.ndarray, attempts: _Attempts) -> np.
 
 def _torchvision_boxes(policy: Policy, sizes: np.ndarray, attempts: _Attempts) -> np.ndarray:
     """RandomResizedCrop: area uniform, aspect log-uniform; after 10 failures, the largest central crop."""
-    (min_area, max_area), (low, high) = policy.crop_area, policy.crop_aspect
+    (least, most), (low, high) = policy.crop_area, policy.crop_aspect
     full_h, full_w = sizes[:, 0], sizes[:, 1]  # (B,)
     central_h = np.where(full_w < low * full_h, np.rint(full_w / low), full_h)
     central_w = np.where(full_w > high * full_h, np.rint(full_h * high), full_w)
@@ -168,7 +168,7 @@ def _torchvision_boxes(policy: Policy, sizes: np.ndarray, attempts: _Attempts) -
     def candidates(rows: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         full_h, full_w = sizes[rows, 0, None], sizes[rows, 1, None]  # (rows, 1)
         aspect = np.exp(np.log(low) + u[..., 0] * np.log(high / low))  # (rows, attempts)
-        area = full_h * full_w * (min_area + u[..., 1] * (max_area - min_area))
+        area = full_h * full_w * (least + u[..., 1] * (most - least))
         h, w = np.rint(np.sqrt(area / aspect)), np.rint(np.sqrt(area * aspect))
         legal = (h >= 1) & (w >= 1) & (h <= full_h) & (w <= full_w)
         y, x = np.floor(u[..., 2] * (full_h - h + 1)), np.floor(u[..., 3] * (full_w - w + 1))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from simclr.errors import UserError
 from simclr.views.device_images import DeviceImages
-from simclr.views.params import sample_params
+from simclr.views.params import draw
 from simclr.views.policy import AugmentationPreset, Policy
 from simclr.views.reference import render
 from simclr.views.resize import Images, check_images, chunks, crop_resize, image_sizes
@@ -74,7 +74,7 @@ def make_views(
     else:
         check_images(images, policy.channels)
         sizes = image_sizes(images)
-    params = [sample_params(policy, sizes, seed=seed, epoch=epoch, indices=indices, view=view) for view in views]
+    params = [draw(policy, sizes, seed=seed, epoch=epoch, indices=indices, view=view) for view in views]
     if _resolve(backend, device) == "cuda":
         from simclr.views import cuda  # Triton takes half a second to import
 

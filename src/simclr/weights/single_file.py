@@ -93,7 +93,7 @@ def read_file(path: Path) -> Parts:
 
 
 def _record(path: Path, content: bytes) -> ExportRecord:
-    not_ours = UserError(
+    foreign = UserError(
         f"{path} was not written by `simclr export` (it has no description of its input); give the folder of a run or "
         "of an encoder, or turn it into one with `simclr import`."
     )
@@ -106,7 +106,7 @@ def _record(path: Path, content: bytes) -> ExportRecord:
         beside = description_of(path)
         text = read_regular(beside, MAX_RECORD_BYTES) if os.path.lexists(beside) else None
     if text is None:
-        raise not_ours
+        raise foreign
     name = f"The description of {path}"
     values = parse_json(text, name)
     if values.get("format") != VERSION:

@@ -11,7 +11,7 @@ from pathlib import Path
 from shutil import rmtree
 
 import numpy as np
-import tensorflow as tf
+import tensorflow as tf  # pyrefly: ignore[missing-import]
 
 L = tf.keras.layers
 HERE = Path(__file__).parent

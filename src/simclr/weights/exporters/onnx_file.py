@@ -20,7 +20,7 @@ from simclr.models.inference import inference
 from simclr.weights.exporters.libraries import TOLERANCE, relative, trial_images
 from simclr.weights.single_file import KEY
 
-MAX_BYTES = 2**31 - 2**24  # what one protobuf message may hold, less the graph
+MOST_BYTES = 2**31 - 2**24  # what one protobuf message may hold, less the graph
 BATCHES = (1, 5)  # that it is checked at
 
 
@@ -36,7 +36,7 @@ def to_onnx(encoder: Encoder, classifier: Classifier | None, described: dict[str
     """
     network = _Network(encoder, classifier)
     size = sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
-    if size > MAX_BYTES:
+    if size > MOST_BYTES:
         raise UserError(f"The network has {size / 1e9:.1f} GB of weights and an ONNX file holds 2; take safetensors.")
     program = _export(network)
     properties = program.model.metadata_props
