@@ -12,10 +12,11 @@ from torchvision import models
 
 import simclr
 from helpers import CLASS_NAMES, as_trained, known, random_inputs, relative_error
+from simclr.config.encoder import TIMM, TORCHVISION
 from simclr.errors import UserError
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder
 from simclr.models.classifier import Classifier
-from simclr.models.external.torchvision_names import from_timm, from_torchvision, name_in, to_timm, to_torchvision
+from simclr.models.external.torchvision_names import export_state, import_state, name_in
 from simclr.tasks.export import export
 from simclr.tasks.options.using import Export
 from simclr.weights.folder import save_classifier, save_encoder
@@ -61,11 +62,11 @@ def test_names_and_arithmetic_are_theirs() -> None:
     config = EncoderConfig("resnet50", channels=3, size=66)
     whole = as_trained(models.resnet50())
     state = {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith("fc.")}
-    encoder, x = from_torchvision(state, config), random_inputs(config, 2)
+    encoder, x = import_state(state, config, TORCHVISION), random_inputs(config, 2)
     assert relative_error(encoder(x), theirs_to_features(whole, x)) < 1e-5
-    back = to_torchvision(encoder)
+    back = export_state(encoder, TORCHVISION)
     assert list(back) and back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
-    for name, tensor in from_timm(to_timm(encoder), config).state_dict().items():
+    for name, tensor in import_state(export_state(encoder, TIMM), config, TIMM).state_dict().items():
         assert torch.equal(tensor, encoder.state_dict()[name])
 
 

@@ -19,26 +19,21 @@ class Overrides:
     values: Mapping[str, Any]
 
     def __call__(self, config: Config) -> Config:
-        """The settings with those that were given on top; a new object, checked as a whole."""
-        return override(config, self.values)
+        """The settings with those that were given on top; a new object, checked as a whole.
 
-
-def override(config: Config, values: Mapping[str, Any]) -> Config:
-    """Settings with others on top.
-
-    Raises:
-        UserError: There is no setting of that name, or a value is of a wrong type or out of range.
-    """
-    values = rename_settings(values)
-    if not values:
-        return config
-    known = [f.name for f in fields(config)]  # pyrefly: ignore[bad-argument-type]
-    for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"perhaps {near[0]} is meant" if near else f"there are {', '.join(known)}"
-            raise UserError(f"There is no setting {name!r}; {hint}.")
-    return validated(type(config), asdict(config) | values)  # pyrefly: ignore[bad-argument-type]
+        Raises:
+            UserError: There is no setting of that name, or a value is of a wrong type or out of range.
+        """
+        values = rename_settings(self.values)
+        if not values:
+            return config
+        known = [f.name for f in fields(config)]  # pyrefly: ignore[bad-argument-type]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"perhaps {near[0]} is meant" if near else f"there are {', '.join(known)}"
+                raise UserError(f"There is no setting {name!r}; {hint}.")
+        return validated(type(config), asdict(config) | values)  # pyrefly: ignore[bad-argument-type]
 
 
 def validated(kind: type[Config], values: Mapping[str, Any]) -> Config:

@@ -4,7 +4,7 @@ The network is built on torch's "meta" device, which takes neither memory nor ti
 file says that it holds, and then given the file's tensors instead of copies of initial values.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -36,20 +36,36 @@ def require_same(expected: Mapping[str, Tensor], stored: Mapping[str, TensorInfo
     Raises:
         UserError: A tensor is missing, beside what the network has, or of another shape or type.
     """
-    refused = f"{name} does not hold the weights of the network that its record describes:"
-    for names, what in (
-        (expected.keys() - stored.keys(), "it lacks"),
-        (stored.keys() - expected.keys(), "it also has"),
-    ):
+    sentence = f"{name} does not hold the weights of the network that its record describes:"
+    missing, others = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
+    shapes = {key: (stored[key].shape, tuple(tensor.shape)) for key, tensor in expected.items() if key in stored}
+    require_match(sentence, missing, others, shapes)
+    for key, tensor in expected.items():
+        if stored[key].dtype != tensor.dtype:
+            raise UserError(f"{sentence} {key} has the type {stored[key].dtype} and should have {tensor.dtype}.")
+
+
+def require_match(
+    sentence: str,
+    missing: Sequence[str],
+    others: Sequence[str],
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+) -> None:
+    """Reject weights whose names or shapes are not those of a network.
+
+    Args:
+        sentence: The beginning of the message.
+        missing: Names in the network that the file lacks.
+        others: Names in the file that the network lacks.
+        shapes: Name -> shape in the file, and in the network.
+    """
+    for names, what in ((missing, "it lacks"), (others, "it also has")):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(f"{refused} {what} {shown(', '.join(sorted(names)[:3]), 200)}{more}.")
-    for key, tensor in expected.items():
-        info = stored[key]
-        if info.shape != tuple(tensor.shape):
-            raise UserError(f"{refused} {key} has shape {info.shape} and should have {tuple(tensor.shape)}.")
-        if info.dtype != tensor.dtype:
-            raise UserError(f"{refused} {key} has the type {info.dtype} and should have {tensor.dtype}.")
+            raise UserError(f"{sentence} {what} {shown(', '.join(names[:3]), 200)}{more}.")
+    for name, (stored, expected) in shapes.items():
+        if stored != expected:
+            raise UserError(f"{sentence} {name} has shape {stored} and should have {expected}.")
 
 
 def restore_encoder(encoder: Encoder, read: Callable[[str], Tensor]) -> Encoder:

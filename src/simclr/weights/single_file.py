@@ -20,12 +20,13 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from simclr.config.encoder import TIMM, TORCHVISION
 from simclr.errors import UserError, shown
 from simclr.files import MAX_RECORD_BYTES, open_regular, read_regular, reason_of, write_atomically
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import Encoder
 from simclr.models.external.onnx_bridge import LOGITS, OnnxEncoder, OnnxNetwork, metadata_of
-from simclr.models.external.torchvision_names import from_timm, from_torchvision
+from simclr.models.external.torchvision_names import import_state
 from simclr.models.restoring import require_same
 from simclr.models.safetensors_file import TensorInfo, open_safetensors
 from simclr.views.policy import AugmentationPreset
@@ -140,8 +141,7 @@ def _from_state(path: Path, record: ExportRecord) -> Parts:
     if missing:
         raise UserError(f"{path} names {len(classes)} classes and lacks the weights {shown(', '.join(missing))}.")
     linear = {name: state.pop(place) for name, place in names.items()}
-    read = {"torchvision": from_torchvision, "timm": from_timm}[record.library]
-    encoder = read(state, record.config)
+    encoder = import_state(state, record.config, TORCHVISION if record.library == "torchvision" else TIMM)
     classifier = None
     if classes:
         with torch.device("meta"):

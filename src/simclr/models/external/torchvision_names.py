@@ -39,36 +39,29 @@ _NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 ]
 
 
-def to_torchvision(encoder: Encoder) -> dict[str, Tensor]:
-    """The backbone's state under torchvision's names, without a last linear layer.
+def export_state(encoder: Encoder, library: str) -> dict[str, Tensor]:
+    """The backbone's state under the names of the library ("torchvision/" or "timm/"), without a classifier.
 
     Raises:
-        UserError: torchvision has no model of this architecture.
+        UserError: The library has no model of this architecture.
     """
-    return _export(encoder, TORCHVISION)
+    name_in(library, encoder.config)
+    state = encoder.backbone.state_dict()
+    return state if encoder.config.is_external else {_theirs(name): tensor for name, tensor in state.items()}
 
 
-def to_timm(encoder: Encoder) -> dict[str, Tensor]:
-    """The backbone's state under timm's names, without a classifier.
+def import_state(state: Mapping[str, Tensor], config: EncoderConfig, library: str) -> Encoder:
+    """The encoder of `config`, in inference mode, with weights that `export_state` gave.
 
     Raises:
-        UserError: timm has no model of this architecture.
+        UserError: The library has no model of this architecture, or names, shapes or types are not those of it.
     """
-    return _export(encoder, TIMM)
-
-
-def from_torchvision(state: Mapping[str, Tensor], config: EncoderConfig) -> Encoder:
-    """The encoder of `config`, in inference mode, with weights that `to_torchvision` gave.
-
-    Raises:
-        UserError: torchvision has no model of this architecture, or names, shapes or types are not those of it.
-    """
-    return _import(state, config, TORCHVISION)
-
-
-def from_timm(state: Mapping[str, Tensor], config: EncoderConfig) -> Encoder:
-    """As `from_torchvision`, for weights that `to_timm` gave."""
-    return _import(state, config, TIMM)
+    name_in(library, config)
+    encoder = sketch_encoder(config)
+    expected = {_name_in_file(name, config): tensor for name, tensor in encoder.state_dict().items()}
+    stored = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    require_same(expected, stored, "The file")
+    return restore_encoder(encoder, lambda name: state[_name_in_file(name, config)])
 
 
 def name_in(library: str, config: EncoderConfig) -> str:
@@ -109,21 +102,6 @@ def _difference(library: str, config: EncoderConfig) -> str | None:
     if library == TORCHVISION and config.channels != 3:
         return f"its images have {config.channels} channel{'s' * (config.channels != 1)}, theirs 3 (timm takes any)"
     return None
-
-
-def _export(encoder: Encoder, library: str) -> dict[str, Tensor]:
-    name_in(library, encoder.config)
-    state = encoder.backbone.state_dict()
-    return state if encoder.config.is_external else {_theirs(name): tensor for name, tensor in state.items()}
-
-
-def _import(state: Mapping[str, Tensor], config: EncoderConfig, library: str) -> Encoder:
-    name_in(library, config)
-    encoder = sketch_encoder(config)
-    expected = {_name_in_file(name, config): tensor for name, tensor in encoder.state_dict().items()}
-    stored = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-    require_same(expected, stored, "The file")
-    return restore_encoder(encoder, lambda name: state[_name_in_file(name, config)])
 
 
 def _name_in_file(name: str, config: EncoderConfig) -> str:

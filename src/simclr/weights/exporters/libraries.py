@@ -16,7 +16,7 @@ from simclr.config.encoder import TIMM, TORCHVISION, EncoderConfig
 from simclr.errors import UserError
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import Encoder
-from simclr.models.external.torchvision_names import name_in, to_timm, to_torchvision
+from simclr.models.external.torchvision_names import export_state, name_in
 from simclr.models.inference import inference
 from simclr.models.init import seeded
 
@@ -49,10 +49,8 @@ def to_library(library: Literal["torchvision", "timm"], encoder: Encoder, classi
         UserError: The library has no such model, or no place for the classifier, or its model computes something else.
     """
     config = encoder.config
-    if library == "torchvision":
-        name, state = name_in(TORCHVISION, config), to_torchvision(encoder)
-    else:
-        name, state = name_in(TIMM, config), to_timm(encoder)
+    prefix = TORCHVISION if library == "torchvision" else TIMM
+    name, state = name_in(prefix, config), export_state(encoder, prefix)
     num_classes = None if classifier is None else classifier.linear.out_features
     with seeded(0, "export"):
         build = _torchvision if library == "torchvision" else _timm

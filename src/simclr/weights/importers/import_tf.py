@@ -19,6 +19,7 @@ from simclr.errors import UserError
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import LinearClassifier, ProjectionHead
+from simclr.models.restoring import require_match
 from simclr.weights.importers.object_graph import OBJECT_GRAPH, ObjectGraph
 from simclr.weights.importers.tensor_bundle import TensorBundle
 
@@ -255,17 +256,8 @@ def _require_same(names: Mapping[str, Tensor], shapes: Mapping[str, Shape], pref
     missing = [name for name in names if name not in shapes]
     parts = (prefix + ENCODER, prefix + HEAD, *([] if prefix else [CLASSIFIER, *_TF2_MODEL]))
     beside = [n for n in shapes if n.startswith(parts) and n not in names and not _is_slot(n, shapes)]
-    for unexpected, what in ((missing, "lacks"), (beside, "has, beside what that network has,")):
-        if unexpected:
-            raise UserError(
-                f"The checkpoint is not quite the network that it seems to be: it {what} {_some(unexpected)}."
-            )
-    for name, tensor in names.items():
-        if _turned(tensor.shape) != shapes[name]:
-            raise UserError(
-                f"The checkpoint is not quite the network that it seems to be: {name} has shape {shapes[name]} and "
-                f"would have {_turned(tensor.shape)}."
-            )
+    both = {name: (shapes[name], _turned(tensor.shape)) for name, tensor in names.items() if name in shapes}
+    require_match("The checkpoint does not fit the network that it seems to hold:", missing, beside, both)
 
 
 @torch.no_grad()
@@ -309,7 +301,3 @@ def _norm(place: str, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> dict[str, Tensor
 
 def _suffix(index: int) -> str:
     return f"_{index}" if index else ""
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

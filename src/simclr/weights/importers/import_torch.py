@@ -18,6 +18,7 @@ from simclr.config.encoder import TORCHVISION, EncoderConfig
 from simclr.errors import UserError
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.external.torchvision_bridge import IMAGENET
+from simclr.models.restoring import require_match
 from simclr.weights.importers.torch_file import TorchFile
 
 Format = Literal["lightly", "solo-learn", "moco", "torchvision"]
@@ -188,18 +189,8 @@ def _require_same(wanted: Mapping[str, Shape], shapes: Mapping[str, Shape], plac
     missing = [name for name in wanted if name not in shapes and not name.endswith("num_batches_tracked")]
     # Beside a backbone that has a place of its own stands all that is not under it, so what is under it takes part.
     beside = [name for name in shapes if place and name not in wanted and not name.startswith(_CLASSIFIERS)]
-    for names, what in ((missing, "lacks"), (beside, "has, beside what that network has,")):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(
-                f"The checkpoint is not quite the network that it seems to be: it {what} {', '.join(names[:3])}{more}."
-            )
-    for name, shape in wanted.items():
-        if name in shapes and shapes[name] != shape:
-            raise UserError(
-                f"The checkpoint is not quite the network that it seems to be: {name} has shape {shapes[name]} and "
-                f"would have {shape}."
-            )
+    both = {name: (shapes[name], shape) for name, shape in wanted.items() if name in shapes}
+    require_match("The checkpoint does not fit the network that it seems to hold:", missing, beside, both)
 
 
 @torch.no_grad()
