@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from simclr.cli.main import main
+from simclr.errors import Stopped
 from skips import counted, violations
 
 pytest.register_assert_rewrite("helpers")
@@ -51,8 +52,9 @@ UNIT_FILES = (
 """Files of the tier `unit`: together under a minute on two cores, and no test takes more than a few seconds."""
 
 ANY_TORCH_FILES = (
-    "test_benchmark_loss.py", "test_benchmarks.py", "test_cache.py", "test_config.py", "test_curve.py", "test_data.py",
-    "test_deprecated.py", "test_drill_cache.py", "test_drills.py", "test_evaluation_table.py", "test_files.py",
+    "test_benchmark_loss.py", "test_benchmarks.py", "test_cache.py", "test_choose_settings.py", "test_config.py",
+    "test_curve.py", "test_data.py", "test_deprecated.py", "test_drill_cache.py", "test_drills.py",
+    "test_evaluation_table.py", "test_files.py",
     "test_hostile_archives.py", "test_hub.py", "test_identity.py", "test_label_lists.py", "test_layout.py",
     "test_pack.py", "test_records.py", "test_reports.py", "test_retrieval.py", "test_schedule.py", "test_skips.py",
     "test_source.py",
@@ -89,6 +91,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker("unit")
         if item.path.name in ANY_TORCH_FILES:
             item.add_marker("any_torch")
+
+
+def pytest_exception_interact(node, call):
+    """End the session where a training was stopped that no test has stopped.
+
+    While a training runs, SIGTERM asks it to save and stop. One that was meant for pytest, such as that of `timeout`,
+    would fail the test with `Stopped`, and pytest would go on.
+    """
+    if call.excinfo is not None and isinstance(call.excinfo.value, Stopped):
+        node.session.shouldstop = f"signal {call.excinfo.value.signal} came from outside during {node.nodeid}"
 
 
 @pytest.hookimpl(trylast=True)
