@@ -34,6 +34,7 @@ from simclr.evaluation.knn import knn
 from simclr.evaluation.metrics import accuracy
 from simclr.evaluation.split import split_data
 from simclr.evaluation.subjects import random_encoder
+from simclr.losses.info_nce import info_nce, info_nce_dense
 from simclr.losses.nt_xent import nt_xent, nt_xent_dense
 from simclr.methods.simclr import SimCLR
 from simclr.models.batchnorm import set_global_batch_norm
@@ -235,6 +236,38 @@ def _loss(function: Callable[..., Tensor], z: Tensor, temperature: float) -> tup
     loss.backward()
     assert z.grad is not None
     return loss.detach(), z.grad
+
+
+def queue_loss(bench: Bench) -> dict[str, Any]:
+    """MoCo's loss over a queue against the dense definition: errors in fp64, time and memory."""
+    cases: dict[str, Any] = bench.partial.setdefault("cases", {})
+    wrong = []
+    for n, keys in ((256, 4096), (256, 65_536), (4096, 65_536)) if not bench.tiny else ((32, 128),):
+        rows = torch.nn.functional.normalize(torch.randn(2 * n + keys, 128, device=bench.device), dim=1)
+        q, k, bank = rows.split([n, n, keys])
+
+        def work(loss: Callable[..., Tensor], *operands: Tensor) -> tuple[Tensor, Tensor]:
+            queries = operands[0].clone().requires_grad_()
+            value = loss(queries, *operands[1:], 0.2)
+            return value.detach(), torch.autograd.grad(value, queries)[0]
+
+        want, want_gradient = work(info_nce_dense, q.double(), k.double(), bank.double())
+        (got, gradient), (_, again) = (work(info_nce, q, k, bank) for _ in range(2))
+        result: dict[str, Any] = {
+            "loss": float((got.double() - want).abs() / want.abs()),
+            "gradient": float((gradient.double() - want_gradient).norm() / want_gradient.norm()),
+            "same_bits_again": torch.equal(gradient, again),
+            "ms": 1e3 * bench.seconds(lambda: work(info_nce, q, k, bank)),  # noqa: B023
+            "dense_ms": 1e3 * bench.seconds(lambda: work(info_nce_dense, q, k, bank)),  # noqa: B023
+            "extra_bytes": bench.peak(lambda: work(info_nce, q, k, bank)),  # noqa: B023
+            "dense_extra_bytes": bench.peak(lambda: work(info_nce_dense, q, k, bank)),  # noqa: B023
+        }
+        cases[f"{n} queries, {keys} keys"] = result
+        if not (result["loss"] < 1e-4 and result["gradient"] < 1e-3 and result["same_bits_again"]):
+            wrong.append(f"{n} queries, {keys} keys")
+        if bench.late:
+            break
+    return {"right": not wrong, "wrong": wrong, "cases": cases}
 
 
 # --- parts of a step --------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ SECTIONS: list[tuple[str, Callable[[Bench], dict[str, Any]], float]] = [
     ("ceilings", gpu_sections.ceilings, 20),
     ("views-against-reference", gpu_sections.views_against_reference, 60),
     ("loss-against-dense", gpu_sections.loss_against_dense, 45),
+    ("queue-loss", gpu_sections.queue_loss, 20),
     ("views-speed", gpu_sections.views_speed, 25),
     ("loss-speed", gpu_sections.loss_speed, 40),
     ("train-resnet18-32", gpu_sections.train_resnet18, 70),

@@ -69,7 +69,9 @@ def test_gpu_suite_runs_and_its_checks_hold(tmp_path: Path, monkeypatch: pytest.
     needs_gpu = {"batch-65536", "tests"}
     assert {name for name, found in sections.items() if found["status"] == "skipped"} == needs_gpu
     assert all(found["status"] == "done" for name, found in sections.items() if name not in needs_gpu)
-    assert all(sections[name]["right"] for name in ("views-against-reference", "loss-against-dense", "resume"))
+    assert all(
+        sections[name]["right"] for name in ("views-against-reference", "loss-against-dense", "queue-loss", "resume")
+    )
 
 
 def test_the_parts_of_a_step_add_up(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models import resnet18
 
 from helpers import in_processes, known, parts_of
 from simclr.config.encoder import EncoderConfig
@@ -361,6 +362,25 @@ def test_memory_counts_the_second_encoder(images):
     method = pretraining.build_method(CONFIG, 1, DistributedContext())
     held = sum(t.nbytes for t in method.state_dict().values())  # what a checkpoint holds beside the optimiser's state
     assert held > 2 * trained + parts_of(method).queue.keys.nbytes
+
+
+def test_a_released_encoder_is_tuned_by_mocos_linear_evaluation(simclr, tmp_path):
+    """The classifier follows torch's SGD at a rate of 30 that falls in steps, and no weight of the encoder moves."""
+    released = {f"module.encoder_q.{name}": value for name, value in resnet18().state_dict().items()}
+    torch.save({"state_dict": released}, tmp_path / "m.pth")
+    code, _, said = simclr("import", tmp_path / "m.pth", tmp_path / "encoder", "--format", "moco", "--size", 32)
+    assert code == 0, said
+    colours = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", x=colours, y=np.arange(40) % 2)
+    code, _, said = simclr(
+        "finetune", tmp_path / "encoder", tmp_path / "a.npz", "--finetune-recipe", "moco-linear", "--batch-size", 16,
+        "--epochs", 5, "--log-every", 1, "--out", tmp_path / "tuned",
+    )  # fmt: skip
+    assert code == 0, said
+    rates = [record["lr"] for record in RunFolder(tmp_path / "tuned").read_metrics()]
+    assert rates[0] == pytest.approx(30 * 16 / 256) and rates[-1] == pytest.approx(30 * 16 / 256 / 100)
+    before, after = load(tmp_path / "encoder").encoder.state_dict(), load(tmp_path / "tuned").encoder.state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 @pytest.mark.parametrize(
