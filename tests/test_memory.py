@@ -188,7 +188,7 @@ def test_the_plan_of_a_run(tmp_path, monkeypatch, capsys):
     flags = ["digits", "--width", "0.5", "--batch-size", "64", "--workers", "1"]
     table = simclr("plan", *flags, "--json", "plan.json")
     plan = json.loads((tmp_path / "plan.json").read_text())
-    assert "1,438 images, gray" in table and "plain" in table.split("<- pretrain takes this")[0].splitlines()[-1]
+    assert "1,438 images, gray" in table and "plain" in table.split("<- chosen by pretrain")[0].splitlines()[-1]
     assert [strategy["name"] for strategy in plan["strategies"]] == ["plain", "checkpointing", "grad-cache"]
     assert plan["choice"] == "plain" and plan["steps"] == 1438 * 150 // 64 + 1
     for strategy in plan["strategies"]:
@@ -201,7 +201,7 @@ def test_the_plan_of_a_run(tmp_path, monkeypatch, capsys):
     # a run on the budget of the last strategy takes it, and its checkpoint is as large as foretold
     between = f"{(needs[1] + needs[2]) // 2}"
     table = simclr("plan", *flags, "--memory-budget", between)
-    assert "does not fit" in table and "grad-cache" in table.split("<- pretrain takes this")[0].splitlines()[-1]
+    assert "does not fit" in table and "grad-cache" in table.split("<- chosen by pretrain")[0].splitlines()[-1]
     simclr("pretrain", *flags, "--memory-budget", between, "--epochs", "1", "--out", "run", "--knn-every", "0")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["memory"] == "grad-cache" and config["chunk"] == 32

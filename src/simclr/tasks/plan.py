@@ -94,7 +94,7 @@ class Plan:
         return asdict(self)
 
     def table(self) -> str:
-        """For people."""
+        """The plan as text."""
         disk = self.checkpoints_kept * self.checkpoint_bytes + self.encoder_bytes
         lines = [
             f"{self.data}: {self.images:,} images, {'gray' if self.channels == 1 else 'colour'}",
@@ -102,28 +102,26 @@ class Plan:
             f"{self.head_parameters:,} in the head; views of {self.size} pixels",
             *([f"{self.frozen_parameters:,} more parameters without gradient"] if self.frozen_parameters else []),
             f"{self.batch_size:,} images per step, {self.steps:,} steps, {self.epochs:,} epochs",
-            f"{self.device}, {readable(self.budget_bytes)} of memory to spend",
+            f"{self.device}, memory budget {readable(self.budget_bytes)}",
             "",
-            f"{'strategy':<24}{'memory':>10}{'step':>12}{'views/s':>10}{'an epoch':>10}{'the run':>11}",
+            f"{'strategy':<24}{'memory':>10}{'step':>12}{'views/s':>10}{'epoch':>10}{'run':>11}",
         ]
         for strategy in self.strategies:
             name = f"grad-cache, chunks of {strategy.chunk:,}" if strategy.chunk else strategy.name
-            verdict = (
-                "  <- pretrain takes this"
-                if strategy.name == self.choice
-                else ""
-                if strategy.fits
-                else "  does not fit"
-            )
+            verdict = "" if strategy.fits else "  does not fit"
+            if strategy.name == self.choice:
+                verdict = "  <- chosen by pretrain"
             lines.append(f"{name:<24}{readable(strategy.need_bytes):>10}{_times(strategy, self.batch_size)}{verdict}")
         lines += ["", *_how_timed(self.strategies, self.batch_size)]
         if self.choice is None:
-            lines.append("Nothing fits: give a smaller --batch-size, --size, --width or --encoder.")
+            lines.append("No strategy fits: give a smaller --batch-size, --size, --width or --encoder.")
         elif self.choice == "grad-cache":
-            lines.append("With gradient caching the loss is that of all images, and batch norm sees a chunk at a time.")
+            lines.append(
+                "With gradient caching the loss is that of all images, and batch norm has the statistics of one chunk."
+            )
         lines.append(
             f"On disk: {readable(disk)} ({self.checkpoints_kept} checkpoints of {readable(self.checkpoint_bytes)}, "
-            f"the encoder of {readable(self.encoder_bytes)}). Evaluating and saving take time of their own."
+            f"the encoder of {readable(self.encoder_bytes)}). Evaluation and checkpoints take additional time."
         )
         return "\n".join(lines)
 
