@@ -103,10 +103,7 @@ def decode_file(path: Path, side: int | None = None, expected: Stamp | None = No
         expected: What the file's stamp has to be before and after it is read; else the reason is a `Changed`.
     """
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            return "not a regular file"  # opening a FIFO would wait for ever
-        if problem := too_large(status.st_size):
+        if problem := unfit_file(path):
             return problem
         with open(path, "rb") as file, Image.open(file, formats=allowed_formats()) as image:
             before = stamp_of(os.fstat(file.fileno()))
@@ -178,12 +175,15 @@ def composite(pixels: np.ndarray) -> np.ndarray:
     return result
 
 
-def too_large(num_bytes: int) -> str | None:
-    """Why a file of this size is no image; None where it may be one."""
-    if num_bytes == 0:
+def unfit_file(path: Path) -> str | None:
+    """Why a file of this kind or size is no image; None where it may be one."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file"  # opening a FIFO would wait for ever
+    if status.st_size == 0:
         return "empty file"
-    if num_bytes > MAX_FILE_BYTES:
-        return f"file of {num_bytes:,} bytes, more than {MAX_FILE_BYTES:,}"
+    if status.st_size > MAX_FILE_BYTES:
+        return f"file of {status.st_size:,} bytes, more than {MAX_FILE_BYTES:,}"
     return None
 
 

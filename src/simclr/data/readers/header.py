@@ -5,8 +5,6 @@ depending on the entries that its pixels use, and a PNG file may state its orien
 """
 
 import io
-import os
-import stat
 import struct
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +12,7 @@ from typing import BinaryIO
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
-from simclr.data.readers.decode import allowed_formats, decoded, reason_of_damage, refusal, too_large
+from simclr.data.readers.decode import allowed_formats, decoded, reason_of_damage, refusal, unfit_file
 
 Shape = tuple[int, int, int]
 """Height, width and channels (1 or 3), as `decode_file` returns them without a limit to the side."""
@@ -28,10 +26,7 @@ _KEYWORD_BYTES = 80  # of a PNG text chunk: at most 79 and a null byte
 def read_header(path: Path) -> Shape | str:
     """Shape of a file's decoded pixels, or a few words that say why there are none."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            return "not a regular file"  # opening a FIFO would wait for ever
-        if problem := too_large(status.st_size):
+        if problem := unfit_file(path):
             return problem
         with open(path, "rb") as file:
             return parse_header(file)
