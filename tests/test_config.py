@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from helpers import SMALL_RUN
+from simclr.config.finetune import FinetuneConfig
 from simclr.config.pretrain import PretrainConfig, changed_on_resume, load_config
 from simclr.config.recipes import RECIPES, choose_recipe, find_recipe, fit_recipe
 from simclr.errors import UserError
@@ -147,3 +148,10 @@ def test_recipes_hold_the_papers_numbers():
         assert (c.lr * c.batch_size**0.5, c.lr_scaling, c.warmup_epochs / c.epochs) == (6.4, "sqrt", 0.05)
         assert (c.weight_decay, c.temperature, c.batch_size, c.epochs, c.head_layers) == (1e-4, 0.1, 4096, 800, 3)
     assert json.dumps(cifar.loss_scale) == json.dumps(imagenet.loss_scale) == "2.0"
+
+
+def test_a_later_setting_is_no_part_of_results_that_it_does_not_change():
+    """Results and unfinished trainings of versions without it stay valid."""
+    before, after = FinetuneConfig(), FinetuneConfig(nesterov=False, lr_decay="steps")
+    assert {"nesterov", "lr_decay"} & before.result_fields().keys() == set()
+    assert after.result_fields() == before.result_fields() | {"nesterov": False, "lr_decay": "steps"}

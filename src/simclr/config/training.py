@@ -12,6 +12,9 @@ from simclr.errors import UserError
 FREE_ON_RESUME = frozenset({"workers", "save_every", "max_checkpoints", "knn_every"})
 """Settings that a resumed run may change: they do not affect its result."""
 
+BEFORE = {"nesterov": True, "lr_decay": "cosine"}
+"""Later settings, with what held before there were they."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -153,8 +156,13 @@ class DownstreamConfig(TrainingConfig):
         return max(super().steps(num_images), self.min_steps)
 
     def result_fields(self) -> dict[str, Any]:
-        """The settings that determine the result, as JSON can hold them."""
-        return {name: value for name, value in asdict(self).items() if name not in FREE_ON_RESUME}
+        """The settings that determine the result, as JSON can hold them.
+
+        A later setting is among them only where it has another value than all trainings had before there was it, so
+        that results and unfinished trainings of earlier versions stay valid.
+        """
+        values = {name: value for name, value in asdict(self).items() if name not in FREE_ON_RESUME}
+        return {name: value for name, value in values.items() if name not in BEFORE or value != BEFORE[name]}
 
     def __post_init__(self) -> None:
         """Say in one sentence what is wrong with a value."""
