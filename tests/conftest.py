@@ -42,12 +42,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 UNIT_FILES = (
-    "test_cache.py", "test_checkpoint.py", "test_config.py", "test_data.py", "test_deprecated.py",
+    "test_baselines.py", "test_cache.py", "test_checkpoint.py", "test_config.py", "test_data.py", "test_deprecated.py",
     "test_distillation.py", "test_evaluation_table.py", "test_files.py", "test_forms.py", "test_identity.py",
     "test_knn.py", "test_label_free.py", "test_label_lists.py", "test_layout.py", "test_logistic.py",
     "test_loss_metrics.py", "test_metrics.py", "test_nt_xent.py", "test_optim.py", "test_records.py",
     "test_reference.py", "test_reports.py", "test_results.py", "test_retrieval.py", "test_schedule.py",
-    "test_views.py",
+    "test_verdict.py", "test_views.py",
 )  # fmt: skip
 """Files of the tier `unit`: together under a minute on two cores, and no test takes more than a few seconds."""
 

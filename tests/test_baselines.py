@@ -172,6 +172,14 @@ def test_images_too_small_for_the_cells_are_refused(digits, name, size):
         opened(name, size=size).learnt_from(digits[0], seed=0)
 
 
+def test_images_too_small_for_hog_are_evaluated_without_it(simclr, tmp_path):
+    """Where nobody asked for it: hog is among the rows of an evaluation without --compare."""
+    draw = np.random.default_rng(0)
+    np.savez(tmp_path / "tiny.npz", x=draw.integers(0, 256, (40, 6, 6), dtype=np.uint8), y=np.arange(40) % 2)
+    code, table, said = simclr("evaluate", "random", tmp_path / "tiny.npz", "--protocol", "knn", "--cache", "off")
+    assert code == 0 and "hog is left out" in said and "pixels (baseline)" in table and "hog" not in table
+
+
 def test_images_of_one_colour_have_patches_too(few_patches):
     data = open_images(np.full((5, 8, 8), 7, np.uint8))
     assert np.isfinite(opened("patches").learnt_from(data, seed=0).features(data)).all()

@@ -143,7 +143,7 @@ EXPECTED = {
     "TRANSFER_VERSION": (1, "66045eb7"),
     "GRID_VERSION": (1, "b19c7a66"),
     "LABEL_FREE_VERSION": (1, "1e88435f"),
-    "HOG_VERSION": (1, "d533a3c9"),
+    "HOG_VERSION": (1, "834ab7bf"),
     "PATCHES_VERSION": (1, "c16c5f6e"),
 }
 ANSWERS = {"KNN_VERSION": (1, 341), "LOGISTIC_VERSION": (1, 342)}

@@ -25,6 +25,7 @@ ORIENTATIONS = 8  # of 22.5 degrees each, unsigned
 MIN_CELL = 4  # pixels a side
 MAX_CELLS = 8  # per side: beyond 32 pixels cells grow, and features are at most 7 * 7 * 4 * 8 = 1,568
 BLOCK = 2  # cells a side
+MIN_SIZE = BLOCK * MIN_CELL  # of an image, in pixels
 CLIP = 0.2  # of a block's components, between its two normalisations (L2-Hys)
 EPSILON = 1e-5  # added in quadrature to a block's length
 
@@ -41,9 +42,9 @@ class HogFeatures:
     """Side of the images, in pixels."""
 
     def __post_init__(self) -> None:
-        if self.size < BLOCK * MIN_CELL:
+        if self.size < MIN_SIZE:
             raise UserError(
-                f"hog needs images of at least {BLOCK * MIN_CELL} x {BLOCK * MIN_CELL} pixels, {BLOCK} cells of "
+                f"hog needs images of at least {MIN_SIZE} x {MIN_SIZE} pixels, {BLOCK} cells of "
                 f"{MIN_CELL} pixels each way, and they are evaluated at {self.size} x {self.size}; leave hog out."
             )
 

@@ -16,12 +16,14 @@ from simclr.data.presets import TransferSet, open_transfer_set
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation.cache import FeatureCache, open_cache
+from simclr.evaluation.hog import MIN_SIZE
 from simclr.evaluation.measure import ACCURACIES, EvaluationContext, Protocol, Settings, makes_sense, measure
 from simclr.evaluation.metrics import SUPERVISED
 from simclr.evaluation.results import Result, ResultStore
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import (
     BASELINE_NAMES,
+    HOG,
     PATCHES,
     RANDOM,
     EvaluatedModel,
@@ -100,6 +102,9 @@ class Session:
             like, preprocessing = _shape(options, train, world)
             if options.feature != "auto":
                 like = replace(like, feature=options.feature)
+        if like.size < MIN_SIZE and options.compare == type(options).compare:
+            options = replace(options, compare=tuple(name for name in options.compare if name != HOG))
+            say(f"hog is left out: it needs images of {MIN_SIZE} pixels a side.", main=world.is_main)
         if test is None:
             _warn_if_seen(run, train, world)
         folder = results_folder(options)
