@@ -141,7 +141,7 @@ EXPECTED = {
     "PROBE_VERSION": (1, "f97300d4"),
     "CURVE_VERSION": (1, "caf1170c"),
     "TRANSFER_VERSION": (1, "66045eb7"),
-    "GRID_VERSION": (1, "ed3d7bb3"),
+    "GRID_VERSION": (1, "b19c7a66"),
     "LABEL_FREE_VERSION": (1, "1e88435f"),
     "HOG_VERSION": (1, "834ab7bf"),
     "PATCHES_VERSION": (1, "c16c5f6e"),
