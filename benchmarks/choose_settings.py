@@ -48,7 +48,7 @@ import numpy as np
 from PIL import Image
 
 from common import Stop, in_fresh_process, machine, print_markdown, run_ours, stretched
-from simclr.config.overrides import override
+from simclr.config.overrides import Overrides
 from simclr.config.pretrain import PretrainConfig
 from simclr.config.recipes import RECIPES, fit_recipe
 from simclr.data.images import Images
@@ -129,7 +129,7 @@ def arguments() -> argparse.Namespace:
     for name, settings in args.arms.items():
         if name in BASELINE_NAMES and settings:
             parser.error(f"{name} is a baseline and takes no settings; give the arm another name")
-        override(RECIPES["cpu"].config, settings)  # wrong names and values are said before anything runs
+        Overrides(settings)(RECIPES["cpu"].config)  # wrong names and values are said before anything runs
     return args
 
 
@@ -234,7 +234,7 @@ def run_arm(
     clock = Clock(args.clock, args.cores, seconds)
     learn, held_out = open_parts(data, args.rows)
     config, _ = fit_recipe(RECIPES["cpu"], learn)
-    config = override(config, settings | {"seed": seed, "knn_every": 0, "save_every": 10**9, "device": "cpu"})
+    config = Overrides(settings | {"seed": seed, "knn_every": 0, "save_every": 10**9, "device": "cpu"})(config)
     shape = encoder_of(config, learn.channels)
     world, cache = DistributedContext(), FeatureCache(None)
     if name in BASELINE_NAMES:
