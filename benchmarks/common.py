@@ -296,7 +296,7 @@ class LightlyLoop:
         """End the workers."""
         del self._batches
         if (iterator := self._loader._iterator) is not None:
-            iterator._shutdown_workers()
+            iterator._shutdown_workers()  # pyrefly: ignore[missing-attribute]
 
     def _endless(self) -> Iterator[Any]:
         while True:

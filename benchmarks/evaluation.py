@@ -97,7 +97,7 @@ def measure_path(args: argparse.Namespace) -> dict[str, Any]:
     times, found = timed({OURS: ours, THEIRS: theirs}, args)
     objectives, scores = (
         {
-            name: np.array([judge(*fit, l2) for fit, l2 in zip(fits, L2_PATH, strict=True)])
+            name: np.array([judge(*fit, l2) for fit, l2 in zip(fits, L2_PATH, strict=True)])  # pyrefly: ignore[bad-argument-count]
             for name, fits in found.items()
         }
         for judge in (
