@@ -1,6 +1,7 @@
 """MoCo against a transcription in plain torch, its queue, its shuffled batch norm, and the memory of SimCLR v2."""
 
 import math
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -441,6 +442,28 @@ def test_a_queue_longer_than_the_data_is_fitted_to_it():
     fitted, said = fit_recipe(RECIPES["moco-cpu"], Facts(1500, 28))
     assert fitted.queue == 512 and "1,500" in said["queue"]
     assert fit_recipe(RECIPES["moco-cpu"], Facts(60_000, 28))[0].queue == 4096
+
+
+@pytest.mark.parametrize("count", [16, 33, 255, 256, 280, 383, 384, 511, 512, 5000])
+@pytest.mark.parametrize("name", ["moco-v2", "moco-cifar", "moco-cpu"])
+def test_recipes_fit_few_images(name, count):
+    fitted, said = fit_recipe(RECIPES[name], Facts(count, 48))
+    MoCo.check(replace(fitted, bn_splits=1), DistributedContext(), count)
+    assert ("batch_size" in said) == (fitted.batch_size != RECIPES[name].config.batch_size)
+
+
+@pytest.mark.parametrize("change", [{"queue": 0}, {"queue": 4096}, {"queue": 128}])
+@pytest.mark.parametrize(("count", "batch_size"), [(280, 256), (280, 128), (280, 2), (1000, 512), (5000, 256)])
+def test_the_advice_on_a_queue_is_accepted(change, count, batch_size):
+    config = replace(CONFIG, bn_splits=1, batch_size=batch_size, **change)
+    for _ in range(2):  # a queue of 0 leaves open whether the batch fits beside it
+        try:
+            MoCo.check(config, DistributedContext(), count)
+        except UserError as error:
+            found = re.findall(r"--(queue|batch-size) (\d+)", str(error).partition("; give")[2])
+            advised = {name: int(value) for name, value in found}
+            config = replace(config, queue=advised["queue"], batch_size=advised.get("batch-size", batch_size))
+    MoCo.check(config, DistributedContext(), count)
 
 
 def test_the_rate_falls_in_steps_as_in_moco_v1():

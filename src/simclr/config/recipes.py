@@ -340,6 +340,12 @@ def fit_recipe(recipe: Recipe, images: ImageFacts) -> tuple[PretrainConfig, dict
         queue = 1 << (len(images) // 2).bit_length() - 1
         said["queue"] = f"A queue of {queue:,} keys instead of {config.queue:,}: there are {len(images):,} images."
         config = replace(config, queue=queue)
+        if config.method == "moco" and queue + config.batch_size > len(images):
+            said["batch_size"] = (
+                f"Batch size {queue} instead of {recipe.config.batch_size}: batch and queue hold different images, and "
+                f"there are {len(images):,}."
+            )
+            config = replace(config, batch_size=queue)
     if 2 <= len(images) * config.epochs < recipe.min_steps * config.batch_size:
         epochs = -(-recipe.min_steps * config.batch_size // len(images))
         longer = epochs / config.epochs

@@ -73,13 +73,17 @@ class MoCo(Method):
     def check(cls, config: PretrainConfig, context: DistributedContext, num_images: int | None = None) -> None:
         """Refuse a queue, splits or batch norm with which MoCo would not be MoCo."""
         if config.queue == 0:
+            size = 4096 if num_images is None else min(4096, fitting_queue(num_images))
             raise UserError(
-                "--queue was 0, and MoCo's negatives are its queue; give --queue 4096, or --recipe moco-v2."
+                f"--queue was 0, and MoCo's negatives are its queue; give --queue {size}, or neither --queue nor "
+                "--recipe, and a recipe of MoCo is chosen."
             )
         if num_images is not None and config.queue + config.batch_size > num_images:
+            size = fitting_queue(num_images)
+            batch = "" if config.batch_size + size <= num_images else f" --batch-size {size}"
             raise UserError(
                 f"--queue was {config.queue} and --batch-size {config.batch_size}, together more than the {num_images} "
-                f"images, which would meet their own keys as negatives; give --queue {fitting_queue(num_images)}."
+                f"images, which would meet their own keys as negatives; give --queue {size}{batch}."
             )
         if config.loss != "nt-xent":
             raise UserError(f"--loss was {config.loss}, which is SimCLR's; MoCo has InfoNCE alone, so leave it out.")
