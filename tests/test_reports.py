@@ -5,11 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from simclr.evaluation.results import KEY_FIELDS, About, Measured, Result, ResultStore
 from simclr.models import EncoderConfig, build_encoder
 from simclr.reports.evaluation import accuracy_summary, accuracy_text, records
 from simclr.reports.label_free import label_free_summary, label_free_text
+from simclr.reports.pictures import draw_accuracies
 from simclr.reports.probe import probe_summary, probe_text
 from simclr.reports.run_results import results_of
 from simclr.weights.folder import Model, digest_of
@@ -54,6 +57,19 @@ def test_the_json_keeps_its_keys() -> None:
     assert summary["results"][1] == {
         "features": "encoder", "protocol": "knn", "seed": 1, "top1": 0.7, "mean_per_class": 0.35, "how": "as told",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 7])
+def test_the_legend_covers_no_figure(rows: int) -> None:
+    figure = Figure(figsize=(6, 4.3), dpi=110)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    axes = figure.add_subplot()
+    draw_accuracies(axes, {f"model {row}": {"knn": 1.0, "linear": 1.0} for row in range(rows)})
+    figure.draw(renderer)
+    legend = axes.get_legend()
+    assert legend is not None and len(axes.texts) == 2 * rows
+    assert legend.get_window_extent(renderer).y1 <= axes.get_window_extent(renderer).y1
+    assert legend.get_window_extent(renderer).y0 > max(text.get_window_extent(renderer).y1 for text in axes.texts)
 
 
 def test_records_are_results_without_details() -> None:

@@ -23,6 +23,7 @@ from simclr.views.views import make_views
 MAP_ROWS = 2000  # points on the map of features
 PAIRS = 24  # of copies in a picture
 CHECK = "#588157"
+LEGEND_COLUMNS = 3
 IMAGE_SIDE = 0.94  # in a grid of images, whose columns are 1 wide
 
 Cell = tuple[Any, str]
@@ -57,7 +58,7 @@ def draw_evaluation(
     """
     figure = Figure(figsize=(12, 8), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(1, 1.3))
-    _draw_accuracies(figure.add_subplot(grid[0, 0]), results)
+    draw_accuracies(figure.add_subplot(grid[0, 0]), results)
     _draw_curve(figure.add_subplot(grid[1, 0]), metrics)
     neighbours = figure.add_subplot(grid[0, 1])
     _draw_grid(neighbours, *_in_rows(split.test, nearest_neighbours(features, split.test)), word_height=0.4)
@@ -132,7 +133,8 @@ def _draw_grid(axes: Axes, shown: list[list[Cell]], pixels: Pixels, *, word_heig
     axes.set_axis_off()
 
 
-def _draw_accuracies(axes: Axes, results: dict[str, dict[str, float]]) -> None:
+def draw_accuracies(axes: Axes, results: dict[str, dict[str, float]]) -> None:
+    """Bars of the accuracies of each protocol, one colour per model; the legend is above the bars."""
     protocols = list(dict.fromkeys(TITLES[protocol] for row in results.values() for protocol in row))
     width = 0.8 / max(len(results), 1)
     for shift, (name, row) in enumerate(results.items()):
@@ -142,9 +144,11 @@ def _draw_accuracies(axes: Axes, results: dict[str, dict[str, float]]) -> None:
         )
         axes.bar_label(bars, fmt="%.1f", fontsize=8)
     axes.set_xticks(range(len(protocols)), protocols)
+    axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("accuracy on test images, %")
-    axes.set_ylim(0, 112)
-    axes.legend(ncols=3, fontsize=8, loc="upper center")
+    legend_rows = -(-len(results) // LEGEND_COLUMNS)
+    axes.set_ylim(0, 110 + 8 * legend_rows)
+    axes.legend(ncols=LEGEND_COLUMNS, fontsize=8, loc="upper center")
 
 
 def _draw_curve(axes: Axes, metrics: list[dict[str, Any]]) -> None:
