@@ -44,8 +44,9 @@ def labelled(images: Images) -> Images:
     """
     if images.labels is None or not (images.labels >= 0).any():
         raise UserError(
-            f"{images.name} has no labels, and evaluation needs them; give a folder with one sub-folder per class "
-            "(or --labels-file with path,label lines), or an .npz file with y. The protocol label-free needs none."
+            f"{images.name} has no labels, and they are needed here; give a folder with one sub-folder per class "
+            "(or --labels-file with path,label lines), or an .npz file with y. Only `simclr evaluate --protocol "
+            "label-free` needs none."
         )
     return images.subset(np.flatnonzero(images.labels >= 0))
 
@@ -55,7 +56,7 @@ def require_classes(learn: Images, test: Images) -> None:
     assert learn.labels is not None and test.labels is not None
     known = np.unique(learn.labels)
     if len(known) < 2:
-        raise UserError(f"{learn.name} has a single class among the images to learn from; evaluation needs two.")
+        raise UserError(f"{learn.name} has a single class among the images to learn from; two are needed.")
     unknown = np.setdiff1d(test.labels, known)
     if len(unknown):
         names = some([str(label) if test.classes is None else test.classes[label] for label in unknown])
