@@ -108,7 +108,8 @@ def _notes(endings: Counter[str], hidden: list[str]) -> list[str]:
     if endings:
         common = ", ".join(f"{ending or 'no ending'}: {count:,}" for ending, count in endings.most_common(5))
         more = ", ..." if len(endings) > 5 else ""
-        notes.append(f"{endings.total():,} files with other endings ignored ({common}{more}).")
+        files = "1 file" if endings.total() == 1 else f"{endings.total():,} files"
+        notes.append(f"{files} with other endings ignored ({common}{more}).")
     if hidden:
         notes.append(f"Hidden folders left out: {some(hidden)}.")
     return notes
