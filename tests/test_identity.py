@@ -97,9 +97,9 @@ def test_accuracy_is_of_the_images_that_are_there(simclr, tmp_path: Path) -> Non
     write_folder(tmp_path / "b" / "photos", 1, tint=False)
     assert simclr("pretrain", tmp_path / "a" / "photos", "--out", tmp_path / "run", *fast)[0] == 0
 
-    def evaluate(name: str, *flags: object) -> tuple[list[dict], str]:
+    def evaluate(name: str, *flags: object, run: Path = tmp_path / "run") -> tuple[list[dict], str]:
         code, _, said = simclr(
-            "evaluate", tmp_path / "run", tmp_path / name / "photos", "--protocol", "knn", "--compare", "pixels",
+            "evaluate", run, tmp_path / name / "photos", "--protocol", "knn", "--compare", "pixels",
             "--json", tmp_path / "r.json", *flags,
         )  # fmt: skip
         assert code == 0
@@ -112,6 +112,8 @@ def test_accuracy_is_of_the_images_that_are_there(simclr, tmp_path: Path) -> Non
     assert "saw these test images" not in said
     fresh, _ = evaluate("b", "--cache", "off", "--out", tmp_path / "fresh")
     assert second == fresh != first
+    of_the_folder = evaluate("a", *cache, run=tmp_path / "run" / "encoder")[1]
+    assert "saw these test images" in of_the_folder
 
 
 def test_fingerprint_holds_labels_class_names_and_channels(tmp_path: Path) -> None:

@@ -299,9 +299,12 @@ def _shape(options: "Evaluate", images: Images, world: DistributedContext) -> tu
 
 def _warn_if_seen(run: Path, images: Images, world: DistributedContext) -> None:
     """Warn where the images that are about to be split were part of pretraining, without labels."""
-    if not RunFolder(run).is_pretraining:
+    pretraining, around = RunFolder(run), RunFolder(run.resolve().parent)
+    if run.resolve() in (around.encoder, around.key_encoder):
+        pretraining = around
+    if not pretraining.is_pretraining:
         return
-    began = RunFolder(run).origin["data"]
+    began = pretraining.origin["data"]
     seen = replace(images, channels=began.get("channels", images.channels))
     is_first = not str(began["fingerprint"]).startswith(SCHEME)
     if began["fingerprint"] == (first_scheme(seen) if is_first else seen.fingerprint):
