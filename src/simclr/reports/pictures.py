@@ -158,7 +158,7 @@ def _draw_curve(axes: Axes, metrics: list[dict[str, Any]]) -> None:
     steps = [record["step"] for record in metrics]
     axes.plot(steps, [record["loss"] for record in metrics], "." if len(steps) == 1 else "-", color=COLOURS["encoder"])
     axes.set_xlabel("step")
-    axes.set_ylabel("NT-Xent loss", color=COLOURS["encoder"])
+    axes.set_ylabel("loss", color=COLOURS["encoder"])
     checks = [(record["step"], 100 * record["knn"]) for record in metrics if "knn" in record]
     if checks:
         right = axes.twinx()
