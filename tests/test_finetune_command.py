@@ -185,3 +185,18 @@ def test_resume_goes_on_with_a_fine_tuning_as_it_began(simclr, encoder, tmp_path
     assert all(np.array_equal(whole[name], parted[name]) for name in whole)
     code, _, said = simclr("resume", tmp_path / "parted")
     assert code == 0 and "already reached its end" in said
+
+
+def test_a_classifier_is_not_evaluated_on_images_that_it_was_trained_on(simclr, encoder, tmp_path):
+    """The data have no test part of their own, so another seed tests on some of its training images."""
+    out, data, digits = tmp_path / "classifier", tmp_path / "a.npz", open_data("digits")
+    pixels = np.stack([np.asarray(image) for image in digits.read(np.arange(200))])
+    np.savez(data, x=pixels, y=known(digits.labels)[:200])
+    code, _, said = simclr("finetune", encoder, data, "--out", out, *QUICK)
+    assert code == 0, said
+    evaluate = ["evaluate", out, data, "--protocol", "knn", "--compare", "pixels", "--cache", "off"]
+    for seeds in (["--seed", 1], ["--seed", 0, "--seeds", 2]):
+        code, _, said = simclr(*evaluate, *seeds)
+        assert code == 2 and "split by --seed 0" in said
+    code, _, said = simclr(*evaluate, "--seed", 0)
+    assert code == 0, said

@@ -107,6 +107,8 @@ class Session:
             say(f"hog is left out: it needs images of {MIN_SIZE} pixels a side.", main=world.is_main)
         if test is None:
             _warn_if_seen(run, train, world)
+            if {"curve", *ACCURACIES} & set(protocols):
+                _refuse_if_trained_on(run, train, range(options.seed, options.seed + options.seeds))
         folder = results_folder(options)
         store = ResultStore(folder / "results.jsonl" if folder else None, world)
         if folder is not None and not world.broadcast(_can_be_made(folder, world)):
@@ -304,11 +306,35 @@ def _warn_if_seen(run: Path, images: Images, world: DistributedContext) -> None:
         pretraining = around
     if not pretraining.is_pretraining:
         return
-    began = pretraining.origin["data"]
-    seen = replace(images, channels=began.get("channels", images.channels))
-    is_first = not str(began["fingerprint"]).startswith(SCHEME)
-    if began["fingerprint"] == (first_scheme(seen) if is_first else seen.fingerprint):
+    if _are_those_of(pretraining, images):
         say(
             "The encoder saw these test images, without labels, while it was pretrained; new images may do worse.",
             main=world.is_main,
         )
+
+
+def _refuse_if_trained_on(folder: Path, images: Images, seeds: range) -> None:
+    """Refuse seeds that split the images otherwise than a fine-tuning or distillation did.
+
+    Raises:
+        UserError: Test images of a seed were trained on with their labels.
+    """
+    run = RunFolder(folder)
+    if not run.exists or run.is_pretraining or "task" not in run.origin or not _are_those_of(run, images):
+        return
+    seed = run.origin["task"]["options"]["seed"]
+    if set(seeds) != {seed}:
+        raise UserError(
+            f"{folder} was trained on labels of {images.name}, split by --seed {seed}; with another seed, images that "
+            f"it was trained on would be test images. Give --seed {seed} and one seed."
+        )
+
+
+def _are_those_of(run: RunFolder, images: Images) -> bool:
+    """Whether the run was trained on these images."""
+    began = run.origin.get("data")
+    if began is None:
+        return False
+    seen = replace(images, channels=began.get("channels", images.channels))
+    is_first = not str(began["fingerprint"]).startswith(SCHEME)
+    return began["fingerprint"] == (first_scheme(seen) if is_first else seen.fingerprint)
