@@ -87,10 +87,11 @@ class MoCo(Method):
             )
         if config.loss != "nt-xent":
             raise UserError(f"--loss was {config.loss}, which is SimCLR's; MoCo has InfoNCE alone, so leave it out.")
-        if config.bn_splits % context.size or (config.batch_size % config.bn_splits):
+        if config.batch_size % config.bn_splits:
+            raise UserError(f"--bn-splits was {config.bn_splits}; it must divide --batch-size, {config.batch_size}.")
+        if config.bn_splits % context.size:
             raise UserError(
-                f"--bn-splits was {config.bn_splits}; it must be a multiple of the {context.size} processes and divide "
-                f"--batch-size, which is {config.batch_size}."
+                f"--bn-splits was {config.bn_splits}; it must be a multiple of the number of processes, {context.size}."
             )
         if config.batch_size // config.bn_splits < 2:
             raise UserError(

@@ -7,6 +7,7 @@ from simclr.config.pretrain import PretrainConfig
 from simclr.config.recipes import find_recipe, settings_for
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
+from simclr.methods import find_method
 from simclr.tasks.opening import DataOptions, open_aloud, require_writable, write
 from simclr.tasks.pretrain_images import policy_of
 from simclr.training.progress import say
@@ -25,8 +26,10 @@ def views(options: "Views", overrides: Overrides) -> None:
     require_writable(options.out)
     recipe = find_recipe(options.recipe) if options.recipe else None
     world = DistributedContext()
-    channels = overrides(recipe.config if recipe else PretrainConfig()).channels
-    images = open_aloud(options.data, world, DataOptions(pack=options.pack).reading(world, channels=channels))
+    settings = overrides(recipe.config if recipe else PretrainConfig())
+    find_method(settings.method)
+    reading = DataOptions(pack=options.pack).reading(world, channels=settings.channels)
+    images = open_aloud(options.data, world, reading)
     config = settings_for(recipe, images, overrides, on_gpu=False, say=lambda _: None)  # all sentences are on training
     policy = policy_of(config, images.channels)
     write(options.out, draw_views(images, policy, rows=options.images, columns=options.columns, seed=config.seed))
