@@ -346,11 +346,14 @@ def train(images, path, config):
     return run
 
 
-def test_a_run_publishes_both_encoders(images, tmp_path):
+def test_a_run_publishes_both_encoders(simclr, images, tmp_path):
     run = train(images, tmp_path / "run", CONFIG)
     assert run.method == "moco" and run.config.method == "moco"
     query, key = load(run.path), load(run.path / "key_encoder")
     assert not np.allclose(query.embed(images), key.embed(images))
+    code, _, said = simclr("export", run.path / "key_encoder", "--format", "hub-folder", "--out", tmp_path / "hub")
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert code == 0 and "Pretrained by MoCo v2" in card and "moving average" in card, said
     assert query.head is not None and query.head.norm is False and parts_of(query.head).layers[0].dense.bias is not None
     assert {"pretext_accuracy", "effective_rank", "loss"} <= run.read_metrics()[-1].keys()
 

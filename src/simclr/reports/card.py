@@ -96,6 +96,9 @@ def _summary(model: Model, origin: dict[str, Any], run: dict[str, Any] | None) -
         return f"{what}Imported from {origin['imported_from']} ({origin.get('format', 'another format')})."
     if origin.get("method") in ("finetune", "distill"):
         return f"{what}Made by `simclr {origin['method']}`."
+    if origin.get("method") in PAPERS:
+        average = ", whose weights are a moving average of those that were trained" if origin.get("average") else ""
+        return f"{what}Pretrained by {PAPERS[origin['method']]}{average}."
     return what + "Where its weights come from is not recorded."
 
 

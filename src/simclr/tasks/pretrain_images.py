@@ -183,8 +183,9 @@ def build_task(
             encoder, head = networks.get(name), networks.get(head_name)
             assert head is None or isinstance(head, ProjectionHead)
             if isinstance(encoder, Encoder):
+                made = origin if name == "encoder" else origin | {"average": True}
                 save_encoder(
-                    encoder, folder, preprocessing=config.augmentation, origin=origin, head=head, progress=progress
+                    encoder, folder, preprocessing=config.augmentation, origin=made, head=head, progress=progress
                 )
 
     return Task(
