@@ -62,8 +62,9 @@ def run_in_processes(size: int, function: Callable[..., object], *arguments: obj
         _server = _start_server()
     call = pickle.dumps((function, arguments))
     _server.send(Request(size, call, sys.path, dict(os.environ), os.getcwd()))
-    failure = _server.recv()
-    if failure is not None:
+    ended = _server.recv()
+    if ended is not None:
+        failure = Failure(*ended)
         raise AssertionError(f"process {failure.rank} of {size} ended with {failure.status}\n{failure.report}")
 
 
@@ -105,7 +106,8 @@ def _serve(connection: Connection) -> Callable[[], None] | None:
                 return _Work(request, rank, writing)
             os.close(writing)
             children[process] = rank, reading
-        connection.send(_wait(children))
+        failure = _wait(children)
+        connection.send(None if failure is None else tuple(failure))  # the class is __main__'s here, and not there
 
 
 def _wait(children: dict[int, tuple[int, int]]) -> Failure | None:

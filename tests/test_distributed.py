@@ -247,3 +247,13 @@ def global_views(dtype: torch.dtype) -> torch.Tensor:
 def encoder(dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 8, bias=False)).to(dtype)
+
+
+@pytest.mark.multiprocess
+def test_what_a_process_raises_is_what_the_test_says():
+    with pytest.raises(AssertionError, match="as planned"):
+        run_in_processes(2, fail)
+
+
+def fail(rank):
+    raise ValueError(f"as planned, on {rank}")
