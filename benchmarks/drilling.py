@@ -91,6 +91,9 @@ def _resume_if_begun(place: Path) -> list[str] | None:
 
 VERBS = [
     Verb("pretrain", ["pretrain", "{inputs}/images", "--out", "run", *PRETRAIN], again=_resume_if_begun, output="run"),
+    Verb("pretrain moco",
+         ["pretrain", "{inputs}/images", "--out", "run", *PRETRAIN, "--method", "moco", "--queue", "8",
+          "--bn-splits", "2", "--no-head-norm"], again=_resume_if_begun, output="run"),
     Verb("resume", ["resume", "run"], before=("run",), output="run"),
     Verb(
         "evaluate",
