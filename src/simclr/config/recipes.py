@@ -174,7 +174,7 @@ RECIPES: dict[str, Recipe] = {
             name="moco-v2",
             summary="MoCo v2 on ImageNet: ResNet-50, batch 256, 200 epochs, a queue of 65,536 keys.",
             command="torchrun --nproc-per-node 8 -m simclr pretrain IMAGENET/train --recipe moco-v2",
-            cost="256 million images, two views each: the authors' 53 hours on 8 V100; fits one GPU of 16 GB too",
+            cost="256 million images, two views each: the authors' 53 hours on 8 V100",
             expect="the authors' 67.5 % linear top-1 (README of facebookresearch/moco), not reproduced here",
             config=_MOCO,
         ),
@@ -206,7 +206,7 @@ RECIPES: dict[str, Recipe] = {
             name="moco-cpu",
             summary="MoCo v2 for small images on a CPU: the encoder, views and optimiser of the recipe cpu.",
             command="simclr pretrain DATA --recipe moco-cpu",
-            cost="a quarter less per epoch than the recipe cpu, whose epochs train on both views",
+            cost="less per epoch than the recipe cpu, which trains on both views",
             min_steps=1500,
             expect="less than the recipe cpu in equal epochs; docs/moco.md has both on fashion-mnist",
             config=replace(
@@ -337,7 +337,7 @@ def fit_recipe(recipe: Recipe, images: ImageFacts) -> tuple[PretrainConfig, dict
         said["batch_size"] = f"Batch size {batch} instead of {config.batch_size}: there are {len(images)} images."
         config = replace(config, batch_size=batch)
     if config.queue + config.batch_size > len(images) >= 4:
-        queue = 1 << (len(images) // 2).bit_length() - 1
+        queue = fitting_queue(len(images))
         said["queue"] = f"A queue of {queue:,} keys instead of {config.queue:,}: there are {len(images):,} images."
         config = replace(config, queue=queue)
         if config.method == "moco" and queue + config.batch_size > len(images):
@@ -354,6 +354,11 @@ def fit_recipe(recipe: Recipe, images: ImageFacts) -> tuple[PretrainConfig, dict
             config, epochs=epochs, warmup_epochs=config.warmup_epochs * longer, knn_every=config.knn_every * longer
         )
     return config, said
+
+
+def fitting_queue(num_images: int) -> int:
+    """The largest power of two of keys that is at most half the images."""
+    return 1 << max(num_images // 2, 1).bit_length() - 1
 
 
 def settings_for(

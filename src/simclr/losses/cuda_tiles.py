@@ -93,7 +93,7 @@ def fitting(packed: Tensor) -> Launch:
 
 
 def largest_tile(row_bytes: int, shared_memory: int) -> Launch:
-    """The largest tile whose rows and columns, the latter twice to load ahead, fit beside 2 KiB of odds and ends."""
+    """The largest tile whose rows and columns, the latter twice to load ahead, fit beside 2 KiB of other data."""
     return next(t for t in TILES if (t.rows + t.stages * t.columns) * row_bytes + 2048 <= shared_memory)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from simclr.config.pretrain import PretrainConfig
 from simclr.distributed import DistributedContext
 from simclr.models.encoder import Encoder
+from simclr.models.heads import ProjectionHead
 
 
 class Method(nn.Module, ABC):
@@ -112,6 +113,14 @@ class Method(nn.Module, ABC):
         A second encoder, such as a momentum encoder, is "key_encoder" with its "key_head".
         """
         return {"encoder": self.encoder}
+
+
+def build_head(encoder: Encoder, config: PretrainConfig) -> ProjectionHead:
+    """A fresh projection head for this encoder, as the settings say."""
+    return ProjectionHead(
+        encoder.num_features, kind=config.head, layers=config.head_layers, dim=config.head_dim,
+        norm=config.head_norm, seed=config.seed,
+    )  # fmt: skip
 
 
 def collapse_signs(record: Mapping[str, float]) -> list[str]:

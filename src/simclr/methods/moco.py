@@ -22,17 +22,17 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from simclr.config.pretrain import PretrainConfig
+from simclr.config.recipes import fitting_queue
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.losses.info_nce import info_nce, pretext_accuracy
 from simclr.losses.metrics import alignment, effective_rank, uniformity
-from simclr.methods.method import Method, collapse_signs
+from simclr.losses.nt_xent import l2_normalize, upcast
+from simclr.methods.method import Method, build_head, collapse_signs
 from simclr.models.batchnorm import running_statistics, split_batch_norm
 from simclr.models.encoder import Encoder
-from simclr.models.heads import ProjectionHead
 from simclr.models.momentum import KeyQueue, MomentumEncoder
 from simclr.random import KEY_STREAM, shuffled
 
@@ -54,10 +54,7 @@ class MoCo(Method):
 
     def __init__(self, encoder: Encoder, config: PretrainConfig, context: DistributedContext) -> None:
         super().__init__()
-        head = ProjectionHead(
-            encoder.num_features, kind=config.head, layers=config.head_layers, dim=config.head_dim,
-            norm=config.head_norm, seed=config.seed,
-        )  # fmt: skip
+        head = build_head(encoder, config)
         splits = config.bn_splits // context.size  # of this process's batch
         split_batch_norm(nn.ModuleList([encoder, head]), splits)
         self.trial_multiple = 2 * splits
@@ -125,7 +122,7 @@ class MoCo(Method):
         for first in queried:
             h = self.encoder(views[first])
             features.append(h)
-            queries.append(self._unit(self.head(h)))  # (B, D)
+            queries.append(l2_normalize(upcast(self.head(h))))  # (B, D)
             keys.append(self.keys_of(views[1 - first], view=1 - first))  # (N, D)
         own = self.world.local_slice(len(keys[0]))
         losses = [
@@ -165,9 +162,6 @@ class MoCo(Method):
             "key_head": self.key_encoder.head,
         }
 
-    def _unit(self, z: Tensor) -> Tensor:
-        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
-
     @torch.no_grad()
     def _share_statistics(self) -> None:
         """Average the running statistics over processes: they are means over the parts of the global batch."""
@@ -190,8 +184,3 @@ class MoCo(Method):
             "uniformity": uniformity(q),
             "effective_rank": effective_rank(h),
         }
-
-
-def fitting_queue(num_images: int) -> int:
-    """The largest power of two of keys that is at most half the images."""
-    return 1 << max(num_images // 2, 1).bit_length() - 1

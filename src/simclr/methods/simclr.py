@@ -14,7 +14,7 @@ from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.losses import nt_xent
 from simclr.losses.metrics import alignment, contrastive_accuracy_and_entropy, effective_rank, uniformity
-from simclr.methods.method import Method, collapse_signs
+from simclr.methods.method import Method, build_head, collapse_signs
 from simclr.models.encoder import Encoder
 from simclr.models.heads import ProjectionHead
 from simclr.models.momentum import KeyQueue, MomentumEncoder
@@ -65,10 +65,7 @@ class SimCLR(Method):
     @classmethod
     def build(cls, encoder: Encoder, config: PretrainConfig, context: DistributedContext) -> Self:
         """The method with a fresh projection head, as the settings say."""
-        head = ProjectionHead(
-            encoder.num_features, kind=config.head, layers=config.head_layers, dim=config.head_dim,
-            norm=config.head_norm, seed=config.seed,
-        )  # fmt: skip
+        head = build_head(encoder, config)
         memory = None
         if config.queue:
             memory = Memory(encoder, head, length=config.queue, momentum=config.ema, seed=config.seed)

@@ -7,9 +7,9 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from simclr.errors import UserError
+from simclr.losses.nt_xent import l2_normalize, upcast
 from simclr.models.encoder import Encoder
 from simclr.models.heads import ProjectionHead
 from simclr.models.init import seeded
@@ -39,7 +39,7 @@ class MomentumEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, S, S) in [0, 1] -> keys (B, D): unit rows, fp32 or fp64."""
         z = self.head(self.encoder(x))
-        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+        return l2_normalize(upcast(z))
 
 
 class KeyQueue(nn.Module):
@@ -59,7 +59,7 @@ class KeyQueue(nn.Module):
         if length < 1:
             raise UserError(f"A queue of {length} keys was asked for; it needs at least one.")
         with seeded(seed, "queue"):
-            self.register_buffer("keys", F.normalize(torch.randn(length, width), dim=1))
+            self.register_buffer("keys", l2_normalize(torch.randn(length, width)))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
