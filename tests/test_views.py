@@ -194,6 +194,18 @@ def test_boxes_lie_inside_the_image(preset, size):
     assert (y + h).max() <= size[0] and (x + w).max() <= size[1]
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("size", [(375, 500), (28, 28)])
+def test_small_crops_have_the_areas_that_are_asked_for(preset, size):
+    policy = preset(16, crop_area=(0.05, 0.14))
+    uncovered = draws(replace(policy, min_covered=0.0), 5_000, size).box
+    area = uncovered[:, 2] * uncovered[:, 3] / (size[0] * size[1])
+    rounding = 0 if preset == Policy.google else 2 / min(size)  # torchvision checks the area before it rounds the sides
+    assert 0.05 - rounding <= area.min() < 0.06 and 0.13 < area.max() <= 0.14 + rounding
+    covering = draws(policy, 5_000, size).box  # the authors' least cover, which is their sampler's alone
+    assert ((covering[:, 2] * covering[:, 3]).min() >= 0.1 * size[0] * size[1]) == (preset == Policy.google)
+
+
 def test_crops_of_a_very_long_image_fall_back():
     # no crop of the allowed aspect covers a tenth of 3 x 500: TensorFlow takes it whole, torchvision its centre
     assert (draws(Policy.google(32), 50, (3, 500)).box == [0, 0, 3, 500]).all()
@@ -212,6 +224,7 @@ def test_crops_of_a_very_long_image_fall_back():
         (lambda: Policy.google(32, crop_area=(0, 1)), "crop_area"),
         (lambda: Policy.google(32, crop_area=(0.9, 0.2)), "crop_area"),
         (lambda: Policy.google(32, channels=1, gray=0.2), "one channel"),
+        (lambda: replace(Policy.google(32), min_covered=1.5), "min_covered"),
         (lambda: replace(Policy.google(32), hue=0.6), "hue"),
         (lambda: replace(Policy.google(32), contrast=1.1), "contrast"),
         (lambda: replace(Policy.google(32), saturation=-0.1), "saturation"),
@@ -271,6 +284,21 @@ def test_one_view_alone_is_that_of_the_pair(backend):
     draw = {"policy": Policy.google(36), "seed": 1, "epoch": 2, "indices": indices, "backend": backend}
     for view, expected in enumerate(make_views(images, **draw)):
         assert torch.equal(make_view(images, view=view, **draw), expected)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_each_view_may_have_its_own_policy(preset, backend):
+    images, numbers = random_images([(50, 40), (33, 60), (28, 28)]), [1, 4, 0, 2]
+    large, small = preset(20), replace(preset(9, crop_area=(0.05, 0.14)), min_covered=0.0)
+    policies = [large, small, small, large]
+    at = {"seed": 1, "epoch": 2, "indices": np.array([5, 0, 9])}
+    made = make_views(images, policies, **at, views=numbers, backend=backend)
+    for view, policy, ours in zip(numbers, policies, made, strict=True):
+        expected = render(images, draw(policy, resize.image_sizes(images), **at, view=view), policy)
+        assert ours.shape == (3, 3, policy.size, policy.size) and torch.equal(ours, expected)
+    with pytest.raises(UserError, match="3 policies and 4 views"):
+        make_views(images, policies[:3], **at, views=numbers)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -200,6 +200,23 @@ def test_back_ends_of_make_views_and_eval_images_agree(preset):
         assert torch.equal(fixed, defined)
 
 
+def test_each_view_may_have_its_own_policy(monkeypatch):
+    images = random_images(MIXED)
+    policies = [
+        Policy.google(18),
+        Policy.google(18),
+        replace(Policy.google(7, crop_area=(0.05, 0.14)), min_covered=0.0),
+    ]
+    sent = []
+    upload = DeviceImages.upload
+    monkeypatch.setattr(DeviceImages, "upload", lambda *args: sent.append(1) or upload(*args))
+    where: dict[str, Any] = {"seed": 1, "epoch": 2, "indices": np.arange(len(images)), "views": range(3)}
+    ours = make_views(images, policies, **where, device=DEVICE, backend="cuda")
+    assert len(sent) == 1 and ours[2].shape == (len(images), 3, 7, 7)
+    for a, b in zip(ours, make_views(images, policies, **where, backend="reference"), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=LAST_BITS, check_stride=False)
+
+
 def test_no_images_make_no_views():
     nothing = np.empty((0, 8, 8, 3), np.uint8)
     first, second = make_views(

@@ -24,7 +24,6 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Numbers of the jitter operations in `ViewParams.order`."""
 
 _FIRST_CROP_BLOCK = 16
-_MIN_COVERED = 0.1  # of the object, which for the authors is the whole image: so no crop is below a tenth
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _google_boxes(policy: Policy, sizes: np.ndarray, attempts: _Attempts) -> np.
         h -= h * np.rint(h * aspect) > most
         w = np.rint(h * aspect)
         legal = (h >= 1) & (w >= 1) & (h <= full_h) & (w <= full_w)
-        legal &= (h * w >= least) & (h * w <= most) & (h * w >= _MIN_COVERED * area)
+        legal &= (h * w >= least) & (h * w <= most) & (h * w >= policy.min_covered * area)
         # TF draws offsets below the slack, so the last one never comes
         y, x = np.floor(u[..., 2] * (full_h - h)), np.floor(u[..., 3] * (full_w - w))
         return np.stack([y, x, h, w], axis=-1), legal

@@ -26,10 +26,14 @@ class Policy:
     """3 (red, green, blue) or 1 (gray: no saturation, no hue, no grayscale)."""
 
     crop_area: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest crop, as a share of the image's area (google: never below 0.1, see params.py)."""
+    """Smallest and largest crop, as a share of the image's area (google: never below `min_covered`)."""
 
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width / height of a crop."""
+
+    min_covered: float = 0.1
+    """google: smallest share of the object that a crop covers (min_object_covered of TensorFlow's sampler). For the
+    authors the object is the whole image, so no crop is below a tenth of it; 0 where smaller crops are wanted."""
 
     flip: float = 0.5
     """Probability of a horizontal flip. Set 0 where left and right differ in meaning, as in digits."""
@@ -148,6 +152,8 @@ class Policy:
         for name in ("flip", "jitter", "gray", "blur"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)}: it is a probability, from 0 to 1.")
+        if not 0 <= self.min_covered <= 1:
+            raise UserError(f"min_covered {self.min_covered}: it is a share of the image, from 0 to 1.")
         for name, most in (("crop_area", 1.0), ("crop_aspect", float("inf")), ("blur_sigma", float("inf"))):
             low, high = getattr(self, name)
             if not 0 < low <= high <= most:

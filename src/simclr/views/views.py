@@ -14,6 +14,8 @@ torch.Size([8, 3, 32, 32])
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import groupby
+from operator import itemgetter
 from typing import Literal
 
 import numpy as np
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from simclr.errors import UserError
 from simclr.views.device_images import DeviceImages
-from simclr.views.params import draw
+from simclr.views.params import ViewParams, draw
 from simclr.views.policy import AugmentationPreset, Policy
 from simclr.views.reference import render
 from simclr.views.resize import Images, check_images, chunks, crop_resize, image_sizes
@@ -35,7 +37,7 @@ that contrast needs. "auto" is the fastest that the device allows."""
 
 def make_views(
     images: Images | DeviceImages,
-    policy: Policy,
+    policy: Policy | Sequence[Policy],
     *,
     seed: int,
     epoch: int | np.ndarray,
@@ -53,7 +55,7 @@ def make_views(
     Args:
         images: B uint8 images: one array (B, H, W, C) or a list of arrays (H, W, C) of any sizes; or those that lie
             on the device already, of which only the cuda back end makes views.
-        policy: what a view may look like; `policy.channels` must be the images' C.
+        policy: what a view may look like, or that of each of `views`; `policy.channels` must be the images' C.
         seed: 0 to 2**64 - 1.
         epoch: the epoch, or (B,) one for each image.
         indices: (B,) the images' positions in their data set.
@@ -63,32 +65,50 @@ def make_views(
         dtype: of the views: float32, or bfloat16, to which they are rounded at the very end.
 
     Returns:
-        A tensor (B, C, S, S) in [0, 1] for each view, on `device`; those of the kernels are channels-last.
+        A tensor (B, C, S, S) in [0, 1] for each view, S the size of its policy, on `device`; those of the kernels are
+        channels-last.
 
     Raises:
-        UserError: images that are not uint8 or not of the policy's channels, or indices that do not fit them.
+        UserError: images that are not uint8 or not of the policy's channels, or indices or policies that do not fit.
     """
+    policies = [policy] * len(views) if isinstance(policy, Policy) else list(policy)
+    if len(policies) != len(views):
+        raise UserError(f"{len(policies)} policies and {len(views)} views: give one policy, or one for each view.")
+    for channels in dict.fromkeys(of_view.channels for of_view in policies):
+        if isinstance(images, DeviceImages):
+            backend = _for_resident(images, channels, backend)
+        else:
+            check_images(images, channels)
+    sizes = images.sizes if isinstance(images, DeviceImages) else image_sizes(images)
     if isinstance(images, DeviceImages):
-        backend = _for_resident(images, policy.channels, backend)
-        device, sizes = images.pixels.device, images.sizes
-    else:
-        check_images(images, policy.channels)
-        sizes = image_sizes(images)
-    params = [draw(policy, sizes, seed=seed, epoch=epoch, indices=indices, view=view) for view in views]
-    if _resolve(backend, device) == "cuda":
+        device = images.pixels.device
+    elif _resolve(backend, device) == "cuda" and policies:
+        images = DeviceImages.upload(images, policies[0].channels, device)  # once, for the views of all policies
+    made: list[Tensor] = []
+    for of_views, group in groupby(zip(policies, views, strict=True), key=itemgetter(0)):
+        params = [draw(of_views, sizes, seed=seed, epoch=epoch, indices=indices, view=view) for _, view in group]
+        made += _render(images, params, of_views, _resolve(backend, device), device, dtype)
+    return tuple(made)
+
+
+def _render(
+    images: Images | DeviceImages, params: list[ViewParams], policy: Policy, backend: Backend,
+    device: torch.device | str, dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """One view of each image for each element of `params`, by this back end."""
+    if backend == "cuda":
         from simclr.views import cuda  # Triton takes half a second to import
 
-        if not isinstance(images, DeviceImages):
-            images = DeviceImages.upload(images, policy.channels, device)
-        return tuple(cuda.render(images, params, policy, dtype))
+        assert isinstance(images, DeviceImages)
+        return cuda.render(images, params, policy, dtype)
     assert not isinstance(images, DeviceImages)
-    if _resolve(backend, device) == "cpu":
+    if backend == "cpu":
         from simclr.views import cpu  # Numba takes a quarter of a second to import
 
         made = cpu.render(images, params, policy)
     else:
         made = [render(images, of_view, policy, device) for of_view in params]
-    return tuple(batch.to(device, dtype) for batch in made)
+    return [batch.to(device, dtype) for batch in made]
 
 
 def make_view(
