@@ -12,7 +12,9 @@ from helpers import as_trained, known, parts_of, random_inputs, relative_error
 from simclr.config.encoder import EncoderConfig
 from simclr.config.pretrain import PretrainConfig
 from simclr.errors import UserError
+from simclr.models.classifier import Classifier, read_for
 from simclr.models.encoder import build_encoder, encoder_of, read_as
+from simclr.models.heads import ProjectionHead
 from simclr.tasks.export import export
 from simclr.tasks.options.using import Export
 from simclr.weights.folder import load, save_encoder
@@ -137,3 +139,52 @@ def test_a_run_from_pretraining_to_evaluation(simclr_command, run_folder, tmp_pa
     assert widths == {"auto": {"stages3-4"}, "h": {"h"}, "stages1-4": {"stages1-4"}}
     code, _, said = simclr_command("evaluate", "timm/test_resnet", "digits", *flags, "--feature", "stage4")
     assert code == 2 and "of others h alone" in said
+
+
+def test_a_head_that_reads_h_trains_as_ever_whatever_is_returned(simclr_command, tmp_path):
+    """Same weights, bit for bit, as with --feature h; what is saved returns grids, and its head reads h."""
+    for name, flags in (("h", ()), ("grids", ("--feature", "stages1-4", "--head-reads", "h"))):
+        code, _, said = simclr_command("pretrain", "digits", "--out", tmp_path / name, *QUICK, *flags)
+        assert code == 0, said
+    plain, grids = simclr.load(tmp_path / "h"), simclr.load(tmp_path / "grids")
+    assert grids.encoder.config.feature == "stages1-4" and known(grids.head).reads == "h"
+    for part in ("encoder", "head"):
+        expected, found = getattr(plain, part).state_dict(), getattr(grids, part).state_dict()
+        assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    x = random_inputs(plain.encoder.config, 3)
+    with torch.no_grad():
+        z = known(plain.head)(plain.encoder(x))
+        assert torch.equal(known(grids.head)(read_for(grids.encoder, grids.head)(x)), z)
+
+    code, out, said = simclr_command("evaluate", tmp_path / "grids", "digits", "--protocol", "probe", "--cache", "off")
+    assert code == 0 and "z" in out, said
+    tune = ("--labels", "50%", "--epochs", 1, "--batch-size", 64, "--workers", 0)
+    for layer in (0, 1):
+        tuned = tmp_path / f"tuned{layer}"
+        code, _, said = simclr_command(
+            "finetune", tmp_path / "grids", "digits", "--out", tuned, "--head-layer", layer, *tune
+        )
+        assert code == 0, said
+        model = simclr.load(tuned)
+        assert model.encoder.config.feature == ("h" if layer else "stages1-4")
+        assert known(model.classifier)(x).shape == (3, 10)
+        code, _, said = simclr_command(
+            "distill", tuned, "digits", "--out", tmp_path / f"student{layer}", "--epochs", 1, "--batch-size", 64
+        )
+        assert code == 0, said
+
+
+def test_a_classifier_on_a_head_that_reads_other_features_is_refused():
+    encoder = build_encoder(replace(SHAPE, feature="stages1-4"))
+    head = ProjectionHead(read_as(encoder, "h").num_features, reads="h")
+    assert Classifier(encoder, head, 3).head is None
+    with pytest.raises(UserError, match="reads h, and the encoder returns stages1-4"):
+        Classifier(encoder, head, 3, head_layer=1)
+
+
+def test_features_that_an_encoder_does_not_have_are_refused(simclr_command, tmp_path):
+    for flags in (("--feature", "stage4"), ("--head-reads", "stage4")):
+        code, _, said = simclr_command(
+            "pretrain", "digits", "--out", tmp_path / "run", *QUICK, "--width", 1, "--encoder", "timm/resnet18", *flags
+        )
+        assert code == 2 and "of others h alone" in said

@@ -88,8 +88,11 @@ class PretrainConfig(TrainingConfig):
     """Selective kernels, and ResNet-D's stem and shortcuts, as in SimCLR v2; ResNets only."""
 
     feature: Feature = "h"
-    """What the head reads and the encoder returns: h, the average over the image as in the paper, or feature maps of
-    stage4, stages3-4 or stages1-4 on grids of at most 4 x 4, which keep positions; our ResNets only."""
+    """What the encoder returns: h, the average over the image as in the paper, or feature maps of stage4, stages3-4 or
+    stages1-4 on grids of at most 4 x 4, which keep positions; our ResNets only."""
+
+    head_reads: Feature | None = None
+    """What the projection head reads in training, one of the same; unset: what the encoder returns."""
 
     head: Literal["none", "linear", "nonlinear"] = "nonlinear"
     """Projection head between the encoder and the loss (section 4.2)."""

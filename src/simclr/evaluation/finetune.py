@@ -25,7 +25,7 @@ from simclr.distributed import DistributedContext
 from simclr.errors import Diverged, NotFinite, UserError
 from simclr.methods.supervised import Classify, share_right
 from simclr.models.batchnorm import set_global_batch_norm
-from simclr.models.classifier import Classifier
+from simclr.models.classifier import Classifier, read_for
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.models.inference import device_of, outputs, require_channels
@@ -98,6 +98,8 @@ def finetune(
     for images in (train, test):
         require_channels(encoder.config.channels, images)
     world = execution.world or DistributedContext(device=device_of(encoder))
+    if config.head_layer:
+        encoder = read_for(encoder, head)
     network = Classifier(deepcopy(encoder), deepcopy(head), len(labels), head_layer=config.head_layer)
     classes = [str(label) if train.classes is None else train.classes[label] for label in labels]
     inputs = _inputs(network, train, targets, seed, preset)

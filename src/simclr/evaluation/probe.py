@@ -23,6 +23,7 @@ from simclr.config.encoder import TIMM
 from simclr.data.images import Images
 from simclr.data.splits import split_indices
 from simclr.errors import UserError
+from simclr.models.classifier import read_for
 from simclr.models.encoder import Encoder
 from simclr.models.heads import ProjectionHead
 from simclr.models.inference import device_of, inference, require_channels, require_finite
@@ -115,6 +116,7 @@ def probe(
         raise UserError(
             f"The protocol probe looks at the layers of a network; {subject.name} has none, give an encoder."
         )
+    encoder = read_for(encoder, subject.head)
     known = layers_of(encoder, subject.head)
     layers = known if layers is None else list(layers)
     _require_known("layer", layers, known)
@@ -230,6 +232,7 @@ def _features(
     """(n, F) features of each layer, averaged over positions where it has them, and (n,) answers."""
     encoder, head = subject.encoder, subject.head
     assert encoder is not None
+    encoder = read_for(encoder, head)
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, channels: int | None, _module: nn.Module, _inputs: Any, output: Tensor) -> None:

@@ -142,8 +142,11 @@ class EvaluatedModel:
 
     @cached_property
     def head_weights(self) -> str | None:
-        """SHA-256 (hexadecimal) of the projection head's weights."""
-        return None if self.head is None else digest_of(self.head)
+        """Digest of the projection head: of its weights, and of what it reads where that is not what is returned."""
+        if self.head is None:
+            return None
+        weights = digest_of(self.head)
+        return weights if self.head.reads is None else name_of({"weights": weights, "reads": self.head.reads})
 
     @cached_property
     def identity(self) -> str:

@@ -116,10 +116,11 @@ class Method(nn.Module, ABC):
 
 
 def build_head(encoder: Encoder, config: PretrainConfig) -> ProjectionHead:
-    """A fresh projection head for this encoder, as the settings say."""
+    """A fresh projection head for this encoder, which returns what the head is to read, as the settings say."""
+    reads = None if config.head_reads in (None, config.feature) else config.head_reads
     return ProjectionHead(
         encoder.num_features, kind=config.head, layers=config.head_layers, dim=config.head_dim,
-        norm=config.head_norm, seed=config.seed,
+        norm=config.head_norm, reads=reads, seed=config.seed,
     )  # fmt: skip
 
 

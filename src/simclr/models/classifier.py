@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simclr.config.encoder import TIMM, TORCHVISION, EncoderConfig
 from simclr.errors import UserError
-from simclr.models.encoder import Encoder, build_encoder
+from simclr.models.encoder import Encoder, build_encoder, read_as
 from simclr.models.heads import LinearClassifier, ProjectionHead
 
 
@@ -25,7 +25,7 @@ class Classifier(nn.Module):
         linear: The classifier proper; it begins at zero, so that all classes are equally likely.
 
     Raises:
-        UserError: The head does not have so many layers, or there is none.
+        UserError: The head does not have so many layers, there is none, or it reads other features (`read_for`).
     """
 
     def __init__(self, encoder: Encoder, head: ProjectionHead | None, num_classes: int, *, head_layer: int = 0) -> None:
@@ -33,6 +33,11 @@ class Classifier(nn.Module):
         require_head_layer(head, head_layer)
         self.encoder = encoder
         self.head = head if head_layer else None
+        if self.head is not None and self.head.reads not in (None, encoder.config.feature):
+            raise UserError(
+                f"The projection head reads {self.head.reads}, and the encoder returns {encoder.config.feature}; they "
+                "do not fit together."
+            )
         self.head_layer = head_layer
         at_the_end = self.head is not None and head_layer == len(self.head.layers)
         width = self.head.dim if self.head is not None and at_the_end else encoder.num_features
@@ -48,6 +53,11 @@ class Classifier(nn.Module):
         """What the linear classifier reads."""
         h = self.encoder(x)  # (B, F)
         return h if self.head is None else self.head.first_layers(h, self.head_layer)
+
+
+def read_for(encoder: Encoder, head: ProjectionHead | None) -> Encoder:
+    """The encoder with the features that the head reads, itself where those are the ones that it returns."""
+    return encoder if head is None or head.reads is None else read_as(encoder, head.reads)
 
 
 def pretrained_classifier(name: str, *, size: int) -> Classifier:

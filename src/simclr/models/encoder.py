@@ -73,7 +73,7 @@ class Encoder(nn.Module):
 
 
 def encoder_of(config: PretrainConfig, channels: int) -> EncoderConfig:
-    """Description of the encoder that settings of pretraining ask for.
+    """Description of the encoder that settings of pretraining ask for, with the features that it returns when trained.
 
     Raises:
         UserError: The settings do not go together.
@@ -82,6 +82,15 @@ def encoder_of(config: PretrainConfig, channels: int) -> EncoderConfig:
         name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=channels, size=config.size,
         feature=config.feature,
     )  # fmt: skip
+
+
+def trained_encoder_of(config: PretrainConfig, channels: int) -> EncoderConfig:
+    """The same with the features that the projection head reads.
+
+    Raises:
+        UserError: As of `encoder_of`.
+    """
+    return replace(encoder_of(config, channels), feature=config.head_reads or config.feature)
 
 
 def read_as(encoder: Encoder, feature: Feature) -> Encoder:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr.config.encoder import MAX_CHANNELS
+from simclr.config.encoder import MAX_CHANNELS, Feature
 from simclr.errors import UserError
 from simclr.models.batchnorm import BatchNorm1d
 from simclr.models.init import DENSE_STD, seeded
@@ -30,6 +30,7 @@ class ProjectionHead(nn.Module):
         layers: Of the nonlinear head: 2 in SimCLR, 3 in SimCLR v2. The others do not use it.
         dim: D; without a head, z is F wide.
         norm: Whether its layers have batch norm.
+        reads: Which features of the encoder F counts; None: those that the encoder returns.
         seed: Of the initial weights.
 
     Raises:
@@ -44,6 +45,7 @@ class ProjectionHead(nn.Module):
         layers: int = 2,
         dim: int = 128,
         norm: bool = True,
+        reads: Feature | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -66,6 +68,7 @@ class ProjectionHead(nn.Module):
         self.layers = nn.ModuleList([*hidden, *last])
         self.kind = kind
         self.norm = norm
+        self.reads = reads
         self.dim = dim if num_layers else num_features
 
     def forward(self, h: Tensor) -> Tensor:
@@ -88,7 +91,8 @@ class ProjectionHead(nn.Module):
     def to_dict(self) -> dict[str, Any]:
         """The arguments of which `ProjectionHead(num_features, **arguments)` makes a head of this shape."""
         shape = {"kind": self.kind, "layers": len(self.layers), "dim": self.dim}
-        return shape if self.norm else shape | {"norm": False}  # earlier versions read the others
+        shape |= {} if self.norm else {"norm": False}  # earlier versions read the others
+        return shape if self.reads is None else shape | {"reads": self.reads}
 
 
 class LinearClassifier(nn.Linear):

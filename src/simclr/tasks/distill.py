@@ -15,7 +15,7 @@ from simclr.data.images import Images, fit_channels
 from simclr.data.labels import chosen_by
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.models.classifier import Classifier
+from simclr.models.classifier import Classifier, read_for
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.reports.table import error_note
@@ -102,11 +102,13 @@ def open_student(options: "Distill", teacher: Model, *, main: bool = True) -> tu
     if layer is None:
         alike = options.student == SAME and options.encoder is None
         layer = teacher.classifier.head_layer if alike and isinstance(teacher.classifier, Classifier) else 0
+    if layer:
+        encoder = read_for(encoder, head)
     return Classifier(encoder, head, len(teacher.classes), head_layer=layer), description
 
 
 def _fresh_head(like: ProjectionHead | None, encoder: Encoder, seed: int) -> ProjectionHead | None:
-    return None if like is None else ProjectionHead(encoder.num_features, **like.to_dict(), seed=seed)
+    return None if like is None else ProjectionHead(read_for(encoder, like).num_features, **like.to_dict(), seed=seed)
 
 
 def _check(options: "Distill", config: DistillConfig) -> None:

@@ -24,7 +24,7 @@ from simclr.methods import find_method, method_name
 from simclr.methods.method import Method
 from simclr.models.activation_checkpointing import checkpoint_blocks
 from simclr.models.batchnorm import set_global_batch_norm, track_once
-from simclr.models.encoder import Encoder, build_encoder, encoder_of
+from simclr.models.encoder import Encoder, build_encoder, encoder_of, read_as, trained_encoder_of
 from simclr.models.heads import ProjectionHead
 from simclr.models.inference import extract
 from simclr.training.batches import Batch, Inputs, make_batches
@@ -64,7 +64,8 @@ def policy_of(config: PretrainConfig, channels: int) -> Policy:
 
 def check_settings(config: PretrainConfig, world: DistributedContext, method: type[Method] | None = None) -> None:
     """Fail before any image is read where a setting alone is wrong."""
-    encoder_of(config, channels=3)
+    for describe in (encoder_of, trained_encoder_of):
+        describe(config, channels=3)
     policy_of(config, channels=3)
     precision_of(config.precision, world)
     method = method or find_method(config.method)
@@ -185,8 +186,9 @@ def build_task(
             if isinstance(encoder, Encoder):
                 made = origin if name == "encoder" else origin | {"average": True}
                 save_encoder(
-                    encoder, folder, preprocessing=config.augmentation, origin=made, head=head, progress=progress
-                )
+                    read_as(encoder, config.feature), folder, preprocessing=config.augmentation, origin=made,
+                    head=head, progress=progress,
+                )  # fmt: skip
 
     return Task(
         method=method,
@@ -233,7 +235,7 @@ def build_method(
 ) -> Method:
     """Encoder and loss, on the device of this process."""
     kind = kind or find_method(config.method)
-    encoder = build_encoder(encoder_of(config, channels), seed=config.seed)
+    encoder = build_encoder(trained_encoder_of(config, channels), seed=config.seed)
     with torch.random.fork_rng([]):  # weights that a method draws from torch's generator depend on the seed alone
         torch.manual_seed(config.seed % 2**63)
         method = kind.build(encoder, config, world)
@@ -255,7 +257,8 @@ def _knn_monitor(images: Images, encoder: Encoder, config: PretrainConfig) -> Ca
     bank_labels, query_labels = bank.labels, queries.labels
 
     def monitor() -> dict[str, float]:
-        features = [extract(encoder, part, preset=config.augmentation) for part in (bank, queries)]
+        read = read_as(encoder, config.feature)
+        features = [extract(read, part, preset=config.augmentation) for part in (bank, queries)]
         known = bank_labels[bank.items_read(np.arange(len(bank)))]
         targets = query_labels[queries.items_read(np.arange(len(queries)))]
         return {"knn": accuracy(knn(features[0], known, features[1]), targets)}

@@ -12,6 +12,7 @@ of what config.json says of them: two files that were not written together are r
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import sha256
 from os import PathLike
 from pathlib import Path
@@ -309,8 +310,10 @@ def _restore(values: dict[str, Any], folder: Path) -> "Model":
                 f"{folder / 'config.json'} does not fit: num_features is {record.num_features}, and its encoder has "
                 f"{encoder.num_features}."
             )
+        head_reads = record.head.reads if record.head else None
+        below = encoder if head_reads is None else sketch_encoder(replace(record.config, feature=head_reads))
         with torch.device("meta"):
-            head = ProjectionHead(encoder.num_features, **record.head.model_dump()) if record.head else None
+            head = ProjectionHead(below.num_features, **record.head.model_dump()) if record.head else None
             head_layer = record.classifier.head_layer if record.classifier else 0
             network = Classifier(encoder, head, len(classes), head_layer=head_layer) if classes else None
         linear = None if network is None else network.linear

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from simclr.config.encoder import MAX_CHANNELS, EncoderConfig
+from simclr.config.encoder import MAX_CHANNELS, EncoderConfig, Feature
 from simclr.config.records import strict_json
 from simclr.errors import UserError, shown
 from simclr.files import MAX_RECORD_BYTES, read_regular
@@ -55,6 +55,7 @@ class HeadRecord(_Strict):
     layers: int = Field(ge=0, le=MAX_LAYERS)
     dim: int = Field(ge=1, le=MAX_CHANNELS)
     norm: bool = True
+    reads: Feature | None = None
 
 
 class ClassifierRecord(_Strict):
