@@ -26,6 +26,7 @@ __all__ = [
     "open_data",
     "pretrain",
     "resume",
+    "select",
 ]
 
 from simclr.errors import Stopped, UserError
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from simclr.data.opening import open_data
     from simclr.methods.method import Method
     from simclr.sklearn import SimCLR
-    from simclr.tasks.api import Run, distill, embed, evaluate, finetune, pretrain, resume
+    from simclr.tasks.api import Run, distill, embed, evaluate, finetune, pretrain, resume, select
     from simclr.weights.folder import load
 
 _PLACES = {

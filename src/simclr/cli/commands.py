@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from simclr.tasks.options.labels import Distill, Evaluate, Finetune
 from simclr.tasks.options.pretraining import Plan, Pretrain, Recipes, Resume, Views
-from simclr.tasks.options.using import Check, Embed, Export, Import, Predict, Push
+from simclr.tasks.options.using import Check, Embed, Export, Import, Predict, Push, Select
 
 
 class Command(NamedTuple):
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Command] = {
     "pretrain": Command(Pretrain, "simclr.tasks.pretrain:pretrain", "config"),
     "resume": Command(Resume, "simclr.tasks.resume:resume", "config"),
     "evaluate": Command(Evaluate, "simclr.tasks.evaluate:evaluate", "finetune"),
+    "select": Command(Select, "simclr.tasks.select:select"),
     "finetune": Command(Finetune, "simclr.tasks.finetune:finetune", "config"),
     "distill": Command(Distill, "simclr.tasks.distill:distill", "config"),
     "check": Command(Check, "simclr.tasks.check:check"),

@@ -115,7 +115,7 @@ def read_label_file(file: Path, folder: Path, wanted: Sequence[str], known: Sequ
     return [given[key] for key in wanted]
 
 
-def read_label_list(file: Path, images: Images) -> np.ndarray:
+def read_label_list(file: Path, images: Images, *, need_labels: bool = True) -> np.ndarray:
     """Which images a list names, for the semi-supervised protocol: those that keep their label.
 
     The lists that the authors published (google-research/simclr, imagenet_subsets/) work as they are.
@@ -123,6 +123,7 @@ def read_label_list(file: Path, images: Images) -> np.ndarray:
     Args:
         file: One file name a line, such as n01440764_10026.JPEG, or the end of a path, such as cats/001.png.
         images: Each name is to be the end of one image's key.
+        need_labels: Whether an image without a label is an error.
 
     Returns:
         (m,) int64 indices into `images`, sorted.
@@ -141,20 +142,23 @@ def read_label_list(file: Path, images: Images) -> np.ndarray:
     with_name: dict[str, list[int]] = defaultdict(list)
     for i, key in enumerate(images.keys):
         with_name[key.rpartition("/")[2]].append(i)
-    missing, ambiguous, chosen = [], [], []
+    missing: list[str] = []
+    ambiguous: list[str] = []
+    chosen: list[int] = []
     for name in names:
         matches = [i for i in with_name[name.rpartition("/")[2]] if f"/{images.keys[i]}".endswith(f"/{name}")]
         if len(matches) == 1:
             chosen.append(matches[0])
         else:
             (ambiguous if matches else missing).append(name)
+    without = [images.keys[i] for i in chosen if images.labels is None or images.labels[i] < 0] if need_labels else []
     wrong = [
         f"{len(group):,} {what} ({some(group, max_named=3)})"
         for what, group in (
             ("are no image's name", missing),
             ("fit several images", ambiguous),
             ("are there more than once", [images.keys[i] for i, count in Counter(chosen).items() if count > 1]),
-            ("have no label", [images.keys[i] for i in chosen if images.labels is None or images.labels[i] < 0]),
+            ("have no label", without),
         )
         if group
     ]

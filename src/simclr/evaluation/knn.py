@@ -5,7 +5,7 @@ Each of the k nearest rows votes for its class with weight exp(cosine / temperat
 Shapes: n labelled rows, m queries, c of them in a chunk, F features, K classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,23 +92,48 @@ def knn_votes(
         require_finite(test, "test")
     k = _possible_k(k, temperature, len(train) - leave_one_out)
     classes, targets = np.unique(labels, return_inverse=True)
-    precision = torch.float64 if np.result_type(train, test) == np.float64 else torch.float32
+    votes_for = torch.from_numpy(targets).to(device)
+    scores = np.empty((len(test), len(classes)))
+    for begin, cosine, rows in nearest(train, test, k, leave_one_out=leave_one_out, device=device, progress=progress):
+        scores[begin : begin + CHUNK] = _shares(cosine, votes_for[rows], temperature, len(classes)).cpu().numpy()
+    return Votes(classes, scores, k)
+
+
+def nearest(
+    bank: np.ndarray,
+    queries: np.ndarray,
+    k: int,
+    *,
+    leave_one_out: bool = False,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The k rows of a bank that are nearest to each query by cosine, exactly, chunk by chunk.
+
+    Args:
+        bank: (n, F) finite features, n at least k.
+        queries: (m, F) finite features.
+        k: Number of rows, without the query's own.
+        leave_one_out: `queries` is `bank`, row by row, and no row is its own neighbour.
+        device: Where the similarities are computed, in float32, or in float64 if the features are.
+        progress: Called with (done, total) queries.
+
+    Yields:
+        First query of a chunk, cosines (c, k) from the highest, and rows of the bank (c, k).
+    """
+    precision = torch.float64 if np.result_type(bank, queries) == np.float64 else torch.float32
 
     def unit_rows(features: np.ndarray) -> Tensor:
         return normalize(torch.tensor(np.ascontiguousarray(features), dtype=precision, device=device), dim=1)
 
-    bank = unit_rows(train)  # (n, F)
-    votes_for = torch.from_numpy(targets).to(device)
-    scores = np.empty((len(test), len(classes)))
-    for begin in range(0, len(test), CHUNK):
-        cosine = unit_rows(test[begin : begin + CHUNK]) @ bank.T  # (c, n)
+    columns = unit_rows(bank).T  # (F, n)
+    for begin in range(0, len(queries), CHUNK):
+        cosine = unit_rows(queries[begin : begin + CHUNK]) @ columns  # (c, n)
         if leave_one_out:
             cosine.diagonal(begin).fill_(-torch.inf)
-        nearest, rows = cosine.topk(k, dim=1)  # (c, k)
-        scores[begin : begin + CHUNK] = _shares(nearest, votes_for[rows], temperature, len(classes)).cpu().numpy()
+        yield begin, *cosine.topk(k, dim=1)
         if progress is not None:
-            progress(min(begin + CHUNK, len(test)), len(test))
-    return Votes(classes, scores, k)
+            progress(min(begin + CHUNK, len(queries)), len(queries))
 
 
 def _shares(cosine: Tensor, votes_for: Tensor, temperature: float, num_classes: int) -> Tensor:

@@ -16,7 +16,8 @@ from simclr.evaluation.results import Result
 from simclr.methods.method import Method
 from simclr.tasks.options.labels import Distill, Evaluate, Finetune
 from simclr.tasks.options.pretraining import Pretrain, Resume
-from simclr.tasks.options.using import Embed
+from simclr.tasks.options.using import Embed, Select
+from simclr.tasks.select import Selected
 from simclr.training.run import RunFolder
 from simclr.weights.folder import Model, load
 
@@ -157,6 +158,25 @@ def embed(run: "Run | Place", data: Place, *, out: Place | None = None, **option
             return archive["features"]
 
 
+def select(run: "Run | Place", data: Place, *, count: int = 50, **options: Any) -> list[Selected]:
+    """Select the images that are most worth labelling, as `simclr select`; the one to label first is the first.
+
+    Args:
+        run: A run, an encoder's folder, timm/NAME or torchvision/NAME.
+        data: Images; no labels are needed.
+        count: Number of images.
+        options: Of the command (`Select`), such as `labelled="done.txt"` and `out="chosen.csv"`.
+
+    Raises:
+        UserError: Run and data do not go together, or there are fewer images without a label than `count`.
+    """
+    from simclr.tasks.select import select as task
+
+    with in_python_words():
+        given, _ = _split(Select, options, run=_place(run), data=fspath(data), count=count)
+        return task(given, quiet=True)
+
+
 @dataclass(frozen=True)
 class Run:
     """A training in its folder: of an encoder, or of a classifier where it was fine-tuned or distilled.
@@ -170,6 +190,7 @@ class Run:
     evaluate = evaluate
     embed = embed
     finetune = finetune
+    select = select
     resume = resume
 
     def load(self, *, device: str = "cpu") -> Model:
@@ -199,7 +220,7 @@ def _split(kind: type, options: dict[str, Any], **known: Any) -> tuple[Any, Over
     """Options of a command, and the settings among what was given."""
     names = {f.name: f.type for f in fields(kind)}
     given = {name: value for name, value in options.items() if name in names and name != "config"}
-    for name in ("out", "labels_file", "json", "picture", "cache"):
+    for name in ("out", "labels_file", "labelled", "json", "picture", "cache"):
         if isinstance(given.get(name), str) and "Path" in str(names[name]):
             given[name] = Path(given[name])
     settings = {name: value for name, value in options.items() if name not in given}

@@ -1,4 +1,4 @@
-"""Flags of the commands that put weights to use or pass them on: check, predict, embed, import, export, push."""
+"""Flags of the commands that put weights to use or pass them on: check, predict, embed, select, import, export, push."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,54 @@ class Embed:
 
     pack_side: int | None = None
     """Shorter side to which larger images are shrunk, as in `simclr pretrain`; unset: as in the run."""
+
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select:
+    """Name the images that are most worth labelling: typical ones of different clusters of their features.
+
+    TypiClust (Hacohen, Dekel and Weinshall 2022, arXiv:2202.02794): k-means into as many clusters as there shall be
+    labels (at most 500) and, from each cluster without a label, the largest first, the image that is nearest to its
+    neighbours. No label is read but to know which images have one. Of data with a test part, the training part alone is
+    looked at. Images that cannot be decoded are left out and named.
+    """
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """Encoder: a run's folder, an encoder's folder, timm/NAME or torchvision/NAME."""
+
+    data: Positional[Annotated[str, arg(metavar="DATA")]]
+    """Images: folder, .npz file or name."""
+
+    count: int = 50
+    """Number of images to select."""
+
+    out: Path | None = None
+    """File to write: .csv (key, cluster, typicality) or .txt (one key per line, as --labels and --labelled take them);
+    unset: the table is printed. The image to label first is the first one."""
+
+    labelled: Path | None = None
+    """File with the names of images that have a label already, one per line."""
+
+    seed: int = 0
+    """Seed of k-means."""
+
+    size: int = 224
+    """Side, in pixels, of the images for models of timm and torchvision."""
+
+    labels_file: Path | None = None
+    """CSV file with lines path,label for a folder of images; those with a label count as labelled already."""
+
+    pack: str = "auto"
+    """Where decoded images are stored, as in `simclr pretrain`."""
+
+    pack_side: int | None = None
+    """Shorter side to which larger images are shrunk, as in `simclr pretrain`; unset: as in the run."""
+
+    cache: str = "auto"
+    """Where computed features are stored for reuse: a folder, off, or auto: the user's cache folder."""
 
     device: str = "auto"
     """cpu, cuda, or auto: a GPU if there is one."""
