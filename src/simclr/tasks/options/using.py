@@ -1,4 +1,4 @@
-"""Flags of the commands that put weights to use or pass them on: check, predict, embed, select, import, export, push."""
+"""Flags of the commands that apply weights or pass them on: check, predict, embed, select, import, export, push."""
 
 from dataclasses import dataclass
 from pathlib import Path
