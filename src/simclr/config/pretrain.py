@@ -147,6 +147,10 @@ class PretrainConfig(TrainingConfig):
     chunk: int = 0
     """With --memory grad-cache: images per chunk and process, a divisor of its batch; 0: as many as fit."""
 
+    cuda_graph: bool = False
+    """Replay updates from a CUDA graph where the method allows it: the same weights with fewer launches, for small
+    networks on one GPU; needs the memory of an update twice."""
+
     # ---- record
     log_every: int = 20
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from simclr.config.schedule import learning_rate, peak_lr, total_steps, warmup_steps
 from simclr.errors import UserError
 
-FREE_ON_RESUME = frozenset({"workers", "save_every", "max_checkpoints", "knn_every"})
+FREE_ON_RESUME = frozenset({"workers", "save_every", "max_checkpoints", "knn_every", "cuda_graph"})
 """Settings that a resumed run may change: they do not affect its result."""
 
 BEFORE = {"nesterov": True, "lr_decay": "cosine"}

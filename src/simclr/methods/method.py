@@ -35,6 +35,10 @@ class Method(nn.Module, ABC):
     remedy: ClassVar[str] = "Try a lower --lr, or a longer --warmup-epochs, in a new run."
     """What to try where the loss or the weights are no longer finite."""
 
+    capturable: bool = False
+    """Whether a CUDA graph can replay updates: without `detail`, `forward` runs the same operations on the device at
+    each step, depends on no number of the host that changes, and reads nothing back."""
+
     trial_multiple: int = 1
     """Trial batches, on which memory and time are measured, have a multiple of so many images."""
 

@@ -61,6 +61,7 @@ class SimCLR(Method):
         self.world = world
         self.decoupled = decoupled
         self.memory = memory
+        self.capturable = memory is None
 
     @classmethod
     def build(cls, encoder: Encoder, config: PretrainConfig, context: DistributedContext) -> Self:

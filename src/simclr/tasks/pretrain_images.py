@@ -28,6 +28,7 @@ from simclr.models.encoder import Encoder, build_encoder, encoder_of, read_as, t
 from simclr.models.heads import ProjectionHead
 from simclr.models.inference import extract
 from simclr.training.batches import Batch, Inputs, make_batches
+from simclr.training.cuda_graph import obstacle
 from simclr.training.device import choose_kernels, precision_of
 from simclr.training.fit import fit
 from simclr.training.lock import hold
@@ -174,6 +175,9 @@ def build_task(
     if config.memory in ("checkpointing", "grad-cache"):
         track_once(method)
 
+    unrecorded = obstacle(method, config.memory, world) if config.cuda_graph else ""
+    say(unrecorded, main=world.is_main and bool(unrecorded))
+
     n, batch_size = len(images), config.batch_size
     total_steps = config.steps(n)
     origin = {"method": method_name(kind), "run": str(run.path)}
@@ -207,6 +211,7 @@ def build_task(
         seed=config.seed,
         precision=precision_of(config.precision, world),
         grad_cache=config.memory == "grad-cache",
+        cuda_graph=config.cuda_graph and not unrecorded,
         out_of_memory=out_of_memory(config),
         evaluate=_knn_monitor(images, method.encoder, config) if world.is_main else None,
         evaluate_every=max(1, round(config.knn_every * n / batch_size)) if config.knn_every else 0,
@@ -277,6 +282,7 @@ def _report_end(
         "images_replaced": len(images.replaced),
         "seconds_of_this_call": round(seconds, 1),
         "steps_of_this_call": outcome.steps_run,
+        "steps_replayed": outcome.steps_replayed,
         "views_per_second": round(outcome.steps_run * views_per_step / max(outcome.seconds, 1e-9), 1),
         "wait_share": round(outcome.wait_seconds / max(outcome.seconds, 1e-9), 4),
         "final": outcome.last,

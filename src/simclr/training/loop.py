@@ -25,6 +25,7 @@ from simclr.errors import Diverged, UserError
 from simclr.methods.method import Method
 from simclr.training.batches import Inputs
 from simclr.training.checkpoint import checkpoints, load_newest, remove_oldest, save_checkpoint, set_aside_newer
+from simclr.training.cuda_graph import CudaRecorder, ReplayedUpdates
 from simclr.training.grad_cache import GradCache
 from simclr.training.optim import set_lr
 from simclr.training.progress import Outcome, ProgressCallback, say
@@ -45,6 +46,7 @@ class Task:
         seed: Of the stochastic layers, if the encoder has any.
         precision: Autocast of the forward pass.
         grad_cache: Cache gradients; `batch` then gives a function for each chunk.
+        cuda_graph: Replay updates from a CUDA graph (training/cuda_graph.py); `batch` gives tensors of constant shapes.
         flush_denormal: Take denormal numbers for 0 on a CPU.
         out_of_memory: What to say where the device's memory gives out.
         evaluate: Metrics too costly for each record, such as kNN accuracy.
@@ -61,6 +63,7 @@ class Task:
     seed: int = 0
     precision: torch.dtype = torch.float32
     grad_cache: bool = False
+    cuda_graph: bool = False
     flush_denormal: bool = False
     out_of_memory: str = "The device's memory is used up; give a smaller --batch-size, or more processes."
     evaluate: Callable[[], dict[str, float]] | None = None
@@ -92,6 +95,7 @@ def train(
         UserError: The loss or the weights became non-finite (the last good checkpoint is kept), or the disk refused.
     """
     model = training_module(task, world)
+    replayed = _replayed_updates(model, task, world) if task.cuda_graph else None
     device = next(task.method.parameters()).device
     finite = torch.ones((), dtype=torch.bool, device=device)
     outcome = Outcome(step=start_step, finished=start_step >= task.total_steps)
@@ -106,10 +110,11 @@ def train(
             evaluate = task.evaluate_every > 0 and (done % task.evaluate_every == 0 or last)
             log = done % config.log_every == 0 or evaluate or last
 
-            loss, metrics = take_step(model, task, step, inputs, world, detail=log)
-            finite &= torch.isfinite(loss.detach())
+            loss, metrics = take_step(model, task, step, inputs, world, detail=log, replayed=replayed)
+            finite &= torch.isfinite(loss)
 
             outcome.step, outcome.steps_run = done, outcome.steps_run + 1
+            outcome.steps_replayed = 0 if replayed is None else replayed.count
             interrupted = world.any_rank(bool(signals))
             save = done % config.save_every == 0 or last or interrupted
 
@@ -223,24 +228,47 @@ def _load(task: Task, state: dict[str, Any], name: str) -> int:
 
 
 def take_step(
-    model: nn.Module, task: Task, step: int, inputs: Inputs, world: DistributedContext, *, detail: bool = False
+    model: nn.Module,
+    task: Task,
+    step: int,
+    inputs: Inputs,
+    world: DistributedContext,
+    *,
+    detail: bool = False,
+    replayed: ReplayedUpdates | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One update of the weights; the loss and metrics before it.
+    """One update of the weights; the loss and metrics before it, without gradient.
 
     Args:
         model: The task's method as it is called in training (`training_module`).
         inputs: The task's batch of this step.
         detail: As the method takes it.
+        replayed: Does the update unless `detail` is asked for.
     """
     torch.manual_seed(_step_seed(task.seed, step, world))
     set_lr(task.optimizer, task.learning_rate(step))
     task.method.prepare_step(step)
-    with _autocast(world.device, task.precision):
+    if replayed is not None and not detail:
+        return replayed(*inputs)
+    return _update(model, task, world.device, inputs, detail=detail)
+
+
+def _update(
+    model: nn.Module, task: Task, device: torch.device, inputs: Inputs, *, detail: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    with _autocast(device, task.precision):
         loss, metrics = model(*inputs, detail=detail)
     task.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     task.optimizer.step()
-    return loss, metrics
+    return loss.detach(), metrics
+
+
+def _replayed_updates(model: nn.Module, task: Task, world: DistributedContext) -> ReplayedUpdates:
+    def update(*inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return _update(model, task, world.device, inputs)
+
+    return ReplayedUpdates(update, task.optimizer, CudaRecorder(world.device))
 
 
 class Prefetcher:

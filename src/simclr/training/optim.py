@@ -9,6 +9,7 @@ epsilon, and parameters exempt from adaptation move by the full learning rate.
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -61,7 +62,9 @@ def build_optimizer(
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group; on a GPU rounded to fp32, which a CUDA graph reads it in."""
+    if optimizer.param_groups[0]["params"][0].is_cuda:
+        lr = float(np.float32(lr))
     for group in optimizer.param_groups:
         group["lr"] = lr
 

@@ -40,6 +40,8 @@ class Outcome:
     """Of these: spent waiting for batches."""
     steps_run: int = 0
     """By this call."""
+    steps_replayed: int = 0
+    """Of these: replayed from a CUDA graph."""
     last: dict[str, float] = field(default_factory=dict)
     """The last record."""
     warnings: list[str] = field(default_factory=list)
