@@ -37,6 +37,7 @@ from simclr.distributed import DistributedContext
 from simclr.errors import Stopped, UserError
 from simclr.tasks import pretrain_images as pretraining
 from simclr.tasks.api import in_python_words
+from simclr.tasks.initial import open_initial
 from simclr.training.device import find_device
 from simclr.training.progress import hushed, say
 from simclr.training.run import RunFolder
@@ -57,7 +58,8 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         encoder: resnet18/34/50/101/152/200, resnet10, small (for CPUs), timm/NAME or torchvision/NAME.
         width: Multiplier on every channel count of a ResNet.
         temperature: Of the loss.
-        settings: Any other setting of `simclr pretrain` by its name, such as {"lr": 1e-3, "method": "moco"}.
+        settings: Any other setting of `simclr pretrain` by its name, such as {"lr": 1e-3, "method": "moco"} or
+            {"init": "timm/resnet18"}, which goes on from these weights.
         image_shape: What a row of a 2-D X is: (H, W) or (H, W, C), of which one may be -1, as for NumPy's reshape.
             None: a square gray image, where a row's length is a square number (no square colour image's is).
         pixel_range: The numbers that mean black and white in arrays, such as (0, 16). None: floats in [0, 1], integers
@@ -134,7 +136,7 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             if self.pretrained is not None:
                 self.embedder_, self.config_, self.history_ = load(self.pretrained), None, []
                 return self
-            return self._train(open_images(images, channels=given.get("channels", "auto")), given)
+            return self._train(images, given)
 
     def transform(self, X: ImagesLike) -> np.ndarray:
         """Features h of each image of X, in its order.
@@ -190,7 +192,7 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             raise UserError(f"With pretrained, no encoder is trained, and {unused} has no effect; leave it out.")
         return given
 
-    def _train(self, images: Images, given: Mapping[str, Any]) -> Self:
+    def _train(self, given_images: ImagesLike, given: Mapping[str, Any]) -> Self:
         seed = self.random_state
         if seed is None or not isinstance(seed, int | np.integer):
             seed = check_random_state(seed).randint(2**31)
@@ -200,7 +202,11 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
         recipe = find_recipe(self.recipe) if self.recipe is not None else None
 
         overrides = Overrides(given)
-        pretraining.check_settings(overrides(recipe.config if recipe else PretrainConfig()), world)
+        settings = overrides(recipe.config if recipe else PretrainConfig())
+        with nullcontext() if self.verbose else hushed():
+            initial, overrides = open_initial(settings, overrides)
+        pretraining.check_settings(overrides(settings), world)
+        images = open_images(given_images, channels=overrides.values.get("channels", "auto"))
         gpus = [world.device] if world.device.type == "cuda" else []
         with (
             nullcontext() if self.verbose else hushed(),
@@ -211,7 +217,7 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
             run = RunFolder(Path(folder), how_to_resume="a new fit", lasting=False)
             manifest = pretraining.manifest_of(images, images.name, {}, config.method)
             try:
-                outcome = pretraining.pretrain_images(images, config, run, world, manifest=manifest)
+                outcome = pretraining.pretrain_images(images, config, run, world, manifest=manifest, initial=initial)
             except Stopped as stop:  # a saved run could go on; an interrupted fit cannot
                 raise (KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal)) from None
             for sentence in outcome.warnings:

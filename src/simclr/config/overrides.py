@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from os import PathLike, fspath
 from typing import Any, TypeVar
 
 from simclr.config.deprecated import rename_settings
@@ -44,7 +45,7 @@ def validated(kind: type[Config], values: Mapping[str, Any]) -> Config:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    plain = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+    plain = {name: _plain(value) for name, value in values.items()}
     try:
         return TypeAdapter(kind).validate_python(plain)
     except ValidationError as error:
@@ -53,3 +54,10 @@ def validated(kind: type[Config], values: Mapping[str, Any]) -> Config:
             raise wrong from None
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{where} was {first['input']!r}: {first['msg'].rstrip('.')}.") from None
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's as Python's, and a path as text."""
+    if isinstance(value, PathLike):
+        return fspath(value)
+    return value.item() if hasattr(value, "item") else value

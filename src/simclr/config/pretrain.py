@@ -74,6 +74,12 @@ class PretrainConfig(TrainingConfig):
     """Brightness as in SimCLR v2 (multiply) or v1 (add); the authors' code, data_util.py."""
 
     # ---- encoder and projection head
+    init: str | None = None
+    """Weights to begin from: a run, an encoder's folder, timm/NAME or torchvision/NAME (with their pretrained weights);
+    unset: random ones. The architecture is that of these weights, and so are size (224 for timm and torchvision),
+    --feature and --head-reads unless flags give them. A projection head beside them is kept if it has the shape that
+    the settings ask for; otherwise a new one begins."""
+
     encoder: str = "resnet18"
     """resnet18/34/50/101/152/200, resnet10, small (for CPUs), timm/NAME or torchvision/NAME."""
 

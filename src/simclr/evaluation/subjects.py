@@ -36,6 +36,8 @@ WITHOUT_NETWORK = (PIXELS, HOG, PATCHES)
 """Names of models under test that have no network to train."""
 BASELINE_NAMES = (RANDOM, *WITHOUT_NETWORK)
 """Names that stand for a model of which no weights are stored."""
+INIT = "init"
+"""Name that stands for the weights that the model under test was pretrained from (`simclr pretrain --init`)."""
 MAX_SIDES = {PIXELS: 64, PATCHES: MAX_PATCHES_SIDE}
 """Pixels a side that a baseline sees at most: larger images cost memory or time, and hardly change the accuracy."""
 EXTERNAL_SIZE = 224  # pixels that nearly every pretrained model expects
@@ -199,7 +201,7 @@ def require_model(name: str) -> None:
     Raises:
         UserError: The sentence names what has one.
     """
-    if name in BASELINE_NAMES or os.sep in name or "/" in name or os.path.lexists(name):
+    if name in BASELINE_NAMES or name == INIT or os.sep in name or "/" in name or os.path.lexists(name):
         return
     close = difflib.get_close_matches(name.lower(), BASELINE_NAMES, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
@@ -207,6 +209,20 @@ def require_model(name: str) -> None:
         f"There is no model {name!r}{hint}; give {', '.join(BASELINE_NAMES)}, {TIMM}NAME, {TORCHVISION}NAME, or the "
         "folder of a run or an encoder."
     )
+
+
+def initial_subject_name(weights: str) -> str:
+    """Name in tables of the weights that a run began from.
+
+    Args:
+        weights: What they are called.
+    """
+    return f"{INIT} ({weights})"
+
+
+def is_initial(name: str) -> bool:
+    """Whether a name in tables is one of `initial_subject_name`."""
+    return name.startswith(f"{INIT} (")
 
 
 def subject_of(model: Model, name: str, *, cache: FeatureCache, world: DistributedContext) -> EvaluatedModel:

@@ -50,7 +50,8 @@ class Method(nn.Module, ABC):
         """The method as `simclr pretrain` makes it.
 
         Args:
-            encoder: With fresh weights; on the CPU, as everything is that the method adds.
+            encoder: With fresh or given weights (--init); on the CPU, as everything is that the method adds. A given
+                projection head replaces the state of the one that `published` names, if it has the same shape.
             config: All settings of the run.
             context: The processes that share each batch.
         """

@@ -99,9 +99,19 @@ def read_as(encoder: Encoder, feature: Feature) -> Encoder:
     Raises:
         UserError: It is no ResNet of ours.
     """
-    if feature == encoder.config.feature:
+    return with_config(encoder, replace(encoder.config, feature=feature))
+
+
+def with_config(encoder: Encoder, config: EncoderConfig) -> Encoder:
+    """The same weights in an encoder of another description, such as of another size, on the same device.
+
+    Raises:
+        UserError: `build_encoder` cannot build it.
+        RuntimeError: The weights do not fit it.
+    """
+    if config == encoder.config:
         return encoder
-    other = build_encoder(replace(encoder.config, feature=feature))
+    other = build_encoder(config)
     other.load_state_dict(encoder.state_dict())
     return other.to(next(encoder.parameters()).device).train(encoder.training)
 

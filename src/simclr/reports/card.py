@@ -30,6 +30,7 @@ BASELINE_MEANINGS = {
     "patches": "are features of k-means patches (Coates, Lee and Ng 2011) of the training images",
     "pixels": "are the images themselves as features",
     "random": "is the same network with random weights",
+    "init": "is what this pretraining began from",
     "supervised": "is the same network trained from scratch on the same labels",
 }
 
@@ -122,12 +123,24 @@ def _training(origin: dict[str, Any], run: dict[str, Any] | None, config: dict[s
         lines.append(f"- left out, unreadable: {len(data['left_out']):,} files")
     gpu = machine.get("gpu")
     lines.append(f"- simclr {machine['simclr']}, torch {machine['torch']}, {f'on {gpu}' if gpu else 'on a CPU'}")
-    lines.append("- no label took part in pretraining")
+    lines += _start(run)
     if origin.get("method") in ("finetune", "distill"):
         lines.append(f"- after that: {origin['method']}, with labels")
     table = ["| setting | value |", "|---|---|"]
     table += [f"| {key} | {config[key]} |" for key in SETTINGS if config.get(key) is not None]
     return "\n".join(lines) + "\n\n" + "\n".join(table)
+
+
+def _start(run: dict[str, Any]) -> list[str]:
+    """Where the weights began, and whether labels took part."""
+    initial = run.get("inputs", {}).get("init")
+    if initial is None:
+        return ["- no label took part in pretraining"]
+    head = "without a projection head" if initial["head"] is None else "with their projection head"
+    return [
+        f"- began from the weights of {initial['name']} {head}, SHA-256 of the encoder `{initial['weights']}`",
+        "- no label took part in this pretraining; how those weights were made is not recorded here",
+    ]
 
 
 def _progress(model: Model) -> str:

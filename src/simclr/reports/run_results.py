@@ -13,6 +13,7 @@ from simclr.errors import UserError
 from simclr.evaluation.measure import TITLES
 from simclr.evaluation.metrics import BASELINES, SUPERVISED
 from simclr.evaluation.results import Result, name_of, read_results
+from simclr.evaluation.subjects import INIT, is_initial
 from simclr.reports.table import Row
 from simclr.training.run import RunFolder
 from simclr.weights.folder import Model, digest_of
@@ -115,7 +116,9 @@ def _add(tables: dict[str, Table], result: Result, weights: str | None) -> None:
     split = re.sub(r",? seed \d+", "", result.split)
     table = tables.setdefault(split, Table(result.data_name, split))
     row = _row_name(result, weights)
-    if not row.startswith((TIMM, TORCHVISION)):
+    if is_initial(row):
+        row = INIT
+    elif not row.startswith((TIMM, TORCHVISION)):
         row = Path(row).name  # another run's folder: paths of this machine stay here
     column = table.values.setdefault(row, {}).setdefault(TITLES[result.protocol], {})
     column[result.seed] = result.value("top1")

@@ -8,7 +8,7 @@ same encoder would have given: that takes several runs.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from simclr.config.encoder import TIMM, TORCHVISION
 from simclr.evaluation.measure import TITLES
 from simclr.evaluation.metrics import BASELINES, mean_and_spread
 from simclr.evaluation.results import Result
+from simclr.evaluation.subjects import is_initial
 
 CONFIDENCE = 0.95
 
@@ -44,19 +45,23 @@ class Comparison:
 
 
 def is_baseline(name: str) -> bool:
-    """Whether a row is what one has without pretraining: hand-made features, random or published weights, labels alone.
+    """Whether a row is what one has without pretraining: hand-made features, given weights, labels alone.
 
-    Another run or encoder that is compared is none.
+    Given weights are random or published ones, and those that pretraining began from. Another run or encoder that is
+    compared is no baseline.
     """
-    return name in BASELINES or name.startswith((TIMM, TORCHVISION))
+    return name in BASELINES or name.startswith((TIMM, TORCHVISION)) or is_initial(name)
 
 
-def comparisons(results: Sequence[Result], *, labels_drawn: bool) -> list[Comparison]:
+def comparisons(
+    results: Sequence[Result], *, labels_drawn: bool, against: Callable[[str], bool] = is_baseline
+) -> list[Comparison]:
     """One for each column in which both the model under test and a baseline were measured.
 
     Args:
         results: Accuracies, those of the model under test first.
         labels_drawn: Whether a part of the labels was drawn by the seed; then one seed has no interval.
+        against: Whether a name is that of a baseline to compare with.
     """
     under_test = results[0].subject
     if under_test in BASELINES:
@@ -64,7 +69,7 @@ def comparisons(results: Sequence[Result], *, labels_drawn: bool) -> list[Compar
     by_column: dict[str, dict[str, dict[int, Result]]] = {}  # column -> subject -> seed -> result
     for result in results:
         column = by_column.setdefault(TITLES[result.protocol], {})
-        if result.subject == under_test or is_baseline(result.subject):
+        if result.subject == under_test or against(result.subject):
             column.setdefault(result.subject, {})[_seed(result)] = result
     compared = []
     for column, by_subject in by_column.items():
@@ -104,23 +109,29 @@ def _seed(result: Result) -> int:
     return result.seed
 
 
-def verdict_text(compared: Sequence[Comparison]) -> str:
-    """One sentence; empty where nothing was compared."""
+def verdict_text(compared: Sequence[Comparison], *, own_start: bool = False) -> str:
+    """One sentence; empty where nothing was compared.
+
+    Args:
+        own_start: The baseline is what the model under test was pretrained from.
+    """
     if not compared:
         return ""
+    pretraining = "further pretraining" if own_start else "pretraining"
     known = [one for one in compared if one.margin is not None]
     if not known:
         listed = ", ".join(f"{one.column} {_points(one)} against {one.baseline}" for one in compared)
-        return f"Whether pretraining paid cannot be told from one draw of the labels ({listed}): give --seeds 3."
+        return f"Whether {pretraining} paid cannot be told from one draw of the labels ({listed}): give --seeds 3."
     clauses = [
-        f"{words} {_listed([f'{one.column} ({_points(one)} against {one.baseline})' for one in those])}"
+        f"{words} {_listed([_difference(one, named=not own_start) for one in those])}"
         for outcome, words in _WORDS.items()
         if (those := [one for one in known if one.outcome == outcome])
     ]
     seeds = max(one.num_seeds for one in known)
     over = f"{seeds} seeds" if seeds > 1 else "one seed"
+    whom = f"its own start, {known[0].baseline}," if own_start else "the strongest baseline of each column,"
     return (
-        f"Against the strongest baseline of each column, pretraining {_listed(clauses, '; ')} "
+        f"Against {whom} {pretraining} {_listed(clauses, '; ')} "
         f"(95 % intervals, from {over} and {known[0].num_test:,} test images)."
     )
 
@@ -135,6 +146,11 @@ _WORDS = {
 def verdict_summary(compared: Sequence[Comparison]) -> list[dict[str, Any]]:
     """Plain JSON values."""
     return [{**asdict(one), "outcome": one.outcome} for one in compared]
+
+
+def _difference(one: Comparison, *, named: bool) -> str:
+    against = f" against {one.baseline}" if named else ""
+    return f"{one.column} ({_points(one)}{against})"
 
 
 def _points(one: Comparison) -> str:

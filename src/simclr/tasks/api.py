@@ -25,13 +25,17 @@ Place = str | PathLike[str]
 """A path, or a name that the commands take too, such as "digits" or "timm/resnet18"."""
 
 
-def pretrain(data: Place, *, method: type[Method] | str | None = None, **options: Any) -> "Run":
+def pretrain(
+    data: Place, *, method: type[Method] | str | None = None, init: "Run | Place | None" = None, **options: Any
+) -> "Run":
     """Pretrain an encoder on unlabelled images, as `simclr pretrain`.
 
     Args:
         data: Folder of images, .npz file, or name of a data set.
         method: What turns batches of views into a loss: "simclr", "moco", or a class of your own (docs/methods.md);
             None: what the recipe says.
+        init: Weights to begin from: a run, an encoder's folder, timm/NAME or torchvision/NAME; None: what the recipe
+            says, which is random weights in all that have a name.
         options: `out` (folder of the run), `recipe`, and further options of the command (`Pretrain`); any setting of
             the training (`PretrainConfig`), such as `epochs=200`.
 
@@ -44,6 +48,8 @@ def pretrain(data: Place, *, method: type[Method] | str | None = None, **options
     with in_python_words():
         if isinstance(method, str):
             options["method"], method = method, None
+        if init is not None:
+            options["init"] = _place(init)
         given, overrides = _split(Pretrain, options, data=fspath(data))
         return Run(task(given, overrides, method).path)
 
@@ -112,7 +118,8 @@ def evaluate(
         data: Labelled images (folder, .npz file or name); for the protocol transfer several sets.
         protocol: One or more of knn, linear, logistic, finetune, supervised, curve, probe, label-free and transfer; as
             text with commas between, as on the command line, or as a sequence.
-        compare: Models in further rows of the table: anything that `run` may be.
+        compare: Models in further rows of the table: anything that `run` may be, and "init": what the run was
+            pretrained from, which the default adds for such a run.
         labels: Labels that may be used: a share such as "1%", a number such as "10/class", or a file with the names of
             images, one per line; None: all.
         seeds: Number of seeds; with two or more the table has mean and spread.

@@ -15,13 +15,14 @@ from simclr.evaluation.grid import PAPER_GRID
 from simclr.evaluation.measure import ACCURACIES, Protocol, Settings
 from simclr.evaluation.protocols import curve_results, label_free_result, probe_result, transfer_results
 from simclr.evaluation.results import Result
+from simclr.evaluation.subjects import is_initial
 from simclr.evaluation.transfer import differences
 from simclr.reports.curve import curve_table, draw_curve, when_it_pays
 from simclr.reports.evaluation import accuracy_summary, accuracy_text, mean_accuracies, records
 from simclr.reports.label_free import label_free_pictures, label_free_summary, label_free_text
 from simclr.reports.probe import probe_summary, probe_text
 from simclr.reports.transfer import transfer_summary, transfer_text
-from simclr.reports.verdict import Comparison, comparisons, verdict_summary, verdict_text
+from simclr.reports.verdict import Comparison, comparisons, is_baseline, verdict_summary, verdict_text
 from simclr.tasks.evaluation_session import Session, results_folder
 from simclr.tasks.opening import require_writable, write
 from simclr.training.progress import say
@@ -226,8 +227,9 @@ def _print_and_write(
     options = session.options
     if results:
         print(accuracy_text(results))
-        if verdict := verdict_text(_comparisons(session, results)):
-            print(verdict)
+        compared, with_start = _comparisons(session, results), _comparisons(session, results, against=is_initial)
+        verdicts = [verdict_text(compared) if compared != with_start else "", verdict_text(with_start, own_start=True)]
+        print("\n".join(verdict for verdict in verdicts if verdict))
     for name, progress in session.unfinished().items():
         print(f"Unfinished training: {name}, {progress.text}.")
     for name, report in reports.items():
@@ -243,10 +245,12 @@ def _print_and_write(
         say(f"The picture is in {options.picture}.")
 
 
-def _comparisons(session: Session, results: list[Result]) -> list[Comparison]:
-    """The model under test against the strongest baselines."""
+def _comparisons(
+    session: Session, results: list[Result], *, against: Callable[[str], bool] = is_baseline
+) -> list[Comparison]:
+    """The model under test against the strongest baselines, or against its own start (`is_initial`)."""
     labels = session.options.labels
-    return comparisons(results, labels_drawn=labels is not None and not Path(labels).is_file())
+    return comparisons(results, labels_drawn=labels is not None and not Path(labels).is_file(), against=against)
 
 
 def _summary(session: Session, results: list[Result], reports: dict[str, Report]) -> dict[str, Any]:
@@ -264,6 +268,9 @@ def _summary(session: Session, results: list[Result], reports: dict[str, Report]
             "test_images": None if first is None else first.num_test,
         },
         "pretraining_paid": verdict_summary(_comparisons(session, results)) if results else [],
+        "further_pretraining_paid": (
+            verdict_summary(_comparisons(session, results, against=is_initial)) if results else []
+        ),
         "unfinished": {name: progress.to_dict() for name, progress in session.unfinished().items()},
         "reports": {name: report.summary for name, report in reports.items()},
         "records": records(every),

@@ -24,19 +24,22 @@ from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import (
     BASELINE_NAMES,
     HOG,
+    INIT,
     PATCHES,
     RANDOM,
     EvaluatedModel,
+    initial_subject_name,
     open_subject,
     require_model,
     subject_of,
 )
 from simclr.models.encoder import encoder_of
+from simclr.tasks.initial import kept_weights
 from simclr.tasks.opening import DataOptions, open_parts, require_writable, side_of
 from simclr.training.progress import say
 from simclr.training.run import RunFolder
 from simclr.views.policy import AugmentationPreset
-from simclr.weights.folder import load_quietly
+from simclr.weights.folder import Model, load_quietly
 from simclr.weights.training_progress import TrainingProgress
 
 if TYPE_CHECKING:
@@ -102,9 +105,10 @@ class Session:
             like, preprocessing = _shape(options, train, world)
             if options.feature != "auto":
                 like = replace(like, feature=options.feature)
-        if like.size < MIN_SIZE and options.compare == type(options).compare:
-            options = replace(options, compare=tuple(name for name in options.compare if name != HOG))
-            say(f"hog is left out: it needs images of {MIN_SIZE} pixels a side.", main=world.is_main)
+        if options.compare == type(options).compare:
+            options = _fitting_compare(options, like, world)
+        elif INIT in _compared(options):
+            _begun_run(run)
         if test is None:
             _warn_if_seen(run, train, world)
             if {"curve", *ACCURACIES} & set(protocols):
@@ -199,6 +203,8 @@ class Session:
         pretrained = self.protocols != [SUPERVISED]
         foreign = name.startswith((TIMM, TORCHVISION))
         key = name, seed if name in (RANDOM, PATCHES) or (foreign and not pretrained) else None
+        if key not in self._opened and name == INIT:
+            self._opened[key] = self._initial()
         if key not in self._opened:
             subject = open_subject(
                 name, like=self.like, preprocessing=self.preprocessing, seed=seed, cache=self.cache, world=self.world,
@@ -208,6 +214,15 @@ class Session:
                 subject = subject.learnt_from(self._training_images(seed), seed=seed)
             self._opened[key] = subject
         return self._opened[key]
+
+    def _initial(self) -> EvaluatedModel:
+        """What the run began from, with the features that are read of RUN."""
+        run = _begun_run(Path(self.options.run))
+        kept = kept_weights(run)
+        assert kept is not None, run
+        model = Model(kept.encoder, run.config.augmentation, head=kept.head, progress=kept.progress)
+        subject = subject_of(model, initial_subject_name(kept.name), cache=self.cache, world=self.world)
+        return subject if self.options.feature == "auto" else subject.read_as(self.options.feature)
 
     def _training_images(self, seed: int) -> Images:
         """Images that features may be learnt from without labels: all that are not to be tested on."""
@@ -269,6 +284,38 @@ def _compared(options: "Evaluate") -> list[str]:
     ]
 
 
+def _fitting_compare(options: "Evaluate", like: EncoderConfig, world: DistributedContext) -> "Evaluate":
+    """The default models of --compare: with what the run began from, without hog for images that are too small."""
+    compare = options.compare
+    if like.size < MIN_SIZE:
+        compare = tuple(name for name in compare if name != HOG)
+        say(f"hog is left out: it needs images of {MIN_SIZE} pixels a side.", main=world.is_main)
+    if _pretraining_of(Path(options.run)).init.is_dir():
+        compare = (INIT, *compare)
+    return replace(options, compare=compare)
+
+
+def _begun_run(run: Path) -> RunFolder:
+    """The run of a model under test that was pretrained from given weights.
+
+    Raises:
+        UserError: It is no such run, or began from random weights.
+    """
+    pretraining = _pretraining_of(run)
+    if not pretraining.is_pretraining or pretraining.config.init is None:
+        raise UserError(
+            f"--compare has {INIT}, and {run} was not pretrained from given weights (`simclr pretrain --init`); leave "
+            f"{INIT} out."
+        )
+    return pretraining
+
+
+def _pretraining_of(run: Path) -> RunFolder:
+    """The run's folder, where its own or one of its encoders' is given."""
+    around = RunFolder(run.resolve().parent)
+    return around if run.resolve() in (around.encoder, around.key_encoder) else RunFolder(run)
+
+
 def _is_folder(run: str) -> bool:
     return run not in BASELINE_NAMES and not run.startswith((TIMM, TORCHVISION))
 
@@ -301,9 +348,7 @@ def _shape(options: "Evaluate", images: Images, world: DistributedContext) -> tu
 
 def _warn_if_seen(run: Path, images: Images, world: DistributedContext) -> None:
     """Warn where the images that are about to be split were part of pretraining, without labels."""
-    pretraining, around = RunFolder(run), RunFolder(run.resolve().parent)
-    if run.resolve() in (around.encoder, around.key_encoder):
-        pretraining = around
+    pretraining = _pretraining_of(run)
     if not pretraining.is_pretraining:
         return
     if _are_those_of(pretraining, images):

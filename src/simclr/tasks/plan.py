@@ -23,6 +23,7 @@ from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.methods.method import Method
+from simclr.tasks.initial import InitialWeights, open_initial
 from simclr.tasks.opening import DataOptions, open_aloud, require_writable, write
 from simclr.tasks.pretrain import settled
 from simclr.tasks.pretrain_images import build_method, build_task, check_images, check_settings
@@ -88,6 +89,8 @@ class Plan:
     checkpoint_bytes: int
     checkpoints_kept: int
     encoder_bytes: int
+    initial_bytes: int = 0
+    """Of the copy of the initial weights that a run with --init keeps."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -95,7 +98,7 @@ class Plan:
 
     def table(self) -> str:
         """The plan as text."""
-        disk = self.checkpoints_kept * self.checkpoint_bytes + self.encoder_bytes
+        disk = self.checkpoints_kept * self.checkpoint_bytes + self.encoder_bytes + self.initial_bytes
         lines = [
             f"{self.data}: {self.images:,} images, {'gray' if self.channels == 1 else 'colour'}",
             f"recipe {self.recipe}: {self.encoder} with {self.encoder_parameters:,} parameters, and "
@@ -119,9 +122,10 @@ class Plan:
             lines.append(
                 "With gradient caching the loss is that of all images, and batch norm has the statistics of one chunk."
             )
+        kept = f", the weights it begins from of {readable(self.initial_bytes)}" if self.initial_bytes else ""
         lines.append(
             f"On disk: {readable(disk)} ({self.checkpoints_kept} checkpoints of {readable(self.checkpoint_bytes)}, "
-            f"the encoder of {readable(self.encoder_bytes)}). Evaluation and checkpoints take additional time."
+            f"the encoder of {readable(self.encoder_bytes)}{kept}). Evaluation and checkpoints take additional time."
         )
         return "\n".join(lines)
 
@@ -134,12 +138,14 @@ def plan(options: "PlanOptions", overrides: Overrides) -> Plan:
     budget = parse_bytes(options.memory_budget) if options.memory_budget else None
     with distributed.joined(options.config.device) as world:
         settings = overrides(recipe.config if recipe else PretrainConfig())
+        initial, overrides = open_initial(settings, overrides, pretrained=False)
+        settings = overrides(settings)
         check_settings(settings, world)
         reading = replace(DataOptions().reading(world, channels=settings.channels), completes_pack=False)
         images = open_aloud(options.data, world, reading)
         name = (recipe or choose_recipe(images, on_gpu=world.device.type == "cuda", method=settings.method)[0]).name
         config = settled(recipe, images, overrides, world)
-        planned = measure_plan(images, config, world, recipe=name, budget=budget)
+        planned = measure_plan(images, config, world, recipe=name, budget=budget, initial=initial)
     print(planned.table())
     if options.json is not None:
         write(options.json, (json.dumps(planned.to_dict(), indent=2) + "\n").encode())
@@ -147,13 +153,15 @@ def plan(options: "PlanOptions", overrides: Overrides) -> Plan:
 
 
 def measure_plan(
-    images: Images, config: PretrainConfig, world: DistributedContext, *, recipe: str, budget: int | None = None
-) -> Plan:
+    images: Images, config: PretrainConfig, world: DistributedContext, *, recipe: str, budget: int | None = None,
+    initial: InitialWeights | None = None,
+) -> Plan:  # fmt: skip
     """Measure what `pretrain` with these settings would need. Writes nothing, and takes no more than fits.
 
     Args:
         recipe: The name to print.
         budget: Bytes that training may take; None: nearly all that are free.
+        initial: What training would begin from; None: random weights.
 
     Raises:
         UserError: Images and settings do not go together, or there are several processes.
@@ -162,9 +170,9 @@ def measure_plan(
         raise UserError(
             "simclr plan was started as several processes; leave torchrun out, and give --batch-size of one process."
         )
-    check_images(images, config, world)
+    check_images(images, config, world, initial=initial)
     choose_kernels(world, deterministic=config.deterministic)
-    method = build_method(config, images.channels, world)
+    method = build_method(config, images.channels, world, initial=initial)
     budget = available(world) if budget is None else budget
     footprint = measure(method, config, images, precision_of(config.precision, world))
     strategies = []
@@ -172,7 +180,7 @@ def measure_plan(
         if strategy.name == "grad-cache" and config.chunk:
             need = footprint.need("grad-cache", config.batch_size, config.chunk)
             strategy = MemoryStrategy(name="grad-cache", chunk=config.chunk, need=need)
-        timing = _time(strategy, footprint, budget, images, config, method, world)
+        timing = _time(strategy, footprint, budget, images, config, method, world, initial)
         strategies.append(_strategy_plan(strategy, budget, timing, images, config, method.num_views))
     first = next((strategy.name for strategy in strategies if strategy.fits), None)
     trained = [p for p in method.parameters() if p.requires_grad]
@@ -198,6 +206,7 @@ def measure_plan(
         checkpoint_bytes=sum(t.nbytes for t in method.state_dict().values()) + optimizer_state,
         checkpoints_kept=config.max_checkpoints,
         encoder_bytes=sum(t.nbytes for t in method.encoder.state_dict().values()),
+        initial_bytes=0 if initial is None else sum(t.nbytes for t in initial.encoder.state_dict().values()),
     )
 
 
@@ -240,6 +249,7 @@ def _time(
     config: PretrainConfig,
     method: Method,
     world: DistributedContext,
+    initial: InitialWeights | None,
 ) -> tuple[int, float | None]:
     """Images of the steps that were timed, and seconds of one at the run's batch; (0, None) if none can be timed."""
     n = config.batch_size
@@ -251,7 +261,9 @@ def _time(
 
     def timing(m: int) -> _Timing:
         smaller = replace(config, batch_size=m, memory=strategy.name, chunk=chunk_of(m))
-        return _time_steps(build_task(images, smaller, RunFolder(Path()), world), config.workers, world)
+        return _time_steps(
+            build_task(images, smaller, RunFolder(Path()), world, initial=initial), config.workers, world
+        )
 
     multiple = method.trial_multiple
     few = min(n, -(-(4 if config.size > 96 else 32) // multiple) * multiple)

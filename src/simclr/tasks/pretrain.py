@@ -14,6 +14,7 @@ from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.methods import method_name
 from simclr.methods.method import Method
+from simclr.tasks.initial import open_initial
 from simclr.tasks.opening import DataOptions, lasting, open_aloud
 from simclr.tasks.pretrain_images import check_settings, manifest_of, pretrain_images
 from simclr.training.lock import hold
@@ -49,12 +50,16 @@ def pretrain(options: "Pretrain", overrides: Overrides, method: type[Method] | N
     budget = parse_bytes(options.memory_budget) if options.memory_budget else None
     with distributed.joined(options.config.device) as world:
         settings = overrides(recipe.config if recipe else PretrainConfig())
+        initial, overrides = open_initial(settings, overrides, main=world.is_main)
+        settings = overrides(settings)
         check_settings(settings, world, method)
         with hold(out, world):
             images = open_aloud(source, world, opened.reading(world, channels=settings.channels), labels=opened.labels)
             config = settled(recipe, images, overrides, world)
             manifest = manifest_of(images, source, asdict(opened), config.method)
-            pretrain_images(images, config, run, world, manifest=manifest, memory_budget=budget, method=method)
+            pretrain_images(
+                images, config, run, world, manifest=manifest, memory_budget=budget, method=method, initial=initial
+            )
     return run
 
 

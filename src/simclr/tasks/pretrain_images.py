@@ -13,7 +13,7 @@ import torch
 from simclr.config.pretrain import PretrainConfig
 from simclr.config.records import versioned
 from simclr.data.fingerprint import SCHEME, first_scheme
-from simclr.data.images import Images
+from simclr.data.images import Images, require_no_colour
 from simclr.data.splits import split_indices
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
@@ -27,6 +27,7 @@ from simclr.models.batchnorm import set_global_batch_norm, track_once
 from simclr.models.encoder import Encoder, build_encoder, encoder_of, read_as, trained_encoder_of
 from simclr.models.heads import ProjectionHead
 from simclr.models.inference import extract
+from simclr.tasks.initial import InitialWeights
 from simclr.training.batches import Batch, Inputs, make_batches
 from simclr.training.cuda_graph import obstacle
 from simclr.training.device import choose_kernels, precision_of
@@ -35,7 +36,7 @@ from simclr.training.lock import hold
 from simclr.training.loop import Task
 from simclr.training.memory import out_of_memory, settle
 from simclr.training.optim import build_optimizer
-from simclr.training.progress import Outcome, ProgressCallback, say
+from simclr.training.progress import Outcome, say
 from simclr.training.run import RunFolder, describe_machine
 from simclr.views.policy import Policy
 from simclr.views.views import make_views
@@ -79,11 +80,14 @@ def check_settings(config: PretrainConfig, world: DistributedContext, method: ty
 
 
 def check_images(
-    images: Images, config: PretrainConfig, world: DistributedContext, method: type[Method] | None = None
-) -> None:
+    images: Images, config: PretrainConfig, world: DistributedContext, method: type[Method] | None = None,
+    initial: InitialWeights | None = None,
+) -> None:  # fmt: skip
     """Fail before anything is written where images, settings and method do not fit each other."""
     if len(images) < 2:
         raise UserError(f"{images.name} has {len(images)} image; contrast needs at least two.")
+    if initial is not None:
+        require_no_colour(images.channels, initial.encoder.config.channels, images.name, who=f"--init {initial.name}")
     if config.batch_size > len(images):
         raise UserError(
             f"--batch-size was {config.batch_size}, more than the {len(images)} images in {images.name}; "
@@ -102,7 +106,7 @@ def pretrain_images(
     manifest: dict[str, Any] | None = None,
     memory_budget: int | None = None,
     method: type[Method] | None = None,
-    progress: ProgressCallback | None = None,
+    initial: InitialWeights | None = None,
 ) -> Outcome:
     """Train an encoder, from the newest good checkpoint of the run if it has one, until the end.
 
@@ -114,7 +118,8 @@ def pretrain_images(
             exists.
         memory_budget: Bytes that a process of a new run may take; None: nearly all that are free.
         method: What turns batches into a loss; None: what the settings name.
-        progress: As of `fit`.
+        initial: What training begins from, where the settings name it (`open_initial`, and `kept_weights` of a run that
+            has begun); None: random weights.
 
     Raises:
         Stopped: A signal asked to stop; `simclr resume` continues.
@@ -122,28 +127,35 @@ def pretrain_images(
             gave out.
     """
     method = method or find_method(config.method)
-    check_images(images, config, world, method)
+    check_images(images, config, world, method, initial)
+    assert (config.init is None) == (initial is None), "open_initial goes with the setting"
     with hold(run.path, world):
-        config = settle_memory(images, config, run, world, method, new=manifest is not None, budget=memory_budget)
+        config = settle_memory(
+            images, config, run, world, method, initial, new=manifest is not None, budget=memory_budget
+        )
         world.require_equal("settings", asdict(config), "Give every process the same flags.")
-        task = build_task(images, config, run, world, method)
+        task = build_task(images, config, run, world, method, initial)
+        record = {} if initial is None else {"init": initial.record(task.method)}
+        world.require_equal("initial weights", record, "Give every process the same files.")
         if manifest is not None:
             world.on_main(run.refuse_existing)
+            manifest = manifest if initial is None else {**manifest, "inputs": record}
+            start = "" if initial is None else initial.sentence(task.method)
             where = f"; the run is in {run.path}" if run.lasting else ""
             say(
-                f"Training {config.encoder} at {config.size} pixels for {config.epochs} epochs{where}.",
+                f"Training {config.encoder} at {config.size} pixels for {config.epochs} epochs{start}{where}.",
                 main=world.is_main,
             )
         begun = time.perf_counter()
-        outcome = fit(task, run, config, world, manifest=manifest, progress=progress)
+        outcome = fit(task, run, config, world, manifest=manifest)
         if world.is_main:
             _report_end(outcome, images, run, config, time.perf_counter() - begun, task.views_per_step)
         return outcome
 
 
 def settle_memory(
-    images: Images, config: PretrainConfig, run: RunFolder, world: DistributedContext, method: type[Method], *,
-    new: bool, budget: int | None,
+    images: Images, config: PretrainConfig, run: RunFolder, world: DistributedContext, method: type[Method],
+    initial: InitialWeights | None = None, *, new: bool, budget: int | None,
 ) -> PretrainConfig:  # fmt: skip
     """The settings with memory strategy and chunk resolved; those of a run that has begun are part of its result."""
     if config.memory == "grad-cache" and not method.grad_cache:
@@ -155,7 +167,7 @@ def settle_memory(
         saved = run.config
         return replace(config, memory="plain" if saved.memory == "auto" else saved.memory, chunk=saved.chunk)
     choose_kernels(world, deterministic=config.deterministic)
-    build = partial(build_method, config, images.channels, DistributedContext(device=world.device), method)
+    build = partial(build_method, config, images.channels, DistributedContext(device=world.device), method, initial)
     precision = precision_of(config.precision, world)
     config, sentence = settle(config, images, build, world, precision=precision, budget=budget)
     say(sentence, main=world.is_main and bool(sentence))
@@ -163,11 +175,12 @@ def settle_memory(
 
 
 def build_task(
-    images: Images, config: PretrainConfig, run: RunFolder, world: DistributedContext, kind: type[Method] | None = None
-) -> Task:
+    images: Images, config: PretrainConfig, run: RunFolder, world: DistributedContext,
+    kind: type[Method] | None = None, initial: InitialWeights | None = None,
+) -> Task:  # fmt: skip
     """The task of these settings."""
     kind = kind or find_method(config.method)
-    method = build_method(config, images.channels, world, kind)
+    method = build_method(config, images.channels, world, kind, initial)
     if config.global_bn and world.size > 1:
         set_global_batch_norm(method, world.group)
     if config.memory == "checkpointing":
@@ -216,6 +229,7 @@ def build_task(
         evaluate=_knn_monitor(images, method.encoder, config) if world.is_main else None,
         evaluate_every=max(1, round(config.knn_every * n / batch_size)) if config.knn_every else 0,
         publish=publish,
+        keep_inputs=None if initial is None else partial(initial.save, run.init, method, config.augmentation),
     )  # fmt: skip
 
 
@@ -236,14 +250,20 @@ def _make_inputs(
 
 
 def build_method(
-    config: PretrainConfig, channels: int, world: DistributedContext, kind: type[Method] | None = None
-) -> Method:
+    config: PretrainConfig, channels: int, world: DistributedContext, kind: type[Method] | None = None,
+    initial: InitialWeights | None = None,
+) -> Method:  # fmt: skip
     """Encoder and loss, on the device of this process."""
     kind = kind or find_method(config.method)
-    encoder = build_encoder(trained_encoder_of(config, channels), seed=config.seed)
+    if initial is None:
+        encoder = build_encoder(trained_encoder_of(config, channels), seed=config.seed)
+    else:
+        encoder = initial.new_encoder(config.head_reads or config.feature)
     with torch.random.fork_rng([]):  # weights that a method draws from torch's generator depend on the seed alone
         torch.manual_seed(config.seed % 2**63)
         method = kind.build(encoder, config, world)
+    if initial is not None:
+        initial.put_head(method)
     return method.to(world.device).to(memory_format=torch.channels_last)
 
 

@@ -15,6 +15,7 @@ from simclr.errors import UserError
 from simclr.methods import find_method
 from simclr.methods.method import Method
 from simclr.tasks import pretrain_images as pretraining
+from simclr.tasks.initial import kept_weights
 from simclr.tasks.opening import DataOptions, as_begun, lasting, open_aloud
 from simclr.training.device import same_threads
 from simclr.training.lock import hold
@@ -84,6 +85,7 @@ def _resume_pretraining(run: RunFolder, options: "Resume", overrides: Overrides,
         if world.on_main(lambda: run.is_finished):  # another process has brought it to its end since
             say(f"{run.path} has already reached its end; the encoder is in {run.encoder}.", main=world.is_main)
             return
+        initial = kept_weights(run)
         same_threads(run.cpu_threads, world)
         source = lasting(options.data) if options.data else _known_place(origin, run.path)
         opened = DataOptions(**origin["data"]["options"] | ({"pack": options.pack} if options.pack else {}))
@@ -91,7 +93,7 @@ def _resume_pretraining(run: RunFolder, options: "Resume", overrides: Overrides,
         images = open_aloud(source, world, reading, labels=opened.labels)
         images = as_begun(images, origin["data"], world)
         pretraining.same_data(images, origin, run.path, main=world.is_main)
-        pretraining.pretrain_images(images, config, run, world, method=method)
+        pretraining.pretrain_images(images, config, run, world, method=method, initial=initial)
 
 
 def _resume_task(run: RunFolder, options: "Resume", overrides: Overrides) -> None:

@@ -8,6 +8,7 @@ from simclr.config.recipes import find_recipe, settings_for
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.methods import find_method
+from simclr.tasks.initial import open_initial
 from simclr.tasks.opening import DataOptions, open_aloud, require_writable, write
 from simclr.tasks.pretrain_images import policy_of
 from simclr.training.progress import say
@@ -27,6 +28,8 @@ def views(options: "Views", overrides: Overrides) -> None:
     recipe = find_recipe(options.recipe) if options.recipe else None
     world = DistributedContext()
     settings = overrides(recipe.config if recipe else PretrainConfig())
+    _, overrides = open_initial(settings, overrides, pretrained=False)
+    settings = overrides(settings)
     find_method(settings.method)
     reading = DataOptions(pack=options.pack).reading(world, channels=settings.channels)
     images = open_aloud(options.data, world, reading)

@@ -72,7 +72,7 @@ def fit(
     with hold(run.path, world):
         # 1. One folder: made now, when all else is known to be good, or known to hold this very training.
         if manifest is not None:
-            world.on_main(partial(claim, run, config, manifest))
+            world.on_main(partial(claim, run, config, manifest, task.keep_inputs))
         # 2. One arithmetic: sums depend on the number of threads and on the kernels.
         threads = world.on_main(lambda: run.cpu_threads if run.exists else None)
         if threads is not None:

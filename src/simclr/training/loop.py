@@ -52,6 +52,7 @@ class Task:
         evaluate: Metrics too costly for each record, such as kNN accuracy.
         evaluate_every: Steps between two of them; 0: never.
         publish: Writes the encoder's folder; called with the step after each checkpoint, and on resuming.
+        keep_inputs: Writes what the training begins from into the folder of a new run; None: nothing has to be kept.
     """
 
     method: Method
@@ -69,6 +70,7 @@ class Task:
     evaluate: Callable[[], dict[str, float]] | None = None
     evaluate_every: int = 0
     publish: Callable[[int], None] | None = None
+    keep_inputs: Callable[[], None] | None = None
 
     @property
     def views_per_step(self) -> int:

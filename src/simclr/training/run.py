@@ -7,6 +7,7 @@ RUN/
   timing.jsonl     views per second and waiting time of the same steps: the machine's part of the story
   checkpoints/     step-*.pt, atomic and checksummed (checkpoint.py)
   encoder/         model.safetensors + config.json: what `simclr.load` reads
+  init/            as encoder/: what a pretraining with --init began from
   summary.json     written when the run ends
   .lock            while a process writes the folder
 """
@@ -15,10 +16,11 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from simclr.config.pretrain import PretrainConfig, load_config, settings_digest
@@ -58,6 +60,11 @@ class RunFolder:
     def key_encoder(self) -> Path:
         """Folder of the momentum encoder of a run that has one."""
         return self.path / "key_encoder"
+
+    @property
+    def init(self) -> Path:
+        """Folder of the weights that a pretraining with --init began from."""
+        return self.path / "init"
 
     @property
     def metrics(self) -> Path:
@@ -167,10 +174,12 @@ class RunFolder:
         return [json.loads(line) for line in _records(self.metrics, None)]
 
 
-def claim(run: RunFolder, config: TrainingConfig, manifest: Mapping[str, Any]) -> None:
+def claim(
+    run: RunFolder, config: TrainingConfig, manifest: Mapping[str, Any], keep_inputs: Callable[[], None] | None = None
+) -> None:
     """Make the folder of a new run, or see that the one that is there is of the same method, settings and inputs."""
     if not run.exists:
-        create_run(run.path, config, manifest)
+        create_run(run.path, config, manifest, keep_inputs)
         return
     began = _read(run.path / "run.json")
     expected = RunRecord(**json.loads(json.dumps(dict(manifest))), settings=settings_digest(asdict(config)))
@@ -184,11 +193,14 @@ def claim(run: RunFolder, config: TrainingConfig, manifest: Mapping[str, Any]) -
         run.checkpoints.mkdir(exist_ok=True)
 
 
-def create_run(path: Path, config: TrainingConfig, manifest: Mapping[str, Any]) -> RunFolder:
+def create_run(
+    path: Path, config: TrainingConfig, manifest: Mapping[str, Any], keep_inputs: Callable[[], None] | None = None
+) -> RunFolder:
     """Make the folder of a new run; a folder that holds one already, or anything else, is left as it is.
 
     Args:
         manifest: The fields of `RunRecord` beside the settings.
+        keep_inputs: Writes `RunFolder.init`, where the run has initial weights to keep.
 
     config.json comes last and makes it a run: a folder without it, left by a process that was killed here, counts as
     empty. What was made is removed again where the disk refuses the rest.
@@ -197,11 +209,16 @@ def create_run(path: Path, config: TrainingConfig, manifest: Mapping[str, Any]) 
     run.refuse_existing()
     try:
         with writing(path, hint="give another --out"):
+            if run.init.is_dir():  # left by a process that was killed here
+                rmtree(run.init)
             run.checkpoints.mkdir(parents=True, exist_ok=True)
             write_atomically(path / "run.json", versioned({**manifest, "settings": settings_digest(asdict(config))}))
+            if keep_inputs is not None:
+                keep_inputs()
             write_atomically(path / "config.json", versioned(asdict(config)))
     except BaseException:
         with suppress(OSError):
+            rmtree(run.init, ignore_errors=True)
             for name in ("config.json", "run.json"):
                 (path / name).unlink(missing_ok=True)
             run.checkpoints.rmdir()
@@ -211,6 +228,9 @@ def create_run(path: Path, config: TrainingConfig, manifest: Mapping[str, Any]) 
 
 def _is_leftover(path: Path) -> bool:
     """Whether a file or folder is what a process leaves that was killed while it made a run's folder."""
+    if path.is_dir() and path.name == "init":  # written after run.json
+        names = {inner.name for inner in path.iterdir() if not is_temporary(inner.name)}
+        return names <= {"model.safetensors", "config.json"} and _is_origin(path.parent / "run.json")
     if path.is_dir():
         return path.name == "checkpoints" and all(is_temporary(inner.name) for inner in path.iterdir())
     if path.name == "config.json":  # as versions wrote it that did not write it atomically

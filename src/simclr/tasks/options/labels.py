@@ -45,15 +45,15 @@ class Evaluate:
     """Number of seeds; with two or more the table shows mean and standard deviation."""
 
     compare: tuple[str, ...] = ("hog", "pixels", "random")
-    """Models in further rows of the table, with spaces or commas between: anything that RUN may be. `--compare` alone:
-    none."""
+    """Models in further rows of the table, with spaces or commas between: anything that RUN may be, and init, what RUN
+    was pretrained from (--init), which unset adds for such a run. `--compare` alone: none."""
 
     size: int = 224
     """Side, in pixels, of the images for models of timm and torchvision."""
 
     feature: Literal["auto", "h", "stage4", "stages3-4", "stages1-4"] = "auto"
-    """Read other features from the same weights, of RUN and `random`: h, the average over the image, or the feature
-    maps of these stages on grids of at most 4 x 4; auto: what RUN's head was trained on."""
+    """Read other features from the same weights, of RUN, `init` and `random`: h, the average over the image, or the
+    feature maps of these stages on grids of at most 4 x 4; auto: what RUN's head was trained on."""
 
     leave_one_out: bool = False
     """With --protocol knn: classify each labelled image by all others, instead of splitting the images."""
