@@ -34,7 +34,6 @@ seeds (Student's t) is above zero, which one seed never shows: screening only sa
 
 import argparse
 import ast
-import io
 import json
 import statistics
 import sys
@@ -45,9 +44,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from common import Stop, in_fresh_process, machine, print_markdown, run_ours, stretched
+from common import Stop, in_fresh_process, machine, parquet_images, print_markdown, run_ours, stretched
 from simclr.config.overrides import Overrides
 from simclr.config.pretrain import PretrainConfig
 from simclr.config.recipes import RECIPES, fit_recipe
@@ -197,14 +195,9 @@ def prepared(data: str, folder: Path) -> str:
         return data
     target = folder / f"{name_of(data)}-{Path(data).stem}.npz"
     if not target.exists():
-        from pyarrow import parquet
-
-        table = parquet.read_table(data, columns=["image", "label"])
-        pixels = [
-            np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB")) for image in table["image"].to_pylist()
-        ]
+        pixels, labels, _ = parquet_images(Path(data))
         folder.mkdir(parents=True, exist_ok=True)
-        np.savez(target, x=np.stack(pixels), y=table["label"].to_numpy())
+        np.savez(target, x=pixels, y=labels)
     return str(target)
 
 

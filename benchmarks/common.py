@@ -6,6 +6,7 @@ is about everything around the encoder.
 """
 
 import copy
+import io
 import json
 import multiprocessing
 import os
@@ -150,6 +151,16 @@ def random_images(count: int, side: int, channels: int = 3) -> Images:
     )
 
 
+def parquet_images(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """Pixels (n, H, W, 3) uint8, labels (n,) and the file format of images of one size, as Hugging Face writes them."""
+    from pyarrow import parquet
+
+    table = parquet.read_table(path, columns=["image", "label"])
+    files = [Image.open(io.BytesIO(image["bytes"])) for image in table["image"].to_pylist()]
+    pixels = np.stack([np.asarray(file.convert("RGB")) for file in files])
+    return pixels, table["label"].to_numpy(), str(files[0].format)
+
+
 # --- our loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -178,8 +189,8 @@ def run_ours(
     change: Callable[[Task], Task] = lambda task: task,
     world: DistributedContext | None = None,
     folder: Path | None = None,
-) -> None:
-    """`simclr pretrain` with `on_step(task, steps done)` called after each step, until it ends or raises `Stop`.
+) -> Outcome | None:
+    """`simclr pretrain` with `on_step(task, steps done)` called after each step, until it ends or raises `Stop` (None).
 
     Args:
         change: Adjusts the task before training, such as its number of steps.
@@ -190,6 +201,7 @@ def run_ours(
         gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         world = DistributedContext(device=torch.device("cuda", 0) if gpu else torch.device("cpu"))
 
+    outcome = None
     with tempfile.TemporaryDirectory() as temporary, suppress(Stop):
         path = folder or Path(temporary) / "run"
         path, new = world.broadcast((path, not path.exists()))
@@ -197,7 +209,8 @@ def run_ours(
         config = pretraining.settle_memory(images, config, run, world, SimCLR, new=new, budget=None)
         task = change(pretraining.build_task(images, config, run, world))
         manifest = {"machine": describe_machine()} if new else None
-        fit(task, run, config, world, manifest=manifest, progress=Watch(lambda done: on_step(task, done)))
+        outcome = fit(task, run, config, world, manifest=manifest, progress=Watch(lambda done: on_step(task, done)))
+    return outcome
 
 
 def encoder_alone(task: Task) -> Contender:

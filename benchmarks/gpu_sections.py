@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from common import Contender, Stop, encoder_alone, in_fresh_process, random_images, run_ours
+from common import Contender, Stop, encoder_alone, in_fresh_process, random_images, run_ours, stretched
 from simclr.config.encoder import EncoderConfig
 from simclr.config.pretrain import PretrainConfig
 from simclr.config.recipes import RECIPES
@@ -62,6 +62,10 @@ class Bench:
 
     device: torch.device
     tiny: bool
+    data: Path | None = None
+    """Folder of CIFAR-10's train.parquet and test.parquet."""
+    budget: float = math.inf
+    """Seconds of the section that runs, after which it is cut off."""
     deadline: float = math.inf
     partial: dict[str, Any] = field(default_factory=dict)
     matmul: float | None = None
@@ -419,7 +423,8 @@ def _train(
     return found
 
 
-def _config(bench: Bench, recipe: str, **changes: Any) -> PretrainConfig:
+def settings_of(bench: Bench, recipe: str, **changes: Any) -> PretrainConfig:
+    """A recipe's settings on this device, without checks and checkpoints on the way; of the smallest sizes if asked."""
     config = replace(RECIPES[recipe].config, knn_every=0, save_every=10**9, device=bench.device.type)
     if bench.tiny:
         changes |= {"encoder": "small", "width": 0.25, "batch_size": 4, "size": 16, "head_dim": 16}
@@ -431,7 +436,7 @@ def train_resnet18(bench: Bench) -> dict[str, Any]:
     images = random_images(bench.size(16_384, 8), 32)
     found: dict[str, Any] = bench.partial
     for batch in (512, 4096):
-        found[f"batch {batch}"] = _train(bench, images, _config(bench, "cifar", batch_size=batch), "resnet18-32")
+        found[f"batch {batch}"] = _train(bench, images, settings_of(bench, "cifar", batch_size=batch), "resnet18-32")
         if bench.late or bench.tiny:
             break
     return {**found, "best": max(found.values(), key=lambda result: result["median"])}
@@ -442,7 +447,7 @@ def train_resnet50(bench: Bench) -> dict[str, Any]:
     images = random_images(bench.size(2048, 8), 32 if bench.tiny else 256)
     found: dict[str, Any] = bench.partial
     for batch in (256, 512):
-        found[f"batch {batch}"] = _train(bench, images, _config(bench, "photos", batch_size=batch), "resnet50-224")
+        found[f"batch {batch}"] = _train(bench, images, settings_of(bench, "photos", batch_size=batch), "resnet50-224")
         if bench.late or bench.tiny:
             break
     return {**found, "best": max(found.values(), key=lambda result: result["median"])}
@@ -451,7 +456,7 @@ def train_resnet50(bench: Bench) -> dict[str, Any]:
 def huge_batch(bench: Bench) -> dict[str, Any]:
     """Batch 65,536 of ResNet-18 at 32 pixels on one GPU: the run picks and names the memory strategy."""
     bench.need_gpu()
-    config = _config(bench, "cifar", batch_size=65_536, log_every=10**9)
+    config = settings_of(bench, "cifar", batch_size=65_536, log_every=10**9)
     timed = Timed(bench, warm=2, probe=1, rounds=3, alone=False)
     return _train(bench, random_images(131_072, 32), config, "resnet18-32", timed=timed)
 
@@ -460,10 +465,10 @@ def precision_and_compile(bench: Bench) -> dict[str, Any]:
     """The same step in fp32 and bf16, with each memory strategy, and compiled: speed and peak memory."""
     images = random_images(bench.size(8192, 8), 32)
     found: dict[str, Any] = bench.partial
-    found["fp32"] = _train(bench, images, _config(bench, "cifar", batch_size=1024, precision="fp32"))
+    found["fp32"] = _train(bench, images, settings_of(bench, "cifar", batch_size=1024, precision="fp32"))
     if not bench.on_gpu:
         return dict(found)
-    half = _config(bench, "cifar", batch_size=1024, precision="bf16")
+    half = settings_of(bench, "cifar", batch_size=1024, precision="bf16")
     found["bf16"] = _train(bench, images, half)
     for strategy in ("checkpointing", "grad-cache"):
         if not bench.late:
@@ -480,6 +485,52 @@ def precision_and_compile(bench: Bench) -> dict[str, Any]:
     return dict(found)
 
 
+def cuda_graph(bench: Bench) -> dict[str, Any]:
+    """Updates replayed from a CUDA graph: the weights against those without, with deterministic kernels, and speeds."""
+    same_weights: dict[str, Any] = bench.partial.setdefault("same_weights", {})
+    if bench.on_gpu:  # cuBLAS is to be deterministic from its start
+        same_weights |= in_fresh_process(torch.get_num_threads(), _replayed_weights, bench.device.type, bench.tiny)
+    else:
+        same_weights |= _replayed_weights(bench.device.type, bench.tiny)
+    images = random_images(bench.size(8192, 8), 32)
+    speeds = bench.partial.setdefault("speeds", {})
+    for name, replayed in (("replayed", True), ("launched", False)):
+        config = settings_of(bench, "cifar-fast", cuda_graph=replayed)
+        speeds[name] = _train(bench, images, config, "resnet18-32", timed=Timed(bench, warm=8, alone=False))
+        if bench.late:
+            break
+    return {"right": all(result["right"] for result in same_weights.values()), **bench.partial}
+
+
+def _replayed_weights(device: str, tiny: bool) -> dict[str, Any]:
+    """For each optimiser: whether a run with replayed updates ends with the weights of one without, bit for bit."""
+    bench = Bench(torch.device(device), tiny)
+    steps = 6 if tiny else 24
+    images = random_images(bench.size(1024, 16), 16 if tiny else 32)
+    found: dict[str, Any] = {}
+    for recipe, optimizer, rate in (("cifar", "lars", 1.0), ("cifar-fast", "sgd", 0.06), ("cifar", "adamw", 1e-3)):
+        config = settings_of(bench, recipe, batch_size=256, deterministic=True, optimizer=optimizer, lr=rate)
+        config = replace(config, log_every=10, max_checkpoints=1)
+        ends, counts = [], []
+        for replayed in (False, True):
+            with tempfile.TemporaryDirectory() as folder:
+                outcome = run_ours(
+                    images, replace(config, cuda_graph=replayed), lambda *_: None, folder=Path(folder) / "run",
+                    change=lambda task: stretched(task, steps),
+                )  # fmt: skip
+                assert outcome is not None
+                ends.append(_last_state(Path(folder) / "run"))
+                counts.append(outcome.steps_replayed)
+        different = [name for name, value in ends[0].items() if not torch.equal(value, ends[1][name])]
+        found[optimizer] = {
+            "right": not different and (counts[1] > 0 or not bench.on_gpu),
+            "different": different[:5],
+            "steps": steps,
+            "steps_replayed": counts[1],
+        }
+    return found
+
+
 # --- promises ---------------------------------------------------------------------------------------------------------
 
 
@@ -493,7 +544,7 @@ def _resume(device: str, tiny: bool) -> dict[str, Any]:
     steps = 4 if tiny else 20
     images = random_images(bench.size(1024, 16), 16 if tiny else 32)
     config = replace(
-        _config(bench, "cifar", batch_size=256, deterministic=True),
+        settings_of(bench, "cifar", batch_size=256, deterministic=True),
         save_every=steps // 2,
         log_every=1,
         max_checkpoints=9,

@@ -1,11 +1,16 @@
 """The benchmarks that check something: bytes between processes against the formula, the emoji split, the GPU suite."""
 
 import argparse
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,8 +75,89 @@ def test_gpu_suite_runs_and_its_checks_hold(tmp_path: Path, monkeypatch: pytest.
     assert {name for name, found in sections.items() if found["status"] == "skipped"} == needs_gpu
     assert all(found["status"] == "done" for name, found in sections.items() if name not in needs_gpu)
     assert all(
-        sections[name]["right"] for name in ("views-against-reference", "loss-against-dense", "queue-loss", "resume")
+        sections[name]["right"]
+        for name in ("views-against-reference", "loss-against-dense", "queue-loss", "cuda-graph", "resume")
     )
+    assert "cifar-fast" not in sections  # which takes the time of a whole call
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut off"])
+def test_challenge_trains_evaluates_and_counts_its_time(cut, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shrunk: images of 16 pixels whose colour is their class, and 40 updates whatever the speed."""
+    import gpu_challenge
+    import gpu_suite
+
+    for part, count in (("train", 90), ("test", 30)):
+        write_parquet(tmp_path / f"{part}.parquet", count)
+    monkeypatch.setattr(gpu_challenge, "MEASURE", 0.01)
+    monkeypatch.setattr(gpu_challenge.Speed, "steps", lambda speed, seconds: 40)
+    if cut:
+        monkeypatch.setattr(gpu_challenge.Clock, "cut_off", 0.0)
+    out = tmp_path / "challenge.json"
+    command = f"gpu_suite.py --device cpu --tiny --only cifar-fast --data {tmp_path} --minutes 5 --out {out}"
+    monkeypatch.setattr("sys.argv", command.split())
+    gpu_suite.main()
+    (found,) = json.loads(out.read_text())["sections"].values()
+    assert found["status"] == "done", found
+    assert found["lossless"] and found["images"].startswith("90 and 30 of ")
+    schedule, seconds = found["schedule"], found["seconds_of"]
+    assert (schedule["complete"], schedule["steps"], schedule["planned_steps"]) == (not cut, 1 if cut else 40, 40)
+    assert schedule["epochs"] == pytest.approx(schedule["steps"] * 4 / 90)
+    assert sum(seconds.values()) < found["seconds"] + 0.1
+    assert found["knn"] >= 0.9 and found["linear"] >= 0.9  # one update leaves a random encoder, which sees colours
+    if cut:
+        assert found["minutes_to_90_knn"] is None and found["linear_goals_reached"] == []
+    else:
+        assert found["minutes_to_90_knn"]["training"] == pytest.approx(seconds["training"] / 60)
+        assert found["linear_goals_reached"] == [goal for goal in (0.85, 0.90, 0.92) if found["linear"] >= goal]
+
+
+def write_parquet(path: Path, count: int) -> None:
+    """PNG images in three classes, as Hugging Face's `datasets` writes them."""
+    from pyarrow import Table, parquet
+
+    generator, rows = np.random.default_rng(count), []
+    for i in range(count):
+        pixels = generator.integers(0, 60, (16, 16, 3), dtype=np.uint8)
+        pixels[..., i % 3] += 150
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "PNG")
+        rows.append({"image": {"bytes": file.getvalue(), "path": f"{i}.png"}, "label": i % 3})
+    parquet.write_table(Table.from_pylist(rows), path)
+
+
+def test_challenge_claims_only_what_a_whole_schedule_reached() -> None:
+    from gpu_challenge import minutes_to_goal
+
+    seconds = {"reading": 30.0, "measuring": 30.0, "training": 240.0, "features": 99.0}
+    assert minutes_to_goal(0.9, True, seconds) == {"training": 4.0, "with_reading_and_measuring": 5.0}
+    assert minutes_to_goal(0.8999, True, seconds) is None
+    assert minutes_to_goal(0.95, False, seconds) is None
+
+
+def test_challenge_schedule_fits_its_time() -> None:
+    import gpu_suite
+    from gpu_challenge import Clock, Speed
+
+    speed = Speed(start=7.0, step=0.02)
+    steps = speed.steps(400.0)
+    assert 7.0 + steps * 0.02 < 400.0 and steps > 18_000
+    assert speed.steps(1.0) == 1
+    clock = Clock(60 * gpu_suite.MINUTES)
+    assert clock.end_of_training == 480 - 45 and clock.cut_off == 480 - 22.5
+    budgets = {name: budget for name, _, budget in gpu_suite.SECTIONS}
+    assert gpu_suite.total_seconds({"cifar-fast": 480}) == 480
+    assert gpu_suite.total_seconds(budgets) == gpu_suite.TOTAL < 9 * 60
+
+
+def test_challenge_knn_is_that_of_scikit_learn() -> None:
+    from gpu_challenge import knn_accuracy
+
+    generator = np.random.default_rng(0)
+    train, test = (generator.normal(size=(n, 8)).astype(np.float32) for n in (400, 200))
+    labels, targets = ((x[:, 0] > 0) + 2 * (x[:, 1] > 0.5) for x in (train, test))
+    theirs = KNeighborsClassifier(n_neighbors=10, metric="cosine").fit(train, labels).score(test, targets)
+    assert knn_accuracy(train, labels, test, targets, torch.device("cpu")) == pytest.approx(theirs)
 
 
 def test_the_parts_of_a_step_add_up(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
