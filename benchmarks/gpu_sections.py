@@ -510,7 +510,7 @@ def _replayed_weights(device: str, tiny: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for recipe, optimizer, rate in (("cifar", "lars", 1.0), ("cifar-fast", "sgd", 0.06), ("cifar", "adamw", 1e-3)):
         config = settings_of(bench, recipe, batch_size=256, deterministic=True, optimizer=optimizer, lr=rate)
-        config = replace(config, log_every=10, max_checkpoints=1)
+        config = replace(config, log_every=10, max_checkpoints=1, memory="plain")
         ends, counts = [], []
         for replayed in (False, True):
             with tempfile.TemporaryDirectory() as folder:

@@ -44,7 +44,7 @@ SECTIONS: list[tuple[str, Callable[[Bench], dict[str, Any]], float]] = [
     ("views-speed", gpu_sections.views_speed, 25),
     ("loss-speed", gpu_sections.loss_speed, 40),
     ("train-resnet18-32", gpu_sections.train_resnet18, 70),
-    ("cuda-graph", gpu_sections.cuda_graph, 60),
+    ("cuda-graph", gpu_sections.cuda_graph, 80),
     ("train-resnet50-224", gpu_sections.train_resnet50, 60),
     ("batch-65536", gpu_sections.huge_batch, 50),
     ("precision-and-compile", gpu_sections.precision_and_compile, 60),
