@@ -94,6 +94,8 @@ VERBS = [
     Verb("pretrain moco",
          ["pretrain", "{inputs}/images", "--out", "run", *PRETRAIN, "--method", "moco", "--queue", "8",
           "--bn-splits", "2", "--no-head-norm"], again=_resume_if_begun, output="run"),
+    Verb("pretrain init", ["pretrain", "{inputs}/images", "--out", "run", *PRETRAIN, "--init", "{inputs}/encoder"],
+         again=_resume_if_begun, output="run"),
     Verb("resume", ["resume", "run"], before=("run",), output="run"),
     Verb(
         "evaluate",
