@@ -162,7 +162,7 @@ def run_once(data: str, contender: str, seed: int, seconds: float, args: argpars
     else:
         encoder = build_encoder(shape, seed=seed)
         details = train_lightly(train, encoder, config, clock, args, cosine=contender == "lightly-cosine")
-    views = 2 * config.batch_size * clock.steps
+    views = (len(config.view_sizes) if contender.startswith("ours") else 2) * config.batch_size * clock.steps
     return {
         "knn": clock.curve[-1]["knn"],
         "seconds": clock.seconds,

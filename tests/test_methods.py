@@ -43,11 +43,15 @@ def sim_siam():
     return namespace["SimSiam"]
 
 
-METHODS = {"simclr": lambda: SimCLR, "simclr with memory": lambda: SimCLR, "moco": lambda: MoCo, "the page's": sim_siam}
+METHODS = {
+    "simclr": lambda: SimCLR, "simclr with memory": lambda: SimCLR, "simclr of many views": lambda: SimCLR,
+    "moco": lambda: MoCo, "the page's": sim_siam,
+}  # fmt: skip
+MANY_VIEWS = replace(CONFIG, views_per_image=3, small_crops="2:5", crop_min=0.4, small_crop_min=0.2, small_crop_max=0.4)
 MOMENTUM = replace(CONFIG, queue=80, ema=0.9)  # no multiple of the batch of 48
 MOCO = replace(MOMENTUM, ema=0.99, temperature=0.2, loss_scale=1.0, optimizer="adamw", lr=3e-3, lr_scaling="none",
                head_norm=False, bn_splits=4, global_bn=False)  # fmt: skip
-SETTINGS = {"simclr with memory": MOMENTUM, "moco": MOCO}
+SETTINGS = {"simclr with memory": MOMENTUM, "simclr of many views": MANY_VIEWS, "moco": MOCO}
 """Name -> settings where they are not `CONFIG`."""
 
 
@@ -130,7 +134,7 @@ def test_each_memory_strategy_is_the_plain_step_or_refused(images, method, confi
 def test_a_method_may_ask_for_any_number_of_views(images):
     world = DistributedContext()
     batch = Batch(images.read(np.arange(9), copy=False), np.full(9, 4), np.arange(9), lambda: np.arange(9))
-    two, three = (pretraining._make_inputs(images, CONFIG, world, count)(batch) for count in (2, 3))
+    two, three = (pretraining._make_inputs(images, CONFIG, world, (8,) * count)(batch) for count in (2, 3))
     assert len(three) == 3 and all(torch.equal(ours, theirs) for ours, theirs in zip(two, three[:2], strict=True))
     assert not torch.equal(three[2], three[0]) and three[2].shape == (9, 1, 8, 8)
 

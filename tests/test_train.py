@@ -211,7 +211,7 @@ def test_each_image_is_seen_once_an_epoch_whatever_the_number_of_processes(image
     monkeypatch.setattr(pretraining, "make_views", views)
 
     def batches_of(world):
-        make_inputs = pretraining._make_inputs(images, SMALL_RUN, world, 2)
+        make_inputs = pretraining._make_inputs(images, SMALL_RUN, world, (8, 8))
         return make_batches(images, make_inputs, batch_size=SMALL_RUN.batch_size, seed=SMALL_RUN.seed, world=world)
 
     one = batches_of(DistributedContext())

@@ -278,7 +278,7 @@ def test_training_takes_its_views_from_images_that_stay_on_the_device(monkeypatc
     config = PretrainConfig(size=8, batch_size=4, precision="fp32")
 
     def batches_of(world):
-        inputs = _make_inputs(data, config, world, 2)
+        inputs = _make_inputs(data, config, world, (8, 8))
         return batches.make_batches(data, inputs, batch_size=4, seed=config.seed, world=world, verbose=True)
 
     expected = batches_of(DistributedContext())(1)  # straddles two epochs

@@ -53,7 +53,7 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     Args:
         recipe: One of `simclr recipes`, or the path of a config.json; None: chosen by the images, as the command does.
         epochs: Passes over the images; None, here and below: the recipe's.
-        batch_size: Images per step; each gives two views.
+        batch_size: Images per step; each gives two views, unless `settings` has "views_per_image" or "small_crops".
         size: Height and width of a view, in pixels.
         encoder: resnet18/34/50/101/152/200, resnet10, small (for CPUs), timm/NAME or torchvision/NAME.
         width: Multiplier on every channel count of a ResNet.

@@ -5,6 +5,7 @@ A run saves the settings that it resolved as `RUN/config.json`; that file is its
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
@@ -19,6 +20,14 @@ from simclr.files import write_atomically
 
 MAX_SEED = 2**64 - 1
 """Philox, which draws order and views, has keys of 64 bits."""
+
+MIN_SIZE = 4
+"""Height and width of the smallest views, in pixels."""
+
+MAX_VIEWS = 999
+"""Views of an image, and small crops of one, that a step may have."""
+
+_SMALL_CROPS = re.compile(r"[1-9][0-9]{0,2}:([4-9]|[1-9][0-9]{1,3})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +61,19 @@ class PretrainConfig(TrainingConfig):
     """Channels of the encoder's input; auto: 1 where every image is gray, else 3."""
 
     # ---- views (paper section 3 and appendix A)
+    views_per_image: int = 2
+    """Views of each image in a step; with more than two, each pair of an image's views is a positive pair (SimCLR)."""
+
+    small_crops: str | None = None
+    """Further, smaller views of each image, as N:SIZE in pixels, such as 4:16 (multi-crop of SwAV, arXiv:2006.09882);
+    SimCLR only, unset: none."""
+
+    small_crop_min: float = 0.05
+    """Smallest share of the image's area that a small crop may take (SwAV)."""
+
+    small_crop_max: float = 0.14
+    """Largest share of the image's area that a small crop may take (SwAV, whose other crops take no less)."""
+
     augmentation: Literal["google", "torchvision"] = "google"
     """Implementation of the augmentation: that of the authors (TensorFlow) or of torchvision."""
 
@@ -134,7 +156,7 @@ class PretrainConfig(TrainingConfig):
     # ---- amount
     epochs: int = 100
     batch_size: int = 512
-    """Images per step over all processes; each gives two views."""
+    """Images per step over all processes; each gives two views, or as many as are asked for."""
 
     seed: int = 0
     """Seed of the initial weights, the order of the images and every view."""
@@ -167,7 +189,7 @@ class PretrainConfig(TrainingConfig):
         """Say in one sentence what is wrong with a value."""
         super().__post_init__()
         for name, minimum in (
-            ("size", 4), ("head_layers", 1), ("head_dim", 1), ("epochs", 1), ("chunk", 0), ("queue", 0),
+            ("size", MIN_SIZE), ("head_layers", 1), ("head_dim", 1), ("epochs", 1), ("chunk", 0), ("queue", 0),
             ("bn_splits", 1),
         ):  # fmt: skip
             self._require_min(name, minimum)
@@ -180,7 +202,23 @@ class PretrainConfig(TrainingConfig):
         require_seed(self.seed)
         self._require("chunk", self.chunk == 0 or self.memory == "grad-cache", "0, unless --memory is grad-cache")
         self._require("ema", 0 <= self.ema <= 1, "in [0, 1]")
+        self._require("views_per_image", 2 <= self.views_per_image <= MAX_VIEWS, f"from 2 to {MAX_VIEWS}")
+        self._require(
+            "small_crops", self.small_crops is None or _SMALL_CROPS.fullmatch(self.small_crops) is not None,
+            f"N:SIZE, for N (1 to {MAX_VIEWS}) further views of SIZE (at least {MIN_SIZE}) pixels, such as 4:16",
+        )  # fmt: skip
+        self._require("small_crop_max", 0 < self.small_crop_max <= 1, "an area share in (0, 1]")
+        self._require(
+            "small_crop_min", 0 < self.small_crop_min <= self.small_crop_max,
+            f"an area share above 0 and at most --small-crop-max, {self.small_crop_max}",
+        )  # fmt: skip
         self._require("hue", self.hue is None or 0 <= self.hue <= 0.5, "in [0, 0.5]")
+
+    @property
+    def view_sizes(self) -> tuple[int, ...]:
+        """Height and width, in pixels, of each view of an image: first the full ones, then the small crops."""
+        count, size = map(int, self.small_crops.split(":")) if self.small_crops is not None else (0, 0)
+        return (self.size,) * self.views_per_image + (size,) * count
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON: a recipe."""

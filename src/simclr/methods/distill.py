@@ -39,7 +39,7 @@ class Distill(Method):
         world: The processes that share the batch.
     """
 
-    num_views: ClassVar[int] = 1
+    num_views: int = 1
     metric_formats: ClassVar[Mapping[str, str]] = {"agreement": "agreement {:.1%}"}
     remedy: ClassVar[str] = "Try a lower --lr, or a longer --warmup-epochs."
 

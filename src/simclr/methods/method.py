@@ -26,8 +26,10 @@ class Method(nn.Module, ABC):
     `build`. What the loss averages must be right under DistributedDataParallel: gradients are averaged over processes.
     """
 
-    num_views: ClassVar[int] = 2
+    num_views: int = 2
     """Views of each item that `forward` takes."""
+    multi_view: ClassVar[bool] = False
+    """Whether `forward` takes the views that the settings ask for, of any number and of two sizes."""
     grad_cache: ClassVar[bool] = False
     """Whether `encode` and `loss` are defined, so that gradients can be cached (training/grad_cache.py)."""
     metric_formats: ClassVar[Mapping[str, str]] = {}
@@ -41,6 +43,11 @@ class Method(nn.Module, ABC):
 
     trial_multiple: int = 1
     """Trial batches, on which memory and time are measured, have a multiple of so many images."""
+
+    @property
+    def view_sizes(self) -> tuple[int, ...]:
+        """Height and width of each view that `forward` takes, in pixels."""
+        return (self.encoder.config.size,) * self.num_views
 
     encoder: Encoder
     """The network that is trained; published with each checkpoint."""
@@ -80,7 +87,7 @@ class Method(nn.Module, ABC):
         """`forward(*inputs, detail=False)`: the loss to optimise, and metrics.
 
         Args:
-            inputs: Of B items; `num_views` tensors (B, C, S, S) in [0, 1] in pretraining.
+            inputs: Of B items; in pretraining `num_views` tensors (B, C, S, S) in [0, 1], S as in `view_sizes`.
             detail: Whether this step is recorded; metrics that cost time are computed only then.
 
         Returns:
@@ -103,9 +110,8 @@ class Method(nn.Module, ABC):
 
     def trial_inputs(self, n: int) -> tuple[Any, ...]:
         """Random inputs of n items, on the device of the weights, to count memory and to measure time with."""
-        shape = (n, self.encoder.config.channels, self.encoder.config.size, self.encoder.config.size)
-        device = next(self.parameters()).device
-        views = [torch.rand(shape, device=device) for _ in range(self.num_views)]
+        channels, device = self.encoder.config.channels, next(self.parameters()).device
+        views = [torch.rand(n, channels, size, size, device=device) for size in self.view_sizes]
         return tuple(view.to(memory_format=torch.channels_last) for view in views)
 
     def warnings(self, record: Mapping[str, float]) -> list[str]:

@@ -1,9 +1,15 @@
 """SimCLR's method: two views of each image, one encoder, one projection head, NT-Xent (paper section 2.1).
 
-Shapes: B images on this process, 2 views of each, F features, D projection width.
+With more views than two, all of an image's views are positives of each other: the full graph of pairs of CMC (Tian et
+al. 2020, arXiv:1906.05849), and for SimCLR of ECPP (arXiv:2401.05730). Small crops are views like the others. As in
+SwAV (Caron et al. 2020, arXiv:2006.09882, src/resnet50.py of its code) the encoder sees the views of each size in one
+forward, and the head sees all views in one.
+
+Shapes: B images on this process, V views of each, F features, D projection width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import ClassVar, Self
 
 import torch
@@ -12,7 +18,7 @@ from torch import Tensor, nn
 from simclr.config.pretrain import PretrainConfig
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.losses import nt_xent
+from simclr.losses import nt_xent, nt_xent_views
 from simclr.losses.metrics import alignment, contrastive_accuracy_and_entropy, effective_rank, uniformity
 from simclr.methods.method import Method, build_head, collapse_signs
 from simclr.models.encoder import Encoder
@@ -33,8 +39,10 @@ class SimCLR(Method):
         decoupled: Take DCL for NT-Xent: positives stay out of the denominator.
         memory: Keys of earlier batches that are further negatives of every view (SimCLR v2, arXiv:2006.10029, section 2
             and appendix D); None: none.
+        view_sizes: Height and width of each view in pixels, those of a size side by side; None: two of the encoder's.
     """
 
+    multi_view: ClassVar[bool] = True
     grad_cache: ClassVar[bool] = True
     metric_formats: ClassVar[Mapping[str, str]] = {
         "contrastive_accuracy": "accuracy {:.1%}",
@@ -52,6 +60,7 @@ class SimCLR(Method):
         world: DistributedContext,
         decoupled: bool = False,
         memory: "Memory | None" = None,
+        view_sizes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -62,6 +71,13 @@ class SimCLR(Method):
         self.decoupled = decoupled
         self.memory = memory
         self.capturable = memory is None
+        self.num_views = 2 if view_sizes is None else len(view_sizes)
+        self._view_sizes = None if view_sizes is None else tuple(view_sizes)
+
+    @property
+    def view_sizes(self) -> tuple[int, ...]:
+        """Height and width of each view, in pixels."""
+        return super().view_sizes if self._view_sizes is None else self._view_sizes
 
     @classmethod
     def build(cls, encoder: Encoder, config: PretrainConfig, context: DistributedContext) -> Self:
@@ -72,7 +88,7 @@ class SimCLR(Method):
             memory = Memory(encoder, head, length=config.queue, momentum=config.ema, seed=config.seed)
         return cls(
             encoder, head, temperature=config.temperature, loss_scale=config.loss_scale, world=context,
-            decoupled=config.loss == "dcl", memory=memory,
+            decoupled=config.loss == "dcl", memory=memory, view_sizes=config.view_sizes,
         )  # fmt: skip
 
     @classmethod
@@ -95,7 +111,7 @@ class SimCLR(Method):
         """The loss to optimise, and metrics that need no labels.
 
         Args:
-            views: The two views of B images, (B, C, S, S) in [0, 1] each; row i of both shows image i.
+            views: V views of B images, (B, C, S, S) in [0, 1] each, S as in `view_sizes`; row i of each shows image i.
             detail: Also compute contrastive accuracy and the measures of collapse, over the images of all processes.
 
         Returns:
@@ -105,25 +121,29 @@ class SimCLR(Method):
         return self.loss(*self.encode(*views), detail=detail)
 
     def observe(self, *views: Tensor) -> None:
-        """Make the keys of two views, (b, C, S, S) each, for the queue."""
+        """Make keys for the queue of the V views of b images, but for small crops: SwAV's queue takes none either."""
         if self.memory is not None:
-            self.memory.observe(*views)
+            self.memory.observe(*(view for view in views if view.shape == views[0].shape))
 
     def encode(self, *views: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (2B, F) and projections (2B, D) of two views, (B, C, S, S) each."""
-        h = self.encoder(torch.cat(views))  # one forward, batch-norm statistics over both
+        """Features (V B, F) and projections (V B, D) of V views, (B, C, S, S) each."""
+        of_sizes = [torch.cat(list(group)) for _, group in groupby(views, key=lambda view: view.shape)]
+        h = torch.cat([self.encoder(x) for x in of_sizes])  # batch-norm statistics over all views of a size
         return h, self.head(h)
 
     def loss(self, features: Tensor, projections: Tensor, *, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """What `forward` returns, from the features (2B, F) and projections (2B, D) of both views."""
-        za, zb = projections.chunk(2)
+        """What `forward` returns, from the features (V B, F) and projections (V B, D) of all views."""
+        z = projections.unflatten(0, (self.num_views, -1))  # (V, B, D)
         bank = None if self.memory is None else self.memory.queue.keys
-        loss = nt_xent(za, zb, self.temperature, world=self.world, decoupled=self.decoupled, bank=bank)
+        if self.num_views == 2:
+            loss = nt_xent(z[0], z[1], self.temperature, world=self.world, decoupled=self.decoupled, bank=bank)
+        else:
+            loss = nt_xent_views(z, self.temperature, world=self.world, decoupled=self.decoupled, bank=bank)
         if self.memory is not None:
             self.memory.store(self.world)
         metrics = {"loss": loss.detach()}
         if detail:
-            metrics |= self._health(features.detach(), za.detach(), zb.detach())
+            metrics |= self._health(features.detach()[: z.shape[1]], *z.detach()[:2])
         return self.loss_scale * loss, metrics
 
     def warnings(self, record: Mapping[str, float]) -> list[str]:
@@ -138,8 +158,9 @@ class SimCLR(Method):
         return networks
 
     @torch.no_grad()
-    def _health(self, h: Tensor, za: Tensor, zb: Tensor) -> dict[str, Tensor]:
-        ha = self.world.all_gather_rows(h.chunk(2)[0].float())  # (N, F): one view of each image of the global batch
+    def _health(self, ha: Tensor, za: Tensor, zb: Tensor) -> dict[str, Tensor]:
+        """Metrics of the first view's features (B, F) and of the first two views' projections (B, D)."""
+        ha = self.world.all_gather_rows(ha.float())  # (N, F): one view of each image of the global batch
         za, zb = (self.world.all_gather_rows(z.float()) for z in (za, zb))  # (N, D)
         accuracy, entropy = contrastive_accuracy_and_entropy(za, zb, self.temperature)
         return {
@@ -157,6 +178,8 @@ class Memory(nn.Module):
     The authors did not release its code. They name 65,536 keys and a momentum of 0.999 (appendix D), and say that the
     memory adds to the negatives of the batch (section 2). Here those stay what they are in SimCLR.
 
+    Shapes: V views of b images in a chunk.
+
     Args:
         encoder: Whose moving average makes the keys.
         head: Its projection head.
@@ -170,15 +193,15 @@ class Memory(nn.Module):
         self.encoder = MomentumEncoder(encoder, head)
         self.queue = KeyQueue(length, head.dim, seed=seed)
         self.momentum = momentum
-        self._keys: list[Tensor] = []  # of this step, (2, b, D) of each chunk
+        self._keys: list[Tensor] = []  # of this step, (V, b, D) of each chunk
 
     def observe(self, *views: Tensor) -> None:
-        """Make the keys of a chunk's two views, (b, C, S, S) each."""
-        self._keys.append(self.encoder(torch.cat(views)).unflatten(0, (2, -1)))
+        """Make the keys of a chunk's views, (b, C, S, S) each."""
+        self._keys.append(self.encoder(torch.cat(views)).unflatten(0, (len(views), -1)))
 
     def store(self, world: DistributedContext) -> None:
-        """Put the keys of all chunks and processes into the queue: image after image, both views of each."""
+        """Put the keys of all chunks and processes into the queue: image after image, all views of each."""
         if self._keys:
-            keys = torch.cat(self._keys, dim=1)  # (2, B, D)
+            keys = torch.cat(self._keys, dim=1)  # (V, B, D)
             self.queue.enqueue(world.all_gather_rows(keys.transpose(0, 1).flatten(0, 1)))
             self._keys.clear()

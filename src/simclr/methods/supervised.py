@@ -48,7 +48,7 @@ class Classify(Method):
         UserError: A block group of an encoder that has none.
     """
 
-    num_views: ClassVar[int] = 1
+    num_views: int = 1
     metric_formats: ClassVar[Mapping[str, str]] = {"accuracy": "accuracy {:.1%}"}
     remedy: ClassVar[str] = "Try a lower --lr."
 

@@ -20,8 +20,9 @@ PAPERS = {
 
 SETTINGS = (
     "method", "encoder", "width", "stem", "sk", "feature", "head", "head_layers", "head_dim", "head_norm", "queue",
-    "ema", "size", "augmentation", "strength", "crop_min", "flip", "jitter", "grayscale", "blur", "loss", "temperature",
-    "optimizer", "lr", "lr_scaling", "weight_decay", "epochs", "batch_size", "global_bn", "seed",
+    "ema", "size", "views_per_image", "small_crops", "small_crop_min", "small_crop_max", "augmentation", "strength",
+    "crop_min", "flip", "jitter", "grayscale", "blur", "loss", "temperature", "optimizer", "lr", "lr_scaling",
+    "weight_decay", "epochs", "batch_size", "global_bn", "seed",
 )  # fmt: skip
 """Settings of pretraining that the card lists."""
 
@@ -127,7 +128,8 @@ def _training(origin: dict[str, Any], run: dict[str, Any] | None, config: dict[s
     if origin.get("method") in ("finetune", "distill"):
         lines.append(f"- after that: {origin['method']}, with labels")
     table = ["| setting | value |", "|---|---|"]
-    table += [f"| {key} | {config[key]} |" for key in SETTINGS if config.get(key) is not None]
+    idle = () if config.get("small_crops") else ("small_crop_min", "small_crop_max")
+    table += [f"| {key} | {config[key]} |" for key in SETTINGS if config.get(key) is not None and key not in idle]
     return "\n".join(lines) + "\n\n" + "\n".join(table)
 
 

@@ -1,8 +1,9 @@
 """Pictures: the views of a policy, and an evaluation at a glance. PNG bytes out; nothing is shown or written here."""
 
 import io
+import string
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -32,18 +33,33 @@ Pixels = Callable[[Any], np.ndarray]
 """Its pixels, (H, W, C)."""
 
 
-def draw_views(images: Images, policy: Policy, *, rows: int, columns: int, seed: int) -> bytes:
-    """One row per image: the image itself, then views of it as training would see them in successive epochs."""
+def draw_views(images: Images, policies: Sequence[Policy], *, rows: int, columns: int | None, seed: int) -> bytes:
+    """One row per image: the image itself, then views of it as training would see them in successive epochs.
+
+    Args:
+        policies: Of each view of an image in an epoch; those smaller than the first are small crops.
+        rows: Images.
+        columns: Views of each; None: 8, or all of an epoch if they are more.
+    """
+    per_epoch = len(policies)
+    columns = max(8, per_epoch) if columns is None else columns
     chosen = np.linspace(0, len(images) - 1, min(rows, len(images))).round().astype(int)
     pixels = images.read(chosen)
     shown = [list(pixels)]
-    for epoch in range((columns + 1) // 2):
-        for views in make_views(pixels, policy, seed=seed, epoch=epoch, indices=chosen):
+    for epoch in range(-(-columns // per_epoch)):
+        for views in make_views(pixels, policies, seed=seed, epoch=epoch, indices=chosen, views=range(per_epoch)):
             shown.append(list(views.permute(0, 2, 3, 1).numpy()))  # (rows, S, S, C)
-    words = ["image", *(f"view {'ab'[column % 2]}" for column in range(columns))]
+    kinds = ["view" if policy.size == policies[0].size else "small" for policy in policies]
+    words = ["image", *(f"{kinds[k % per_epoch]} {_letter(k % per_epoch)}" for k in range(columns))]
     cells = [[((column, row), words[column]) for column in range(columns + 1)] for row in range(len(chosen))]
-    title = f"{images.name}: {policy.preset} views at {policy.size} pixels"
+    sizes = " and ".join(str(size) for size in dict.fromkeys(policy.size for policy in policies))
+    title = f"{images.name}: {policies[0].preset} views at {sizes} pixels"
     return _draw_images(title, cells, lambda cell: shown[cell[0]][cell[1]])
+
+
+def _letter(index: int) -> str:
+    """Letters a to z, then numbers: 27, 28, ..."""
+    return string.ascii_lowercase[index] if index < len(string.ascii_lowercase) else str(index + 1)
 
 
 def draw_evaluation(

@@ -27,6 +27,7 @@ from simclr.tasks.initial import InitialWeights, open_initial
 from simclr.tasks.opening import DataOptions, open_aloud, require_writable, write
 from simclr.tasks.pretrain import settled
 from simclr.tasks.pretrain_images import build_method, build_task, check_images, check_settings
+from simclr.tasks.pretrain_views import describe_views
 from simclr.training.device import choose_kernels, precision_of
 from simclr.training.loop import Prefetcher, Task, take_step, training_module
 from simclr.training.memory import Footprint, MemoryStrategy, available, list_strategies, measure, parse_bytes, readable
@@ -78,6 +79,8 @@ class Plan:
     frozen_parameters: int
     """Parameters without gradient, such as those of a momentum encoder."""
     size: int
+    view_sizes: list[int]
+    """Height and width, in pixels, of each view of an image."""
     batch_size: int
     epochs: int
     steps: int
@@ -102,7 +105,7 @@ class Plan:
         lines = [
             f"{self.data}: {self.images:,} images, {'gray' if self.channels == 1 else 'colour'}",
             f"recipe {self.recipe}: {self.encoder} with {self.encoder_parameters:,} parameters, and "
-            f"{self.head_parameters:,} in the head; views of {self.size} pixels",
+            f"{self.head_parameters:,} in the head; {describe_views(self.view_sizes)}",
             *([f"{self.frozen_parameters:,} more parameters without gradient"] if self.frozen_parameters else []),
             f"{self.batch_size:,} images per step, {self.steps:,} steps, {self.epochs:,} epochs",
             f"{self.device}, memory budget {readable(self.budget_bytes)}",
@@ -196,6 +199,7 @@ def measure_plan(
         head_parameters=sum(p.numel() for p in trained) - encoder_parameters,
         frozen_parameters=sum(p.numel() for p in method.parameters() if not p.requires_grad),
         size=config.size,
+        view_sizes=list(method.view_sizes),
         batch_size=config.batch_size,
         epochs=config.epochs,
         steps=config.steps(len(images)),

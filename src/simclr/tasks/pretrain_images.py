@@ -1,7 +1,7 @@
 """Pretraining, put together: images and settings become a task, the loop trains it, the run folder keeps it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,14 @@ from simclr.models.encoder import Encoder, build_encoder, encoder_of, read_as, t
 from simclr.models.heads import ProjectionHead
 from simclr.models.inference import extract
 from simclr.tasks.initial import InitialWeights
+from simclr.tasks.pretrain_views import (
+    check_small_crops,
+    check_views,
+    describe_views,
+    policies_of,
+    policy_of,
+    require_small_inputs,
+)
 from simclr.training.batches import Batch, Inputs, make_batches
 from simclr.training.cuda_graph import obstacle
 from simclr.training.device import choose_kernels, precision_of
@@ -38,30 +46,11 @@ from simclr.training.memory import out_of_memory, settle
 from simclr.training.optim import build_optimizer
 from simclr.training.progress import Outcome, say
 from simclr.training.run import RunFolder, describe_machine
-from simclr.views.policy import Policy
 from simclr.views.views import make_views
 from simclr.weights.folder import save_encoder
 from simclr.weights.training_progress import TrainingProgress
 
 MONITOR_ROWS = 10_000  # labelled training images that the kNN check during training looks at
-
-
-def policy_of(config: PretrainConfig, channels: int) -> Policy:
-    """The distribution of views that the settings ask for."""
-    make_policy = Policy.google if config.augmentation == "google" else Policy.torchvision
-    policy = make_policy(
-        config.size,
-        strength=config.strength,
-        channels=channels,
-        crop_area=(config.crop_min, 1.0),
-        flip=config.flip,
-        jitter=config.jitter,
-        gray=config.grayscale if channels == 3 else 0.0,
-        blur=config.blur,
-    )
-    if config.hue is not None and channels == 3:
-        policy = replace(policy, hue=config.hue)
-    return replace(policy, brightness_mode=config.brightness)
 
 
 def check_settings(config: PretrainConfig, world: DistributedContext, method: type[Method] | None = None) -> None:
@@ -70,7 +59,7 @@ def check_settings(config: PretrainConfig, world: DistributedContext, method: ty
         describe(config, channels=3)
     policy_of(config, channels=3)
     precision_of(config.precision, world)
-    method = method or find_method(config.method)
+    check_views(config, method or find_method(config.method))
     world.local_slice(config.batch_size)
     share = config.batch_size // world.size
     if config.chunk and share % config.chunk:
@@ -94,7 +83,10 @@ def check_images(
             f"give at most {len(images)}."
         )
     world.local_slice(config.batch_size)
-    (method or find_method(config.method)).check(config, world, len(images))
+    method = method or find_method(config.method)
+    check_views(config, method)
+    check_small_crops(config)
+    method.check(config, world, len(images))
 
 
 def pretrain_images(
@@ -142,8 +134,10 @@ def pretrain_images(
             manifest = manifest if initial is None else {**manifest, "inputs": record}
             start = "" if initial is None else initial.sentence(task.method)
             where = f"; the run is in {run.path}" if run.lasting else ""
+            sizes = task.method.view_sizes
+            views = f"at {config.size} pixels" if len(sizes) <= 2 else f"on {describe_views(sizes)}"
             say(
-                f"Training {config.encoder} at {config.size} pixels for {config.epochs} epochs{start}{where}.",
+                f"Training {config.encoder} {views} for {config.epochs} epochs{start}{where}.",
                 main=world.is_main,
             )
         begun = time.perf_counter()
@@ -210,7 +204,7 @@ def build_task(
     return Task(
         method=method,
         batch=make_batches(
-            images, _make_inputs(images, config, world, method.num_views),
+            images, _make_inputs(images, config, world, method.view_sizes),
             batch_size=batch_size, seed=config.seed, world=world,
             chunk=config.chunk if config.memory == "grad-cache" else 0, verbose=True,
         ),
@@ -234,16 +228,16 @@ def build_task(
 
 
 def _make_inputs(
-    images: Images, config: PretrainConfig, world: DistributedContext, num_views: int
+    images: Images, config: PretrainConfig, world: DistributedContext, view_sizes: Sequence[int]
 ) -> Callable[[Batch], Inputs]:
     """Batch -> its views, (B, C, S, S) each, on the device of this process."""
-    policy = policy_of(config, images.channels)
+    policies = policies_of(config, images.channels, view_sizes)
     dtype = precision_of(config.precision, world)  # autocast would round the views to it anyway
 
     def views(batch: Batch) -> Inputs:
         return make_views(
-            batch.pixels, policy, seed=config.seed, epoch=batch.epochs, indices=batch.indices, views=range(num_views),
-            device=world.device, dtype=dtype,
+            batch.pixels, policies, seed=config.seed, epoch=batch.epochs, indices=batch.indices,
+            views=range(len(policies)), device=world.device, dtype=dtype,
         )  # fmt: skip
 
     return views
@@ -259,6 +253,7 @@ def build_method(
         encoder = build_encoder(trained_encoder_of(config, channels), seed=config.seed)
     else:
         encoder = initial.new_encoder(config.head_reads or config.feature)
+    require_small_inputs(encoder, config)
     with torch.random.fork_rng([]):  # weights that a method draws from torch's generator depend on the seed alone
         torch.manual_seed(config.seed % 2**63)
         method = kind.build(encoder, config, world)

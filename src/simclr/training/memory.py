@@ -8,7 +8,7 @@
 The first strategy that fits is taken. What a step needs is counted on two tiny batches and extended in a straight line,
 which it is: all that grows with the batch grows in proportion, but for the loss's tiles, which have a fixed size.
 
-Shapes: n images on this process, two views of each, (C, S, S) pixels.
+Shapes: n images on this process, V views of each, (C, S, S) pixels.
 """
 
 import re
@@ -58,7 +58,7 @@ class Footprint:
     weights: int
     """Gradients, optimiser state and the update's temporaries."""
     views: int
-    """Both finished views of an image."""
+    """All finished views of an image."""
     pixels: float
     """An image as it was decoded, if that takes the device's memory."""
     projections: int | None
@@ -207,7 +207,7 @@ def measure(method: Method, config: PretrainConfig, images: Images, precision: t
         again = _line(method, few, precision)
     return Footprint(
         weights=sum(p.nbytes for p in parameters) * (1 + state + 2),  # 2: LARS's decayed and scaled gradients
-        views=method.num_views * 4 * images.channels * config.size**2,
+        views=sum(4 * images.channels * size**2 for size in method.view_sizes),
         pixels=float(images.sizes.prod(1).mean()) * images.channels if on_cpu else 0,
         projections=_cached_bytes(method) if method.grad_cache else None,
         ahead=config.workers,

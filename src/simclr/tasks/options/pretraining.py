@@ -113,8 +113,8 @@ class Views:
     images: int = 8
     """Number of images, one per row."""
 
-    columns: int = 8
-    """Number of views per image."""
+    columns: int | None = None
+    """Number of views per image; unset: 8, or all those of an epoch if they are more."""
 
     config: Annotated[PretrainConfig, arg(name="")] = field(default_factory=PretrainConfig)
 
