@@ -10,7 +10,7 @@ from torch import nn
 
 from simclr import UserError
 from simclr.models.heads import LinearClassifier
-from simclr.training.optim import Lars, build_optimizer, param_groups, set_lr
+from simclr.training.optim import Lars, Muon, build_optimizer, param_groups, set_lr
 
 
 def lars_in_numpy(w, grads, lrs, *, wd, adapt, classic, nesterov, momentum=0.9, coefficient=0.001):
@@ -99,7 +99,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "muon"])
 def test_a_saved_optimizer_goes_on_bit_for_bit(name, tmp_path):
     torch.manual_seed(0)
     model = network()
@@ -168,7 +168,7 @@ def test_build_optimizer():
         build_optimizer("adagrad", model, lr=0.1, weight_decay=0.01)  # pyrefly: ignore[bad-argument-type]
 
 
-@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw", "muon"])
 def test_each_optimizer_learns(name):
     torch.manual_seed(0)
     model = network()
@@ -199,3 +199,40 @@ def test_training_on_labels_decays_what_the_authors_decay(name, decayed):
     assert {path for path, decay in names.items() if decay is None} == {"frozen.weight", "frozen.bias"}
     adapted = {id(p) for group in groups if group["adapt"] for p in group["params"]}
     assert {path for path, p in model.named_parameters() if id(p) in adapted} == {"encoder.weight"}
+
+
+def quadratic(module: nn.Module) -> torch.Tensor:
+    """A loss whose gradients differ from step to step and from weight to weight."""
+    return sum(((p - torch.arange(p.numel()).view(p.shape) / p.numel()) ** 4).sum() for p in module.parameters())  # pyrefly: ignore[bad-return]
+
+
+def test_muon_moves_what_is_no_matrix_as_adamw_does():
+    ours = nn.BatchNorm1d(7, dtype=torch.float64)
+    theirs = copy.deepcopy(ours)
+    optimizers = (
+        Muon(ours.parameters(), 0.01, momentum=0.9, weight_decay=0.1),
+        torch.optim.AdamW(theirs.parameters(), 0.01, betas=(0.9, 0.999), weight_decay=0.1),
+    )
+    for _ in range(5):
+        for module, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            quadratic(module).backward()
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 3, 3, 3)])
+def test_muon_turns_the_gradient_into_the_nearest_orthogonal_matrix(shape):
+    """The update has the singular vectors of the gradient, and singular values near 1 times rate and scale."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+    before = weight.detach().clone()
+    weight.grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    Muon([weight], 0.1, weight_decay=0.5).step()
+    rows, columns = shape[0], before[0].numel()
+    moved = (before * (1 - 0.1 * 0.5) - weight.detach()).view(rows, columns) / (0.1 * 0.2 * max(rows, columns) ** 0.5)
+    left, _, right = torch.linalg.svd(weight.grad.view(rows, columns), full_matrices=False)
+    values = left.T @ moved @ right.T
+    assert values.diagonal().min() > 0.6 and values.diagonal().max() < 1.25
+    torch.testing.assert_close(values, values.diagonal().diag(), rtol=0, atol=1e-9)

@@ -145,7 +145,7 @@ class PretrainConfig(TrainingConfig):
     """Factor on the loss: the authors' code optimises twice the paper's mean over 2N."""
 
     # ---- optimiser and schedule
-    optimizer: Literal["lars", "sgd", "adamw"] = "lars"
+    optimizer: Literal["lars", "sgd", "adamw", "muon"] = "lars"
     lr: float = 0.3
     warmup_epochs: float = 10.0
     weight_decay: float = 1e-6

@@ -28,8 +28,8 @@ class TrainingConfig:
     """Images per step over all processes."""
 
     # ---- optimiser and schedule
-    optimizer: Literal["lars", "sgd", "adamw"]
-    """LARS as the authors wrote it, SGD with Nesterov momentum, or AdamW."""
+    optimizer: Literal["lars", "sgd", "adamw", "muon"]
+    """LARS as the authors wrote it, SGD with Nesterov momentum, AdamW, or Muon, which makes updates orthogonal."""
 
     nesterov: bool = True
     """Nesterov momentum for SGD; MoCo uses plain momentum."""
@@ -51,7 +51,7 @@ class TrainingConfig:
     """L2 on the weights; batch-norm parameters and biases are exempt."""
 
     momentum: float = 0.9
-    """Momentum of LARS and SGD, first beta of AdamW."""
+    """Momentum of LARS, SGD and Muon, first beta of AdamW."""
 
     # ---- views
     crop_min: float = 0.08
@@ -137,7 +137,7 @@ class DownstreamConfig(TrainingConfig):
     batch_size: int = 4096
     """Images per step over all processes; may exceed the number of images."""
 
-    optimizer: Literal["lars", "sgd", "adamw"] = "sgd"
+    optimizer: Literal["lars", "sgd", "adamw", "muon"] = "sgd"
     lr: float = 0.05
     warmup_epochs: float = 0.0
     weight_decay: float = 0.0

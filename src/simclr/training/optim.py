@@ -1,4 +1,4 @@
-"""How the weights move: LARS as the authors use it, SGD and AdamW.
+"""How the weights move: LARS as the authors use it, SGD, AdamW and Muon.
 
 `Lars` implements lars_optimizer.py of google-research/simclr (You et al. 2017, arXiv:1708.03888, as SimCLR
 section 2.2 uses it). It differs from most ports in three ways: the learning rate and the trust ratio are
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from simclr.errors import UserError
 
-__all__ = ["Lars", "OptimizerName", "build_optimizer", "param_groups", "set_lr"]
+__all__ = ["Lars", "Muon", "OptimizerName", "build_optimizer", "param_groups", "set_lr"]
 
-OptimizerName = Literal["lars", "sgd", "adamw"]
+OptimizerName = Literal["lars", "sgd", "adamw", "muon"]
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
@@ -35,11 +35,11 @@ def build_optimizer(
     """Optimiser over the trainable parameters of `module`, which must already be on its device.
 
     Args:
-        name: "lars", "sgd" (the authors' `momentum`) or "adamw".
+        name: "lars", "sgd" (the authors' `momentum`), "adamw" or "muon".
         module: All that is trained: encoder, projection head, and supervised head if there is one.
         lr: Learning rate of the first step; `set_lr` changes it.
-        weight_decay: Of the parameters that `param_groups` does not exempt. Decoupled for "adamw".
-        momentum: Of LARS and SGD; the first beta of AdamW, whose second is 0.999.
+        weight_decay: Of the parameters that `param_groups` does not exempt. Decoupled for "adamw" and "muon".
+        momentum: Of LARS, SGD and Muon; the first beta of AdamW, whose second is 0.999.
         nesterov: Whether the momentum of SGD is Nesterov's.
         supervised: Decay what the authors decay where labels are learned (`supervised_groups`).
         decay_all: Decay every trainable parameter.
@@ -58,7 +58,9 @@ def build_optimizer(
         return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=nesterov and momentum > 0, fused=fused)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr, betas=(momentum, 0.999), fused=fused)
-    raise UserError(f"optimizer {name!r} is unknown: choose lars, sgd or adamw")
+    if name == "muon":
+        return Muon(groups, lr, momentum=momentum)
+    raise UserError(f"optimizer {name!r} is unknown: choose lars, sgd, adamw or muon")
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -214,6 +216,78 @@ class Lars(torch.optim.Optimizer):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(param)
         return state["momentum_buffer"]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of each weight matrix is made orthogonal; AdamW for everything else.
+
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon, with the scale of Liu et al. 2025 (arXiv:2502.16982, section
+    2.2), which gives updates the root mean square of AdamW's, so that one rate serves both. With g the gradient of a
+    weight of `out` rows (a convolution's kernel is out x (in k k)) in a group whose `adapt` is true:
+
+        v <- momentum v + (1 - momentum) g;     u = momentum v + (1 - momentum) g      (Nesterov's look ahead)
+        w <- (1 - lr weight_decay) w - lr 0.2 sqrt(max(out, in k k)) orthogonal(u)
+
+    Parameters of one dimension, and groups that do not adapt, move by AdamW with the betas (momentum, 0.999).
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate; a group may have its own.
+        momentum: As above.
+        weight_decay: Decoupled; a group may have its own.
+    """
+
+    SECOND_BETA = 0.999
+    EPSILON = 1e-8
+
+    def __init__(self, params: Iterable[Any], lr: float, *, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adapt": True}
+        super().__init__(params, defaults | {"capturable": True})  # steps are counted on the device, as torch calls it
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]
+        """Update every parameter that has a gradient. Nothing is read back from the device."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                move = self._orthogonal if group["adapt"] and param.ndim > 1 else self._adam
+                update = move(param, param.grad, group["momentum"])
+                param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update * group["lr"])
+
+    def _orthogonal(self, param: Tensor, grad: Tensor, momentum: float) -> Tensor:
+        state = self.state[param]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        velocity = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+        matrix = grad.lerp(velocity, momentum).flatten(1)  # (out, in k k)
+        return orthogonalised(matrix).reshape(param.shape) * (0.2 * max(matrix.shape) ** 0.5)
+
+    def _adam(self, param: Tensor, grad: Tensor, momentum: float) -> Tensor:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+        state["step"] += 1
+        count = state["step"].double()  # 0.999 to the power of few steps is near 1
+        mean = state["exp_avg"].lerp_(grad, 1 - momentum)
+        square = state["exp_avg_sq"].lerp_(grad * grad, 1 - self.SECOND_BETA)
+        mean = mean / (1 - momentum**count)
+        return mean / ((square / (1 - self.SECOND_BETA**count)).sqrt() + self.EPSILON)
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """About the nearest matrix (m, n) whose shorter side is orthonormal: singular values become 0.7 to 1.2.
+
+    Five steps of the quintic Newton-Schulz iteration of Jordan et al., in the matrix's own precision.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = a * wide + (b * gram + c * (gram @ gram)) @ wide
+    return wide if matrix.shape[0] <= matrix.shape[1] else wide.T
 
 
 def _scaled(updates: Tensors, params: list[Tensor], group: dict[str, Any]) -> Tensors:
