@@ -226,14 +226,17 @@ def test_each_image_is_seen_once_an_epoch_whatever_the_number_of_processes(image
                 assert torch.equal(torch.cat([part(step)[view] for part in parts]), whole[step][view])
 
 
-def gradients_of_a_step(rank, size, store, dtype, result):
+MANY_VIEWS = {"views_per_image": 3, "small_crops": "2:5"}
+
+
+def gradients_of_a_step(rank, size, store, dtype, result, settings):
     torch.set_num_threads(1)
     world = DistributedContext()
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
         world = DistributedContext(rank=rank, size=size, local_rank=rank)
     images = open_data("digits").subset(np.arange(150))
-    config = replace(SMALL_RUN, head_layers=3, knn_every=0, temperature=0.5, batch_size=64)
+    config = replace(SMALL_RUN, head_layers=3, knn_every=0, temperature=0.5, batch_size=64, **settings)
     task = pretraining.build_task(images, config, RunFolder(Path(store).parent / "none"), world)
     model = task.method.to(dtype)
     if size > 1:
@@ -250,13 +253,17 @@ def gradients_of_a_step(rank, size, store, dtype, result):
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
-def test_loss_and_every_gradient_are_those_of_one_process(tmp_path, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "settings"),
+    [(torch.float64, 1e-10, {}), (torch.float32, 1e-5, {}), (torch.float64, 1e-10, MANY_VIEWS)],
+    ids=["fp64", "fp32", "fp64, many views"],
+)
+def test_loss_and_every_gradient_are_those_of_one_process(tmp_path, dtype, tolerance, settings):
     """Encoder, head, global batch norm, loss and DDP together: 1, 2 and 4 processes, one global batch."""
     results = {}
     for size in (1, 2, 4):
         result = tmp_path / f"{size}.pt"
-        arguments = (size, str(tmp_path / f"store{size}"), dtype, str(result))
+        arguments = (size, str(tmp_path / f"store{size}"), dtype, str(result), settings)
         if size == 1:
             gradients_of_a_step(0, *arguments)
         else:

@@ -139,15 +139,18 @@ def nt_xent_views_dense(
         if normalize:
             z = l2_normalize(z)
         logits = z @ z.T / temperature  # (N, N)
-        image = torch.arange(views.shape[1], device=z.device).repeat(len(views))  # (N,) what a row shows
-        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        alike = image[:, None] == image  # (N, N)
-        negatives = logits.masked_fill(alike if decoupled else itself, -math.inf)  # (N, N)
+        rows = torch.arange(len(z), device=z.device).view(views.shape[:2])  # (V, n) which row shows what
+        own_views = rows.T.repeat(len(views), 1)  # (N, V) rows of the image that a row shows
+        left_out = own_views if decoupled else rows.view(-1, 1)
+        negatives = logits.scatter(1, left_out, -math.inf)  # (N, N)
         if bank is not None:
             keys = bank.to(z.dtype, copy=True)  # the bank may change before the backward pass
             negatives = torch.cat([negatives, z @ keys.T / temperature], dim=1)  # (N, N + K)
         log_sums = negatives.logsumexp(1)  # (N,)
-        return (log_sums[:, None] - logits)[alike & ~itself].mean()
+        view = torch.arange(len(views), device=z.device).repeat_interleave(views.shape[1])[:, None]  # (N, 1)
+        others = torch.arange(len(views) - 1, device=z.device)  # (V - 1,)
+        partners = own_views.gather(1, others + (others >= view))  # (N, V - 1)
+        return (log_sums[:, None] - logits.gather(1, partners)).mean()
 
 
 def nt_xent_streamed(
