@@ -26,7 +26,9 @@ from simclr.evaluation import (
     metrics,
     patches,
     probe,
+    propagation,
     registration,
+    selection,
     transfer,
 )  # fmt: skip
 from simclr.models import EncoderConfig, build_encoder
@@ -44,6 +46,8 @@ CONSTANTS = {
     "LABEL_FREE_VERSION": [label_free, duplicates, registration],
     "HOG_VERSION": [hog],
     "PATCHES_VERSION": [patches],
+    "PROPAGATION_VERSION": [propagation],
+    "SELECTION_VERSION": [selection],
 }
 """Version -> modules whose constants decide its results."""
 
@@ -145,6 +149,8 @@ EXPECTED = {
     "LABEL_FREE_VERSION": (1, "1e88435f"),
     "HOG_VERSION": (1, "834ab7bf"),
     "PATCHES_VERSION": (1, "c16c5f6e"),
+    "PROPAGATION_VERSION": (1, "4661f5c8"),
+    "SELECTION_VERSION": (1, "34ec08d2"),
 }
 ANSWERS = {"KNN_VERSION": (1, 341), "LOGISTIC_VERSION": (1, 342)}
 FEATURES_MEAN = 13590.9

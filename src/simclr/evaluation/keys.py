@@ -25,6 +25,8 @@ from simclr.evaluation.label_free import LABEL_FREE_VERSION
 from simclr.evaluation.logistic import L2_PATH, LINEAR_L2_VALUES, LOGISTIC_VERSION, TOL, VALIDATION_ROWS
 from simclr.evaluation.metrics import METRICS_VERSION
 from simclr.evaluation.probe import PROBE_VERSION, probe_settings
+from simclr.evaluation.propagation import PROPAGATION_VERSION, propagation_settings
+from simclr.evaluation.pseudo_labels import PSEUDO_LABELS_VERSION
 from simclr.evaluation.results import Entry
 from simclr.models.inference import FEATURES_VERSION
 from simclr.training.device import precision_of
@@ -66,15 +68,26 @@ def features_key(subject: "EvaluatedModel", images: Images, crop: float | None) 
 
 
 def accuracy_key(
-    protocol: str, subject: "EvaluatedModel", split: "Split", seed: int, config: FinetuneConfig | None = None
+    protocol: str,
+    subject: "EvaluatedModel",
+    split: "Split",
+    seed: int,
+    config: FinetuneConfig | None = None,
+    pseudo_labels_by: "EvaluatedModel | None" = None,
 ) -> Entry:
     """Key of a result of `measure`.
 
     Args:
         config: Settings of a protocol that trains a network; None: the protocol classifies frozen features.
+        pseudo_labels_by: Whose features give the pseudo-labels of such a training; None: it has none.
     """
+    data = {"train": labelled_digest(split.train), "test": labelled_digest(split.test)}
     if config is not None:
         versions, settings = {"training": TRAINING_VERSION}, _training_settings(config, subject)
+        if pseudo_labels_by is not None:
+            versions |= {"features": FEATURES_VERSION, "logistic": LOGISTIC_VERSION, **_pseudo_labels_versions()}
+            settings |= {"pseudo_labels": _pseudo_labels_settings(pseudo_labels_by)}
+            data |= _pool_data(split)
     elif protocol == "knn":
         versions = {"features": FEATURES_VERSION, "knn": KNN_VERSION}
         settings = {"k": KNN_K, "temperature": KNN_TEMPERATURE, "leave_one_out": split.test is split.train}
@@ -85,7 +98,7 @@ def accuracy_key(
         "protocol": protocol,
         "version": versions | {"metrics": METRICS_VERSION},
         "model": _initial_network(subject, config, from_scratch=protocol == "supervised"),
-        "data": {"train": labelled_digest(split.train), "test": labelled_digest(split.test)},
+        "data": data,
         "settings": settings,
         "seed": seed,
     }
@@ -251,6 +264,22 @@ def _initial_network(subject: "EvaluatedModel", config: FinetuneConfig | None, *
 def _training_settings(config: FinetuneConfig, subject: "EvaluatedModel") -> Entry:
     """The settings that determine a training, and the precision of its device."""
     return config.result_fields() | {"precision": str(precision_of(config.precision, subject.world))}
+
+
+def _pseudo_labels_versions() -> Entry:
+    return {"propagation": PROPAGATION_VERSION, "pseudo_labels": PSEUDO_LABELS_VERSION}
+
+
+def _pseudo_labels_settings(subject: "EvaluatedModel") -> Entry:
+    """What determines pseudo-labels beside images and labels; the digest of the model whose features are taken."""
+    return {"features": subject.identity, **propagation_settings(), **_linear_settings()}
+
+
+def _pool_data(split: "Split") -> Entry:
+    """All images to learn from, and which of them have a label."""
+    assert split.pool is not None and split.pool_rows is not None
+    rows = sha256(split.pool_rows.astype("<i8").tobytes()).hexdigest()
+    return {"pool": pixels_digest(split.pool), "pool_rows": rows}
 
 
 def _linear_settings() -> Entry:

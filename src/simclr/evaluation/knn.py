@@ -136,6 +136,13 @@ def nearest(
             progress(min(begin + CHUNK, len(queries)), len(queries))
 
 
+def standardised_unit(features: np.ndarray) -> np.ndarray:
+    """(n, F) float32 rows of length 1, after each feature was given mean 0 and variance 1; constant ones are 0."""
+    mean, deviation = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
+    rows = ((features - mean) / np.where(deviation > 1e-6, deviation, np.inf)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+
+
 def _shares(cosine: Tensor, votes_for: Tensor, temperature: float, num_classes: int) -> Tensor:
     """(c, K) share of each class in the weight of the neighbours (c, k)."""
     cosine = cosine.double()

@@ -28,9 +28,10 @@ from simclr.evaluation.keys import accuracy_key
 from simclr.evaluation.knn import KNN_TEMPERATURE, knn_votes
 from simclr.evaluation.logistic import FitOptions, linear_probe, logistic_probe
 from simclr.evaluation.metrics import SUPERVISED, accuracies
+from simclr.evaluation.pseudo_labels import PseudoLabels, pseudo_labels, require_unlabelled, same_steps
 from simclr.evaluation.results import About, Measured, Result, ResultStore, name_of
 from simclr.evaluation.split import Split
-from simclr.evaluation.subjects import RANDOM, EvaluatedModel
+from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel, open_subject
 from simclr.training.fit import Execution
 from simclr.training.progress import counting
 
@@ -63,6 +64,8 @@ class Settings:
     """Returns the recipe with the settings that a user gives."""
     flip: float | None = None
     """Probability of a left-right flip in all training on labels, as in pretraining; None: the recipe's."""
+    pseudo_labels: bool = False
+    """Whether networks that are fine-tuned or trained from scratch get pseudo-labels for images without a label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +134,19 @@ def measure_one(
     """One protocol on one subject: from the store, or measured now."""
     name = SUPERVISED if protocol == SUPERVISED else subject.name
     config = _training(protocol, subject, split, settings)
-    key = accuracy_key(protocol, subject, split, seed, config)
+    source = None
+    if settings.pseudo_labels and protocol in ("finetune", SUPERVISED):
+        require_unlabelled(split)
+        source = pseudo_labels_source(subject, from_scratch=protocol == SUPERVISED)
+    key = accuracy_key(protocol, subject, split, seed, config, source)
 
     def run() -> Measured:
         context.say(f"  {name}: {protocol}, seed {seed}")
         if config is None:
             return _classify(protocol, subject, split, seed, context.world)
         folder = context.folder / f"{protocol}-seed{seed}-{name_of(key)[:12]}" if context.folder else None
-        return _train(protocol, subject, split, seed, config, folder, context.world)
+        labels = None if source is None else pseudo_labels(split, source, seed=seed)
+        return _train(protocol, subject, split, seed, config, labels, folder, context.world)
 
     return context.store.get(key, run, about_split(name, split))
 
@@ -197,12 +205,14 @@ def _train(
     split: Split,
     seed: int,
     config: FinetuneConfig,
+    labels: PseudoLabels | None,
     folder: Path | None,
     world: DistributedContext,
 ) -> Measured:
-    """A network trained on the labels, from the subject's weights or from new ones."""
+    """A network trained on the labels and pseudo-labels, from the subject's weights or from new ones."""
     assert split.test.labels is not None
-    train, test = (subject.fitted(images) for images in (split.train, split.test))
+    learn, config = training_images(split, config, labels)
+    train, test = (subject.fitted(images) for images in (learn, split.test))
     with counting("training", main=world.is_main, lines=True) as progress:
         execution = Execution(world=world, run=folder, progress=progress)
         network = train_subject(
@@ -210,8 +220,30 @@ def _train(
         )
     return Measured(
         metrics=accuracies(network.scores, network.labels, split.test.labels),
-        description=f"{config.optimizer}, {network.steps} steps of {config.batch_size} crops",
+        description=f"{config.optimizer}, {network.steps} steps of {config.batch_size} crops"
+        + ("" if labels is None else f", {labels.description}"),
     )
+
+
+def pseudo_labels_source(subject: EvaluatedModel, *, from_scratch: bool) -> EvaluatedModel:
+    """Whose features give pseudo-labels to a training: the network's own; raw pixels where it begins from scratch.
+
+    Pixels need no network, and give better pseudo-labels than random weights (docs/few-labels.md).
+    """
+    if not from_scratch:
+        return subject
+    assert subject.encoder is not None
+    return open_subject(
+        PIXELS, like=subject.encoder.config, preprocessing=subject.preprocessing, seed=0, cache=subject.cache,
+        world=subject.world,
+    )  # fmt: skip
+
+
+def training_images(split: Split, config: FinetuneConfig, labels: PseudoLabels | None) -> tuple[Images, FinetuneConfig]:
+    """The images to train on, and the settings, which keep the steps of a training on the labels alone."""
+    if labels is None:
+        return split.train, config
+    return labels.images, same_steps(config, len(split.train), len(labels.images))
 
 
 def train_subject(

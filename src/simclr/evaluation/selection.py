@@ -18,9 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from simclr.errors import UserError
-from simclr.evaluation.knn import nearest
+from simclr.evaluation.knn import nearest, standardised_unit
 from simclr.models.inference import require_finite
 
+SELECTION_VERSION = 1
+"""Raise it when the same features, labelled rows and seed give other images."""
 MAX_CLUSTERS = 500
 MIN_CLUSTER_SIZE = 5  # images; smaller and equal clusters come last: they are outliers
 NEIGHBOURS = 20
@@ -61,7 +63,7 @@ def select_typical(features: np.ndarray, count: int, *, labelled: np.ndarray | N
     num_free = len(features) - len(known)
     if not 1 <= count <= num_free:
         raise UserError(f"{count:,} of {num_free:,} images without a label cannot be selected; give 1 to {num_free:,}.")
-    unit = _standardised_unit(features)
+    unit = standardised_unit(features)
     assigned = _clusters(unit, min(len(known) + count, MAX_CLUSTERS), seed)  # (n,)
     free = np.ones(len(features), bool)
     free[known] = False
@@ -77,13 +79,6 @@ def select_typical(features: np.ndarray, count: int, *, labelled: np.ndarray | N
         if len(queues) == count:
             break
     return _in_turn(queues, count)
-
-
-def _standardised_unit(features: np.ndarray) -> np.ndarray:
-    """(n, F) float32 rows of length 1, after each feature was given mean 0 and variance 1; constant ones are 0."""
-    mean, deviation = features.mean(0, dtype=np.float64), features.std(0, dtype=np.float64)
-    rows = ((features - mean) / np.where(deviation > 1e-6, deviation, np.inf)).astype(np.float32)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
 
 
 def _in_order(assigned: np.ndarray, labelled: np.ndarray) -> list[int]:

@@ -1,7 +1,9 @@
 """Which labelled images a protocol learns from, and which it is tested on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from simclr.data.images import Images
 from simclr.data.labels import chosen_by, labelled, require_classes
@@ -20,6 +22,11 @@ class Split:
     """How the images were divided, in words."""
     num_labelled: int
     """Images to learn from before a part of the labels was chosen."""
+    pool: Images | None = None
+    """All images that are not tested on, with or without a label, in the order of the data; their labels are hidden.
+    None: each image is tested on."""
+    pool_rows: np.ndarray | None = None
+    """(n,) rows of the pool that are the training images."""
 
 
 def split_data(
@@ -38,6 +45,8 @@ def split_data(
     Raises:
         UserError: There are no labels, fewer than two classes, or a class of the test images that none teaches.
     """
+    pool = replace(train, labels=None)
+    rows = np.arange(len(train)) if train.labels is None else np.flatnonzero(train.labels >= 0)  # (n,), of the pool
     train, test = labelled(train), None if test is None else labelled(test)
     if leave_one_out:
         test, description = train, f"each of {len(train):,} labelled images by the others"
@@ -46,6 +55,8 @@ def split_data(
     else:
         assert train.labels is not None
         learn, hold = split_indices(train.labels, fraction=0.2, seed=seed)
+        kept = np.delete(np.arange(len(pool)), rows[hold])  # (p,)
+        pool, rows = pool.subset(kept), np.searchsorted(kept, rows[learn])
         train, test = train.subset(learn), train.subset(hold)
         description = f"80/20 by class, seed {seed}: {len(train):,} to learn from and {len(test):,} to test"
     if not len(test):
@@ -54,8 +65,11 @@ def split_data(
     assert train.labels is not None and test.labels is not None
     if labels is not None:
         drawn = labels if Path(labels).is_file() else f"{labels}, seed {seed}"
-        train = train.subset(chosen_by(labels, train, seed=seed))
+        chosen = chosen_by(labels, train, seed=seed)
+        train, rows = train.subset(chosen), rows[chosen]
         test = train if leave_one_out else test
         description += f", {len(train):,} labels used ({drawn})"
     require_classes(train, test)
-    return Split(train, test, description, num_labelled)
+    if leave_one_out:
+        return Split(train, test, description, num_labelled)
+    return Split(train, test, description, num_labelled, pool, rows)

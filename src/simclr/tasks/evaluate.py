@@ -63,8 +63,9 @@ def evaluate(options: "Evaluate", overrides: Callable[[FinetuneConfig], Finetune
             session = Session.open(options, protocols, world)
             session.check()
             settings = Settings(
-                linear=options.linear, recipe=options.finetune_recipe, overrides=overrides, flip=session.flip
-            )
+                linear=options.linear, recipe=options.finetune_recipe, overrides=overrides, flip=session.flip,
+                pseudo_labels=options.pseudo_labels,
+            )  # fmt: skip
             results = session.measure([cast(Protocol, name) for name in protocols if name in ACCURACIES], settings)
             reports = {name: REPORTS[name](session) for name in protocols if name in REPORTS}
             session.tell_reused()
@@ -130,6 +131,11 @@ def check_flags(
             f"--labels was {options.labels!r}, and has no effect on {', '.join(ignoring)}: it is for "
             f"{', '.join(ACCURACIES)}; curve takes --counts instead, the others all images. Ask for these in a call "
             "without --labels."
+        )
+    if options.pseudo_labels and not {"finetune", "supervised"} & set(protocols):
+        raise UserError(
+            "--pseudo-labels is about the protocols finetune and supervised, which train a network; --protocol was "
+            f"{options.protocol!r}."
         )
     flags_given = options.finetune_recipe is not None or overrides(FinetuneConfig()) != FinetuneConfig()
     if flags_given and "finetune" not in protocols:

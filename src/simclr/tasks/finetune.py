@@ -3,6 +3,7 @@
 FOLDER/
   encoder/        what `simclr.load(FOLDER).classify` reads
   evaluation/     results.jsonl: the accuracies as results
+  pseudo_labels.csv   with --pseudo-labels: key, class and certainty of each image without a label
   summary.json    settings, accuracies, and what they have to beat; written at the end
   run.json, config.json, checkpoints/, metrics.jsonl, timing.jsonl   as of any run: `simclr resume FOLDER` continues
 """
@@ -28,9 +29,12 @@ from simclr.evaluation.measure import (
     about_split,
     choose_finetune_config,
     measure_one,
+    pseudo_labels_source,
     train_subject,
+    training_images,
 )
 from simclr.evaluation.metrics import accuracies
+from simclr.evaluation.pseudo_labels import PseudoLabels, pseudo_labels, require_unlabelled
 from simclr.evaluation.results import Measured, Result, ResultStore
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import PIXELS, RANDOM, WITHOUT_NETWORK, EvaluatedModel
@@ -40,6 +44,8 @@ from simclr.tasks.opening import DataOptions, lasting, require_writable, side_of
 from simclr.tasks.options.labels import Evaluate, Finetune
 from simclr.tasks.pretrain_images import data_record
 from simclr.tasks.resume import task_record
+from simclr.tasks.tables import open_table
+from simclr.training.device import same_threads
 from simclr.training.fit import Execution
 from simclr.training.lock import hold
 from simclr.training.progress import counting, say
@@ -81,6 +87,8 @@ def _finetune(options: Finetune, overrides: Overrides, world: DistributedContext
     config = choose_finetune_config(
         subject, split, Settings(recipe=options.finetune_recipe, overrides=overrides, flip=session.flip)
     )
+    if options.pseudo_labels:
+        require_unlabelled(split)
     session.tell(
         f"Training by {config.optimizer}, rate {config.lr:g}: {config.steps(len(split.train)):,} steps of "
         f"{config.batch_size} images (--epochs changes it)."
@@ -89,11 +97,12 @@ def _finetune(options: Finetune, overrides: Overrides, world: DistributedContext
         "data": data_record(session.train, lasting(options.data), asdict(DataOptions.of(options))),
         "task": task_record("finetune", options, overrides),
     }
-    network = _train(options, session, subject, split, config, manifest)
+    labels = _pseudo_labels(options, session, subject, split) if options.pseudo_labels else None
+    network = _train(options, session, subject, split, config, labels, manifest)
     if world.is_main:
         store = ResultStore(options.out / "evaluation" / "results.jsonl")
         results = _results(network, split, subject, pixels, store)
-        _tell(options, network, split, results, subject.progress)
+        _tell(options, network, split, results, subject.progress, labels)
 
 
 def _check(options: Finetune) -> None:
@@ -118,16 +127,38 @@ def _as_evaluation(options: Finetune) -> Evaluate:
     )  # fmt: skip
 
 
+def _pseudo_labels(options: Finetune, session: Session, subject: EvaluatedModel, split: Split) -> PseudoLabels:
+    """Pseudo-labels; of a training that is continued, those that it began with."""
+    run, world = RunFolder(options.out), session.world
+    threads = world.on_main(lambda: run.cpu_threads if run.exists else None)
+    if threads is not None:
+        same_threads(threads, world)  # the last bits of features depend on it
+    source = pseudo_labels_source(subject, from_scratch=subject.name == RANDOM)
+    labels = pseudo_labels(split, source, seed=options.seed)
+    session.tell(f"Training on {labels.description}, by {source.description or 'the features of the encoder'}.")
+    return labels
+
+
+def _write_pseudo_labels(path: Path, labels: PseudoLabels, classes: list[str] | None) -> None:
+    """A row for each image without a label."""
+    rows = np.flatnonzero(~labels.given)
+    names = [str(label) if classes is None else classes[label] for label in labels.labels[rows].tolist()]
+    with open_table(path, {"key": str, "class": str, "certainty": float}) as add:
+        add([[labels.pool.keys[row] for row in rows.tolist()], names, labels.certainty[rows].tolist()])
+
+
 def _train(
     options: Finetune,
     session: Session,
     subject: EvaluatedModel,
     split: Split,
     config: FinetuneConfig,
+    labels: PseudoLabels | None,
     manifest: dict[str, Any],
 ) -> Finetuned:
     """From the subject's weights or, for `random`, from those that training from scratch begins with."""
-    train, test = (subject.fitted(images) for images in (split.train, split.test))
+    learn, config = training_images(split, config, labels)
+    train, test = (subject.fitted(images) for images in (learn, split.test))
     with counting("training", main=session.world.is_main, lines=True) as progress:
         execution = Execution(world=session.world, run=RunFolder(options.out), manifest=manifest, progress=progress)
         return train_subject(
@@ -179,6 +210,7 @@ def _tell(
     split: Split,
     results: dict[str, Result],
     progress: TrainingProgress | None,
+    labels: PseudoLabels | None,
 ) -> None:
     """The accuracies on standard output and in summary.json, beside the baselines."""
     measured = results[CLASSIFIER]
@@ -187,7 +219,9 @@ def _tell(
     accuracy = {METRIC_NAMES[name]: measured.value(name) for name in shown}
     baselines = {name: result.value("top1") for name, result in results.items() if name != CLASSIFIER}
     num_test = len(split.test)
-    print(f"Test accuracy of {options.run}, trained on {len(split.train):,} labels, in %:")
+    num_pseudo = 0 if labels is None else labels.count
+    and_pseudo = f" and {num_pseudo:,} pseudo-labels" if labels is not None else ""
+    print(f"Test accuracy of {options.run}, trained on {len(split.train):,} labels{and_pseudo}, in %:")
     for name, value in accuracy.items():
         print(f"  {name:<32}{100 * value:5.1f}")
     print("Baselines, top-1:")
@@ -204,6 +238,9 @@ def _tell(
         "accuracy": accuracy, "encoder_progress": None if progress is None else progress.to_dict(),
         "baselines": baselines, "classes": network.classes, "by_class": by_class, "settings": asdict(network.config),
     }  # fmt: skip
+    if labels is not None:
+        summary["pseudo_labels"] = num_pseudo
+        _write_pseudo_labels(options.out / "pseudo_labels.csv", labels, split.train.classes)
     write(options.out / "summary.json", versioned(summary))
     side = side_of(Path(options.run), options.data, options.pack_side)
     shrunk = "" if side is None else f" --pack-side {side}"

@@ -69,6 +69,11 @@ class Evaluate:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Settings that replace those of the recipe, such as --finetune.lr 0.01."""
 
+    pseudo_labels: bool = False
+    """In the protocols finetune and supervised, train on pseudo-labels too, as `simclr finetune` does: finetune gets
+    those of the model's own features, supervised those of raw pixels. Other protocols, the curve among them, take
+    none."""
+
     counts: tuple[int, ...] = ()
     """Points of the curve, in labels per class; unset: 1, 2, 5, 10, 20, ... and all."""
 
@@ -132,6 +137,13 @@ class Finetune:
 
     labels: str | None = None
     """Labels that may be used, as in `simclr evaluate`: 1%, 10/class, or a file with names of images; unset: all."""
+
+    pseudo_labels: bool = False
+    """Train on pseudo-labels too: each image to learn from that has no label (or none of --labels) takes its most
+    probable class as label. The probabilities are those of label propagation over the graph of nearest neighbours,
+    times those of the linear probe, by RUN's features, or by raw pixels if RUN is `random`. Images of the test part
+    take no part. Recipe and number of steps are those of a training without pseudo-labels, and half of the images that
+    are seen are labelled ones. --epochs counts passes over the labelled images."""
 
     seed: int = 0
     """Seed of the 80/20 split, the choice of labels, the order of the images and the views."""
