@@ -58,6 +58,7 @@ from simclr.evaluation.knn import knn
 from simclr.evaluation.logistic import linear_probe
 from simclr.evaluation.subjects import BASELINE_NAMES, EvaluatedModel, open_subject
 from simclr.models.encoder import encoder_of
+from simclr.tasks.pretrain_images import returned_encoder
 from simclr.training.loop import Task
 
 HELD_OUT = {60_000: 10_000, 50_000: 5_000}
@@ -237,7 +238,7 @@ def run_arm(
         done = {"seconds": clock.seconds, "steps": 0, "planned_steps": 0, "epochs": 0.0}
     else:
         task, done = train(learn, config, clock)
-        encoder = task.method.encoder.eval()
+        encoder = returned_encoder(task.method.encoder.eval(), learn, config)
         subject = EvaluatedModel(
             name=name, encoder=encoder, preprocessing=config.augmentation, size=config.size, channels=learn.channels
         )

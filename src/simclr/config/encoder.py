@@ -26,6 +26,7 @@ MAX_CHANNELS = 1 << 16
 """Of any layer; SimCLR's widest network, ResNet-50 (4x), has 8,192."""
 MAX_INPUT_CHANNELS = 1024  # hyperspectral cameras have up to some hundred
 MAX_SIZE = 2048  # pixels; timm's largest models take 1,024, and a batch of 256 colour images of 2,048 is 13 GB
+MAX_WHITENING = 1024  # principal components; `simclr pretrain` shrinks 32
 MAX_NAME = 200  # characters of an encoder's name; timm's longest has 70
 
 ADAPTABLE = tuple(f"{TORCHVISION}resnet{depth}" for depth in (18, 34, 50, 101, 152))
@@ -98,6 +99,10 @@ class EncoderConfig:
     maps of a ResNet's stages, which keep positions, averaged to at most 4 x 4 cells and put side by side: of the last
     stage (stage4), the last two or all four. The weights are the same."""
 
+    whitening: int = 0
+    """Principal components, at most a quarter of the features, that are shrunk in the features, which are standardised
+    before (`models/whitening.py`); 0: features as the network gives them."""
+
     def __post_init__(self) -> None:
         _check_name(self.name)
         for name, limit in (("channels", MAX_INPUT_CHANNELS), ("size", MAX_SIZE)):
@@ -134,6 +139,11 @@ class EncoderConfig:
                 f"{self.name} was given the features {self.feature}; they are read from the stages of our ResNets, "
                 "such as resnet18, and of others h alone."
             )
+        if type(self.whitening) is not int or not 0 <= self.whitening <= MAX_WHITENING:
+            raise UserError(
+                f"The encoder's whitening was {_value(self.whitening)}; it must be a whole number from 0 to "
+                f"{MAX_WHITENING}."
+            )
         self._check_normalisation()
 
     @property
@@ -161,8 +171,9 @@ class EncoderConfig:
         return () if self.feature == "h" else tuple(min(GRID, s) for s in sides[-STAGES_READ[self.feature] :])
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as plain JSON values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Every field as plain JSON values, `whitening` only where there is any: records were written before it was."""
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: value for key, value in values.items() if key != "whitening" or value}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "EncoderConfig":

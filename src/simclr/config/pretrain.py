@@ -122,6 +122,10 @@ class PretrainConfig(TrainingConfig):
     head_reads: Feature | None = None
     """What the projection head reads in training, one of the same; unset: what the encoder returns."""
 
+    whiten: bool = False
+    """Standardise the features that the encoder returns by the training images, and shrink their largest principal
+    components; training is the same without."""
+
     head: Literal["none", "linear", "nonlinear"] = "nonlinear"
     """Projection head between the encoder and the loss (section 4.2)."""
 

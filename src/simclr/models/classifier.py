@@ -33,10 +33,11 @@ class Classifier(nn.Module):
         require_head_layer(head, head_layer)
         self.encoder = encoder
         self.head = head if head_layer else None
-        if self.head is not None and self.head.reads not in (None, encoder.config.feature):
+        returned = encoder.config.feature + (", whitened" if encoder.config.whitening else "")
+        if self.head is not None and self.head.reads not in (None, returned):
             raise UserError(
-                f"The projection head reads {self.head.reads}, and the encoder returns {encoder.config.feature}; they "
-                "do not fit together."
+                f"The projection head reads {self.head.reads}, and the encoder returns {returned}; they do not fit "
+                "together."
             )
         self.head_layer = head_layer
         at_the_end = self.head is not None and head_layer == len(self.head.layers)

@@ -11,6 +11,7 @@ from simclr.config.pretrain import PretrainConfig
 from simclr.errors import UserError
 from simclr.models.init import seeded
 from simclr.models.resnet import ResNet
+from simclr.models.whitening import COMPONENTS, Whitening
 
 if TYPE_CHECKING:
     from simclr.models.external.timm_bridge import Normalisation
@@ -23,6 +24,7 @@ class Encoder(nn.Module):
         config: What the encoder is and expects.
         backbone: (B, C, S, S) -> (B, F).
         num_features: F.
+        whitening: What stands behind the backbone; None: its output is returned as it is.
     """
 
     mean: Tensor | None
@@ -33,6 +35,7 @@ class Encoder(nn.Module):
         self.config = config
         self.backbone = backbone
         self.num_features = num_features
+        self.whitening = Whitening(num_features, config.whitening) if config.whitening else None
         for name, values in (("mean", config.mean), ("std", config.std)):
             column = None if values is None else torch.tensor(values, device="cpu").view(-1, 1, 1)  # (C, 1, 1)
             self.register_buffer(name, column, persistent=False)  # the config carries them
@@ -52,7 +55,8 @@ class Encoder(nn.Module):
         self._check(x)
         if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
-        return self.backbone(x)
+        h = self.backbone(x)
+        return h if self.whitening is None else self.whitening(h)
 
     def _check(self, x: Tensor) -> None:
         channels = self.config.channels
@@ -80,30 +84,32 @@ def encoder_of(config: PretrainConfig, channels: int) -> EncoderConfig:
     """
     return EncoderConfig(
         name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=channels, size=config.size,
-        feature=config.feature,
+        feature=config.feature, whitening=COMPONENTS if config.whiten else 0,
     )  # fmt: skip
 
 
 def trained_encoder_of(config: PretrainConfig, channels: int) -> EncoderConfig:
-    """The same with the features that the projection head reads.
+    """The same with the features that the projection head reads, not whitened.
 
     Raises:
         UserError: As of `encoder_of`.
     """
-    return replace(encoder_of(config, channels), feature=config.head_reads or config.feature)
+    return replace(encoder_of(config, channels), feature=config.head_reads or config.feature, whitening=0)
 
 
 def read_as(encoder: Encoder, feature: Feature) -> Encoder:
-    """The encoder with the same weights and other features (`EncoderConfig.feature`), on its device.
+    """The encoder with the same weights and these features (`EncoderConfig.feature`), not whitened, on its device.
 
     Raises:
         UserError: It is no ResNet of ours.
     """
-    return with_config(encoder, replace(encoder.config, feature=feature))
+    return with_config(encoder, replace(encoder.config, feature=feature, whitening=0))
 
 
 def with_config(encoder: Encoder, config: EncoderConfig) -> Encoder:
-    """The same weights in an encoder of another description, such as of another size, on the same device.
+    """The same backbone in an encoder of another description, such as of another size, on the same device.
+
+    Its whitening, if the description has one, is yet to be fitted.
 
     Raises:
         UserError: `build_encoder` cannot build it.
@@ -112,7 +118,7 @@ def with_config(encoder: Encoder, config: EncoderConfig) -> Encoder:
     if config == encoder.config:
         return encoder
     other = build_encoder(config)
-    other.load_state_dict(encoder.state_dict())
+    other.backbone.load_state_dict(encoder.backbone.state_dict())
     return other.to(next(encoder.parameters()).device).train(encoder.training)
 
 

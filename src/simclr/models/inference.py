@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import NotFinite, UserError
-from simclr.models.encoder import Encoder
+from simclr.models.encoder import Encoder, read_as, with_config
+from simclr.models.whitening import COMPONENTS, fit_whitening
 from simclr.views.policy import AugmentationPreset
 from simclr.views.views import eval_images
 
@@ -52,6 +54,31 @@ def extract(
         encoder, images, encoder.num_features,
         size=config.size, preset=preset, crop=crop, batch_size=batch_size, world=world, progress=progress,
     )  # fmt: skip
+
+
+WHITENING_ROWS = 5000
+"""Training images, evenly spaced, by which features are whitened."""
+
+
+def whitened(
+    encoder: Encoder, images: Images, *, preset: AugmentationPreset = "google", world: DistributedContext = ALONE
+) -> Encoder:
+    """The encoder with its features whitened by training images, none of whose labels is read.
+
+    Args:
+        encoder: On the device where the work is to be done; it stays as it is. Whitening of its own is replaced.
+        preset, world: As of `extract`.
+
+    Raises:
+        UserError: As of `extract`.
+    """
+    raw = read_as(encoder, encoder.config.feature)
+    rows = np.linspace(0, len(images) - 1, min(len(images), WHITENING_ROWS)).astype(np.int64)
+    features = extract(raw, images.subset(rows), preset=preset, world=world)
+    result = with_config(raw, replace(raw.config, whitening=COMPONENTS))
+    assert result.whitening is not None
+    fit_whitening(result.whitening, features)
+    return result
 
 
 def outputs(

@@ -33,7 +33,7 @@ from simclr.evaluation.subjects import (
     require_model,
     subject_of,
 )
-from simclr.models.encoder import encoder_of
+from simclr.models.encoder import encoder_of, with_config
 from simclr.tasks.initial import kept_weights
 from simclr.tasks.opening import DataOptions, open_parts, require_writable, side_of
 from simclr.training.progress import say
@@ -104,7 +104,7 @@ class Session:
         else:
             like, preprocessing = _shape(options, train, world)
             if options.feature != "auto":
-                like = replace(like, feature=options.feature)
+                like = replace(like, feature=options.feature, whitening=0)
         if options.compare == type(options).compare:
             options = _fitting_compare(options, like, world)
         elif INIT in _compared(options):
@@ -210,7 +210,7 @@ class Session:
                 name, like=self.like, preprocessing=self.preprocessing, seed=seed, cache=self.cache, world=self.world,
                 size=self.options.size, pretrained=pretrained,
             )  # fmt: skip
-            if name == PATCHES:
+            if name in (PATCHES, RANDOM):
                 subject = subject.learnt_from(self._training_images(seed), seed=seed)
             self._opened[key] = subject
         return self._opened[key]
@@ -222,7 +222,12 @@ class Session:
         assert kept is not None, run
         model = Model(kept.encoder, run.config.augmentation, head=kept.head, progress=kept.progress)
         subject = subject_of(model, initial_subject_name(kept.name), cache=self.cache, world=self.world)
-        return subject if self.options.feature == "auto" else subject.read_as(self.options.feature)
+        if self.options.feature != "auto":
+            return subject.read_as(self.options.feature)
+        encoder = with_config(kept.encoder, replace(kept.encoder.config, whitening=self.like.whitening))
+        return replace(subject, encoder=encoder).learnt_from(
+            self._training_images(self.options.seed), seed=self.options.seed
+        )
 
     def _training_images(self, seed: int) -> Images:
         """Images that features may be learnt from without labels: all that are not to be tested on."""

@@ -26,7 +26,7 @@ from simclr.models.activation_checkpointing import checkpoint_blocks
 from simclr.models.batchnorm import set_global_batch_norm, track_once
 from simclr.models.encoder import Encoder, build_encoder, encoder_of, read_as, trained_encoder_of
 from simclr.models.heads import ProjectionHead
-from simclr.models.inference import extract
+from simclr.models.inference import extract, whitened
 from simclr.tasks.initial import InitialWeights
 from simclr.tasks.pretrain_views import (
     check_small_crops,
@@ -197,7 +197,7 @@ def build_task(
             if isinstance(encoder, Encoder):
                 made = origin if name == "encoder" else origin | {"average": True}
                 save_encoder(
-                    read_as(encoder, config.feature), folder, preprocessing=config.augmentation, origin=made,
+                    returned_encoder(encoder, images, config), folder, preprocessing=config.augmentation, origin=made,
                     head=head, progress=progress,
                 )  # fmt: skip
 
@@ -262,6 +262,17 @@ def build_method(
     return method.to(world.device).to(memory_format=torch.channels_last)
 
 
+def returned_encoder(encoder: Encoder, images: Images, config: PretrainConfig) -> Encoder:
+    """The encoder in training as it is to be used: with the features, whitened or not, that the settings ask for.
+
+    Args:
+        images: Training images, by which features are whitened.
+    """
+    if config.whiten:
+        return whitened(read_as(encoder, config.feature), images, preset=config.augmentation)
+    return read_as(encoder, config.feature)
+
+
 def _knn_monitor(images: Images, encoder: Encoder, config: PretrainConfig) -> Callable[[], dict[str, float]] | None:
     """KNN accuracy within the training images: a fifth of them asked of the rest. No test image is touched."""
     if images.labels is None or not config.knn_every:
@@ -277,7 +288,7 @@ def _knn_monitor(images: Images, encoder: Encoder, config: PretrainConfig) -> Ca
     bank_labels, query_labels = bank.labels, queries.labels
 
     def monitor() -> dict[str, float]:
-        read = read_as(encoder, config.feature)
+        read = returned_encoder(encoder, bank, config)
         features = [extract(read, part, preset=config.augmentation) for part in (bank, queries)]
         known = bank_labels[bank.items_read(np.arange(len(bank)))]
         targets = query_labels[queries.items_read(np.arange(len(queries)))]
