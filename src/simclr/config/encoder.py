@@ -18,6 +18,8 @@ Feature = Literal["h", "stage4", "stages3-4", "stages1-4"]
 FEATURES: tuple[Feature, ...] = get_args(Feature)
 STAGES_READ: dict[Feature, int] = {"stage4": 1, "stages3-4": 2, "stages1-4": 4}
 """Features on grids -> last stages of a ResNet that they are read from."""
+Scaling = Literal["none", "standardised", "whitened"]
+SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 GRID = 4  # cells a side, at most, that a stage's feature map is averaged to
 CIFAR_STEM_UP_TO = 32  # pixels; the authors' run.py takes the small stem at and below this size
 
@@ -26,7 +28,6 @@ MAX_CHANNELS = 1 << 16
 """Of any layer; SimCLR's widest network, ResNet-50 (4x), has 8,192."""
 MAX_INPUT_CHANNELS = 1024  # hyperspectral cameras have up to some hundred
 MAX_SIZE = 2048  # pixels; timm's largest models take 1,024, and a batch of 256 colour images of 2,048 is 13 GB
-MAX_WHITENING = 1024  # principal components; `simclr pretrain` shrinks 32
 MAX_NAME = 200  # characters of an encoder's name; timm's longest has 70
 
 ADAPTABLE = tuple(f"{TORCHVISION}resnet{depth}" for depth in (18, 34, 50, 101, 152))
@@ -99,9 +100,9 @@ class EncoderConfig:
     maps of a ResNet's stages, which keep positions, averaged to at most 4 x 4 cells and put side by side: of the last
     stage (stage4), the last two or all four. The weights are the same."""
 
-    whitening: int = 0
-    """Principal components, at most a quarter of the features, that are shrunk in the features, which are standardised
-    before (`models/whitening.py`); 0: features as the network gives them."""
+    scaling: Scaling = "none"
+    """What is done to the features that are returned (`models/feature_scaling.py`): none, standardised by training
+    images, or whitened: standardised, with the largest principal components shrunk."""
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -139,11 +140,8 @@ class EncoderConfig:
                 f"{self.name} was given the features {self.feature}; they are read from the stages of our ResNets, "
                 "such as resnet18, and of others h alone."
             )
-        if type(self.whitening) is not int or not 0 <= self.whitening <= MAX_WHITENING:
-            raise UserError(
-                f"The encoder's whitening was {_value(self.whitening)}; it must be a whole number from 0 to "
-                f"{MAX_WHITENING}."
-            )
+        if not isinstance(self.scaling, str) or self.scaling not in SCALINGS:
+            raise UserError(f"The scaling was {_value(self.scaling)}; it must be one of {', '.join(SCALINGS)}.")
         self._check_normalisation()
 
     @property
@@ -171,9 +169,9 @@ class EncoderConfig:
         return () if self.feature == "h" else tuple(min(GRID, s) for s in sides[-STAGES_READ[self.feature] :])
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as plain JSON values, `whitening` only where there is any: records were written before it was."""
+        """Every field as plain JSON values, `scaling` only where there is any: records were written before it was."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return {key: value for key, value in values.items() if key != "whitening" or value}
+        return {key: value for key, value in values.items() if (key, value) != ("scaling", "none")}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "EncoderConfig":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from simclr.config.deprecated import FIELDS, rename_settings
-from simclr.config.encoder import Feature
+from simclr.config.encoder import Feature, Scaling
 from simclr.config.training import FREE_ON_RESUME, TrainingConfig
 from simclr.errors import UserError
 from simclr.files import write_atomically
@@ -122,9 +122,9 @@ class PretrainConfig(TrainingConfig):
     head_reads: Feature | None = None
     """What the projection head reads in training, one of the same; unset: what the encoder returns."""
 
-    whiten: bool = False
-    """Standardise the features that the encoder returns by the training images, and shrink their largest principal
-    components; training is the same without."""
+    scaling: Scaling = "none"
+    """Scaling of the features that the encoder returns: none, standardised by the training images, or whitened, which
+    also shrinks the largest principal components. Training is the same."""
 
     head: Literal["none", "linear", "nonlinear"] = "nonlinear"
     """Projection head between the encoder and the loss (section 4.2)."""

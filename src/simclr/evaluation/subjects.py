@@ -25,7 +25,7 @@ from simclr.evaluation.patches import MAX_PATCHES_SIDE, PatchFeatures
 from simclr.evaluation.results import name_of
 from simclr.models.encoder import Encoder, build_encoder, read_as
 from simclr.models.heads import ProjectionHead
-from simclr.models.inference import extract, outputs, pixels_of, whitened
+from simclr.models.inference import extract, outputs, pixels_of, scaled
 from simclr.training.progress import counting
 from simclr.views.policy import AugmentationPreset
 from simclr.weights.folder import Model, digest_of, load_quietly
@@ -92,12 +92,14 @@ class EvaluatedModel:
     def learnt_from(self, images: Images, *, seed: int) -> "EvaluatedModel":
         """The model whose features are learnt from these training images, where they are learnt at all.
 
-        Patches are learnt when they are first needed, and the whitening of an encoder that came without it, `random`
+        Patches are learnt when they are first needed, and the scaling of an encoder that came without it, `random`
         for instance, at once; both without labels.
         """
-        if self.encoder is not None and self.encoder.whitening is not None and not self.encoder.whitening.is_fitted:
-            fitted = whitened(self.encoder, self.fitted(images), preset=self.preprocessing, world=self.world)
-            return replace(self, encoder=fitted)
+        encoder = self.encoder
+        if encoder is not None and encoder.scaling is not None and not encoder.scaling.is_fitted:
+            images = self.fitted(images)
+            encoder = scaled(encoder, encoder.config.scaling, images, preset=self.preprocessing, world=self.world)
+            return replace(self, encoder=encoder)
         if self.name != PATCHES:
             return self
         features = PatchFeatures(size=self.size, preset=self.preprocessing, images=self.fitted(images), seed=seed)
@@ -109,13 +111,13 @@ class EvaluatedModel:
         return None if self.hand_made is None else self.hand_made.network(self.world).to(self.world.device)
 
     def read_as(self, feature: Feature) -> "EvaluatedModel":
-        """The same weights with these features, not whitened; without the head, which reads what it was trained on.
+        """The same weights with these features, not scaled; without the head, which reads what it was trained on.
 
         Raises:
             UserError: The encoder has h alone.
         """
         assert self.encoder is not None
-        if feature == self.encoder.config.feature and not self.encoder.config.whitening:
+        if feature == self.encoder.config.feature and self.encoder.scaling is None:
             return self
         return replace(self, encoder=read_as(self.encoder, feature), head=None)
 

@@ -129,7 +129,7 @@ class Method(nn.Module, ABC):
 def build_head(encoder: Encoder, config: PretrainConfig) -> ProjectionHead:
     """A fresh projection head for this encoder, which returns what the head is to read, as the settings say."""
     reads = config.head_reads or config.feature
-    reads = None if reads == config.feature and not config.whiten else reads
+    reads = None if reads == config.feature and config.scaling == "none" else reads
     return ProjectionHead(
         encoder.num_features, kind=config.head, layers=config.head_layers, dim=config.head_dim,
         norm=config.head_norm, reads=reads, seed=config.seed,

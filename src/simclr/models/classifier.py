@@ -33,7 +33,7 @@ class Classifier(nn.Module):
         require_head_layer(head, head_layer)
         self.encoder = encoder
         self.head = head if head_layer else None
-        returned = encoder.config.feature + (", whitened" if encoder.config.whitening else "")
+        returned = encoder.config.feature + ("" if encoder.scaling is None else f", {encoder.config.scaling}")
         if self.head is not None and self.head.reads not in (None, returned):
             raise UserError(
                 f"The projection head reads {self.head.reads}, and the encoder returns {returned}; they do not fit "

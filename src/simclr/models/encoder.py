@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from simclr.config.encoder import MAX_CHANNELS, RESNETS, TIMM, TORCHVISION, EncoderConfig, Feature
 from simclr.config.pretrain import PretrainConfig
 from simclr.errors import UserError
+from simclr.models.feature_scaling import FeatureScaling
 from simclr.models.init import seeded
 from simclr.models.resnet import ResNet
-from simclr.models.whitening import COMPONENTS, Whitening
 
 if TYPE_CHECKING:
     from simclr.models.external.timm_bridge import Normalisation
@@ -24,7 +24,7 @@ class Encoder(nn.Module):
         config: What the encoder is and expects.
         backbone: (B, C, S, S) -> (B, F).
         num_features: F.
-        whitening: What stands behind the backbone; None: its output is returned as it is.
+        scaling: What stands behind the backbone; None: its output is returned as it is.
     """
 
     mean: Tensor | None
@@ -35,7 +35,9 @@ class Encoder(nn.Module):
         self.config = config
         self.backbone = backbone
         self.num_features = num_features
-        self.whitening = Whitening(num_features, config.whitening) if config.whitening else None
+        self.scaling = None
+        if config.scaling != "none":
+            self.scaling = FeatureScaling(num_features, whitened=config.scaling == "whitened")
         for name, values in (("mean", config.mean), ("std", config.std)):
             column = None if values is None else torch.tensor(values, device="cpu").view(-1, 1, 1)  # (C, 1, 1)
             self.register_buffer(name, column, persistent=False)  # the config carries them
@@ -56,7 +58,7 @@ class Encoder(nn.Module):
         if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
         h = self.backbone(x)
-        return h if self.whitening is None else self.whitening(h)
+        return h if self.scaling is None else self.scaling(h)
 
     def _check(self, x: Tensor) -> None:
         channels = self.config.channels
@@ -84,32 +86,32 @@ def encoder_of(config: PretrainConfig, channels: int) -> EncoderConfig:
     """
     return EncoderConfig(
         name=config.encoder, width=config.width, stem=config.stem, sk=config.sk, channels=channels, size=config.size,
-        feature=config.feature, whitening=COMPONENTS if config.whiten else 0,
+        feature=config.feature, scaling=config.scaling,
     )  # fmt: skip
 
 
 def trained_encoder_of(config: PretrainConfig, channels: int) -> EncoderConfig:
-    """The same with the features that the projection head reads, not whitened.
+    """The same with the features that the projection head reads, as the network gives them.
 
     Raises:
         UserError: As of `encoder_of`.
     """
-    return replace(encoder_of(config, channels), feature=config.head_reads or config.feature, whitening=0)
+    return replace(encoder_of(config, channels), feature=config.head_reads or config.feature, scaling="none")
 
 
 def read_as(encoder: Encoder, feature: Feature) -> Encoder:
-    """The encoder with the same weights and these features (`EncoderConfig.feature`), not whitened, on its device.
+    """The encoder with the same weights and these features (`EncoderConfig.feature`), not scaled, on its device.
 
     Raises:
         UserError: It is no ResNet of ours.
     """
-    return with_config(encoder, replace(encoder.config, feature=feature, whitening=0))
+    return with_config(encoder, replace(encoder.config, feature=feature, scaling="none"))
 
 
 def with_config(encoder: Encoder, config: EncoderConfig) -> Encoder:
     """The same backbone in an encoder of another description, such as of another size, on the same device.
 
-    Its whitening, if the description has one, is yet to be fitted.
+    The scaling of its features, if the description has one, is yet to be fitted.
 
     Raises:
         UserError: `build_encoder` cannot build it.

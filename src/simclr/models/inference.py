@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from simclr.config.encoder import Scaling
 from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import NotFinite, UserError
 from simclr.models.encoder import Encoder, read_as, with_config
-from simclr.models.whitening import COMPONENTS, fit_whitening
 from simclr.views.policy import AugmentationPreset
 from simclr.views.views import eval_images
 
@@ -56,28 +56,29 @@ def extract(
     )  # fmt: skip
 
 
-WHITENING_ROWS = 5000
-"""Training images, evenly spaced, by which features are whitened."""
+SCALING_ROWS = 5000
+"""Training images, evenly spaced, by which features are standardised or whitened."""
 
 
-def whitened(
-    encoder: Encoder, images: Images, *, preset: AugmentationPreset = "google", world: DistributedContext = ALONE
-) -> Encoder:
-    """The encoder with its features whitened by training images, none of whose labels is read.
+def scaled(
+    encoder: Encoder, scaling: Scaling, images: Images, *, preset: AugmentationPreset = "google",
+    world: DistributedContext = ALONE,
+) -> Encoder:  # fmt: skip
+    """The encoder with its features scaled (`EncoderConfig.scaling`) by training images, none of whose labels is read.
 
     Args:
-        encoder: On the device where the work is to be done; it stays as it is. Whitening of its own is replaced.
+        encoder: On the device where the work is to be done; it stays as it is. A scaling of its own is replaced.
         preset, world: As of `extract`.
 
     Raises:
         UserError: As of `extract`.
     """
     raw = read_as(encoder, encoder.config.feature)
-    rows = np.linspace(0, len(images) - 1, min(len(images), WHITENING_ROWS)).astype(np.int64)
+    rows = np.linspace(0, len(images) - 1, min(len(images), SCALING_ROWS)).astype(np.int64)
     features = extract(raw, images.subset(rows), preset=preset, world=world)
-    result = with_config(raw, replace(raw.config, whitening=COMPONENTS))
-    assert result.whitening is not None
-    fit_whitening(result.whitening, features)
+    result = with_config(raw, replace(raw.config, scaling=scaling))
+    if result.scaling is not None:
+        result.scaling.fit(features)
     return result
 
 

@@ -104,7 +104,7 @@ class Session:
         else:
             like, preprocessing = _shape(options, train, world)
             if options.feature != "auto":
-                like = replace(like, feature=options.feature, whitening=0)
+                like = replace(like, feature=options.feature, scaling="none")
         if options.compare == type(options).compare:
             options = _fitting_compare(options, like, world)
         elif INIT in _compared(options):
@@ -224,7 +224,7 @@ class Session:
         subject = subject_of(model, initial_subject_name(kept.name), cache=self.cache, world=self.world)
         if self.options.feature != "auto":
             return subject.read_as(self.options.feature)
-        encoder = with_config(kept.encoder, replace(kept.encoder.config, whitening=self.like.whitening))
+        encoder = with_config(kept.encoder, replace(kept.encoder.config, scaling=self.like.scaling))
         return replace(subject, encoder=encoder).learnt_from(
             self._training_images(self.options.seed), seed=self.options.seed
         )

@@ -176,7 +176,7 @@ def _with_settings(encoder: Encoder, name: str, size: int | None, feature: Featu
         own,
         size=size or own.size,
         feature=feature or own.feature,
-        whitening=0,
+        scaling="none",
         stem=own.stem if own.is_external else own.resolved_stem,
     )
     try:

@@ -26,7 +26,7 @@ from simclr.models.activation_checkpointing import checkpoint_blocks
 from simclr.models.batchnorm import set_global_batch_norm, track_once
 from simclr.models.encoder import Encoder, build_encoder, encoder_of, read_as, trained_encoder_of
 from simclr.models.heads import ProjectionHead
-from simclr.models.inference import extract, whitened
+from simclr.models.inference import extract, scaled
 from simclr.tasks.initial import InitialWeights
 from simclr.tasks.pretrain_views import (
     check_small_crops,
@@ -263,14 +263,13 @@ def build_method(
 
 
 def returned_encoder(encoder: Encoder, images: Images, config: PretrainConfig) -> Encoder:
-    """The encoder in training as it is to be used: with the features, whitened or not, that the settings ask for.
+    """The encoder in training as it is to be used: with the features that the settings ask for.
 
     Args:
-        images: Training images, by which features are whitened.
+        images: Training images, by which features are scaled.
     """
-    if config.whiten:
-        return whitened(read_as(encoder, config.feature), images, preset=config.augmentation)
-    return read_as(encoder, config.feature)
+    encoder = read_as(encoder, config.feature)
+    return encoder if config.scaling == "none" else scaled(encoder, config.scaling, images, preset=config.augmentation)
 
 
 def _knn_monitor(images: Images, encoder: Encoder, config: PretrainConfig) -> Callable[[], dict[str, float]] | None:

@@ -85,8 +85,8 @@ def name_in(library: str, config: EncoderConfig) -> str:
 def _difference(library: str, config: EncoderConfig) -> str | None:
     """What stands between the encoder and any model of the library; None: nothing but the max-pool."""
     title, same = library.rstrip("/"), COUNTERPARTS[library]
-    if config.whitening:
-        return "its features are whitened, theirs are not"
+    if config.scaling != "none":
+        return f"its features are {config.scaling}, theirs are not"
     if config.is_external:
         return f"it is {config.name}"
     if config.feature != "h":

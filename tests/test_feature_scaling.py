@@ -11,12 +11,12 @@ import simclr
 from helpers import as_trained, known, random_inputs, relative_error
 from simclr.config.encoder import EncoderConfig
 from simclr.models.encoder import build_encoder, read_as, with_config
-from simclr.models.whitening import FLOOR, Whitening, fit_whitening
+from simclr.models.feature_scaling import FLOOR, FeatureScaling
 from simclr.tasks.export import export
 from simclr.tasks.options.using import Export
 from simclr.weights.folder import load, save_encoder
 
-SHAPE = EncoderConfig("small", channels=1, size=8, width=0.5, feature="stages3-4", whitening=32)
+SHAPE = EncoderConfig("small", channels=1, size=8, width=0.5, feature="stages3-4", scaling="whitened")
 QUICK = ("--recipe", "digits", "--epochs", 1, "--batch-size", 64, "--width", 0.5, "--workers", 0)
 
 
@@ -31,8 +31,8 @@ def correlated(n: int, width: int) -> np.ndarray:
 def test_it_is_standardisation_and_a_shrinking_of_the_largest_principal_components(n):
 
     rows = correlated(n, 12)
-    whitening = Whitening(12, 3)
-    fit_whitening(whitening, rows)
+    whitening = FeatureScaling(12, whitened=True)
+    whitening.fit(rows)
     standard = (rows.astype(np.float64) - rows.mean(0, dtype=np.float64)) / rows.std(0, dtype=np.float64)
     variances, directions = np.linalg.eigh(standard.T @ standard / len(rows))
     gains = np.where(variances >= np.sort(variances)[-3], np.sqrt(FLOOR / (FLOOR + variances)), 1.0)
@@ -41,14 +41,22 @@ def test_it_is_standardisation_and_a_shrinking_of_the_largest_principal_componen
     assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max()
 
 
+def test_standardised_features_have_mean_0_and_deviation_1():
+    rows = correlated(400, 12)
+    scaling = FeatureScaling(12, whitened=False)
+    scaling.fit(rows)
+    found = scaling(torch.from_numpy(rows)).double()
+    assert found.mean(0).abs().max() < 1e-2 and (found.std(0, correction=0) - 1).abs().max() < 1e-3
+
+
 def test_features_that_never_change_stay_finite():
     rows = correlated(50, 8)
     rows[:, 2] = 7.0
     for features in (rows, np.full((50, 8), 3.0, np.float32)):
-        whitening = Whitening(8, 4)
-        fit_whitening(whitening, features)
+        whitening = FeatureScaling(8, whitened=True)
+        whitening.fit(features)
         assert whitening(torch.from_numpy(features)).isfinite().all()
-        assert whitening.is_fitted == (features is rows)
+        assert whitening.is_fitted
 
 
 def test_the_backbone_is_read_alike_with_and_without():
@@ -56,10 +64,10 @@ def test_the_backbone_is_read_alike_with_and_without():
     x = random_inputs(SHAPE, 6)
     with torch.no_grad():
         raw = read_as(encoder, "stages3-4")
-        assert raw.whitening is None and torch.equal(encoder(x), raw(x))  # not fitted: the identity
-        fit_whitening(known(encoder.whitening), raw(random_inputs(SHAPE, 200)).numpy())
-        assert torch.equal(known(encoder.whitening)(raw(x)), encoder(x)) and not torch.equal(encoder(x), raw(x))
-        assert not known(with_config(raw, SHAPE).whitening).is_fitted
+        assert raw.scaling is None and torch.equal(encoder(x), raw(x))  # not fitted: the identity
+        known(encoder.scaling).fit(raw(random_inputs(SHAPE, 200)).numpy())
+        assert torch.equal(known(encoder.scaling)(raw(x)), encoder(x)) and not torch.equal(encoder(x), raw(x))
+        assert not known(with_config(raw, SHAPE).scaling).is_fitted
 
 
 def test_folder_and_onnx_file_have_it_and_other_libraries_refuse_it(tmp_path):
@@ -67,7 +75,7 @@ def test_folder_and_onnx_file_have_it_and_other_libraries_refuse_it(tmp_path):
     encoder = as_trained(build_encoder(SHAPE, seed=1)).eval()
     x = random_inputs(SHAPE, 3)
     with torch.no_grad():
-        fit_whitening(known(encoder.whitening), read_as(encoder, "stages3-4")(random_inputs(SHAPE, 200)).numpy())
+        known(encoder.scaling).fit(read_as(encoder, "stages3-4")(random_inputs(SHAPE, 200)).numpy())
         save_encoder(encoder, tmp_path / "encoder", preprocessing="google", origin={})
         export(Export(run=tmp_path / "encoder", format="onnx", out=tmp_path / "w.onnx"))
         expected = encoder(x)
@@ -79,13 +87,13 @@ def test_folder_and_onnx_file_have_it_and_other_libraries_refuse_it(tmp_path):
 
 
 def test_a_run_trains_as_without_and_gives_whitened_features(simclr, tmp_path):
-    for name, flags in (("raw", ()), ("whitened", ("--whiten",))):
+    for name, flags in (("raw", ()), ("whitened", ("--scaling", "whitened"))):
         code, _, said = simclr("pretrain", "digits", "--out", tmp_path / name, *QUICK, *flags)
         assert code == 0, said
     raw, whitened = load(tmp_path / "raw"), load(tmp_path / "whitened")
     weights = [model.encoder.backbone.state_dict() for model in (raw, whitened)]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    assert whitened.encoder.config.whitening == 32 and known(whitened.head).reads == "h"
+    assert whitened.encoder.config.scaling == "whitened" and known(whitened.head).reads == "h"
     assert known(raw.head).reads is None
 
     digits = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
@@ -97,7 +105,7 @@ def test_a_run_trains_as_without_and_gives_whitened_features(simclr, tmp_path):
     )  # fmt: skip
     assert code == 0, said
     records = json.loads((tmp_path / "r.json").read_text())["records"]
-    assert [record["model"]["network"]["whitening"] for record in records] == [32, 32]
+    assert [record["model"]["network"]["scaling"] for record in records] == ["whitened"] * 2
 
     for layer in (0, 1):  # the classifier stands on whitened features, or on the head, which reads them as they are
         code, _, said = simclr(
@@ -105,4 +113,4 @@ def test_a_run_trains_as_without_and_gives_whitened_features(simclr, tmp_path):
             "--head-layer", layer, "--epochs", 1, "--batch-size", 64, "--workers", 0,
         )  # fmt: skip
         assert code == 0, said
-        assert load(tmp_path / f"tuned{layer}").encoder.config.whitening == (0 if layer else 32)
+        assert load(tmp_path / f"tuned{layer}").encoder.config.scaling == ("none" if layer else "whitened")
