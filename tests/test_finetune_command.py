@@ -163,8 +163,9 @@ def test_mistakes_are_one_sentence(simclr, encoder, tmp_path, arguments, expecte
     assert "Traceback" not in said and not (tmp_path / "out" / "summary.json").exists()
 
 
-def test_resume_goes_on_with_a_fine_tuning_as_it_began(simclr, encoder, tmp_path, monkeypatch):
-    command = ["finetune", encoder, "digits", *QUICK]
+@pytest.mark.parametrize("more", [[], ["--pseudo-labels"]])
+def test_resume_goes_on_with_a_fine_tuning_as_it_began(simclr, encoder, tmp_path, monkeypatch, more):
+    command = ["finetune", encoder, "digits", *QUICK, *more]
     assert simclr(*command, "--out", tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:
         real, calls = finetuning.make_view, []
