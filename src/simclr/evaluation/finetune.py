@@ -98,8 +98,7 @@ def finetune(
     for images in (train, test):
         require_channels(encoder.config.channels, images)
     world = execution.world or DistributedContext(device=device_of(encoder))
-    if config.head_layer:
-        encoder = read_for(encoder, head)
+    encoder = read_for(encoder, head)
     network = Classifier(deepcopy(encoder), deepcopy(head), len(labels), head_layer=config.head_layer)
     classes = [str(label) if train.classes is None else train.classes[label] for label in labels]
     inputs = _inputs(network, train, targets, seed, preset)

@@ -254,11 +254,16 @@ def transfer_data(data: "TransferSet") -> Entry:
 
 
 def _initial_network(subject: "EvaluatedModel", config: FinetuneConfig | None, *, from_scratch: bool) -> Entry:
-    """The network that a training starts from: only its shape if from scratch, and its head if that is used."""
+    """The network that a training starts from: only its shape if from scratch, and its head if that is used.
+
+    A training reads the features that the head was trained on, where those are others than the encoder returns.
+    """
+    reads = None if subject.head is None else subject.head.reads
+    trained_on = {} if reads is None or not (from_scratch or config) else {"reads": reads}
     if from_scratch:
-        return subject.model | {"weights": None}
+        return subject.model | trained_on | {"weights": None}
     uses_head = config is not None and config.head_layer > 0
-    return subject.model | {"head": subject.head_weights} if uses_head else subject.model
+    return subject.model | trained_on | ({"head": subject.head_weights} if uses_head else {})
 
 
 def _training_settings(config: FinetuneConfig, subject: "EvaluatedModel") -> Entry:

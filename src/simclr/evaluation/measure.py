@@ -32,6 +32,7 @@ from simclr.evaluation.pseudo_labels import PseudoLabels, pseudo_labels, require
 from simclr.evaluation.results import About, Measured, Result, ResultStore, name_of
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import PIXELS, RANDOM, EvaluatedModel, open_subject
+from simclr.models.classifier import read_for
 from simclr.training.fit import Execution
 from simclr.training.progress import counting
 
@@ -264,7 +265,7 @@ def train_subject(
     assert subject.encoder is not None
     preset = subject.preprocessing
     if from_scratch:
-        shape = subject.encoder.config
+        shape = read_for(subject.encoder, subject.head).config
         return supervised(shape, train, test, config, seed=seed, preset=preset, execution=execution)
     return finetune(subject.encoder, subject.head, train, test, config, seed=seed, preset=preset, execution=execution)
 

@@ -102,9 +102,7 @@ def open_student(options: "Distill", teacher: Model, *, main: bool = True) -> tu
     if layer is None:
         alike = options.student == SAME and options.encoder is None
         layer = teacher.classifier.head_layer if alike and isinstance(teacher.classifier, Classifier) else 0
-    if layer:
-        encoder = read_for(encoder, head)
-    return Classifier(encoder, head, len(teacher.classes), head_layer=layer), description
+    return Classifier(read_for(encoder, head), head, len(teacher.classes), head_layer=layer), description
 
 
 def _fresh_head(like: ProjectionHead | None, encoder: Encoder, seed: int) -> ProjectionHead | None:
