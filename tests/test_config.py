@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from helpers import SMALL_RUN
 from simclr.config.finetune import FinetuneConfig
 from simclr.config.pretrain import PretrainConfig, changed_on_resume, load_config
-from simclr.config.recipes import RECIPES, choose_recipe, find_recipe, fit_recipe
+from simclr.config.recipes import RECIPES, choose_recipe, find_recipe, fit_recipe, settings_for
 from simclr.errors import UserError
 
 
@@ -155,3 +156,15 @@ def test_a_later_setting_is_no_part_of_results_that_it_does_not_change():
     before, after = FinetuneConfig(), FinetuneConfig(nesterov=False, lr_decay="steps")
     assert {"nesterov", "lr_decay"} & before.result_fields().keys() == set()
     assert after.result_fields() == before.result_fields() | {"nesterov": False, "lr_decay": "steps"}
+
+
+def test_features_chosen_for_a_recipes_own_encoder_do_not_go_to_another():
+    def features(**flags: Any) -> tuple[str, str | None]:
+        config = settings_for(
+            RECIPES["cpu"], Facts(60_000, 28), lambda config: replace(config, **flags), on_gpu=False, say=lambda _: None
+        )
+        return config.feature, config.head_reads
+
+    assert features() == features(width=2.0) == ("stages1-4", "h")
+    assert features(encoder="timm/resnet18") == features(encoder="resnet50") == ("h", None)
+    assert features(encoder="resnet18", feature="stage4") == ("stage4", None)

@@ -39,7 +39,8 @@ RUNS = {
     "pretrain-recompute": f"{_DIGITS} --memory checkpointing",
     "pretrain-cache": f"{_DIGITS} --memory grad-cache --chunk 48",
     "pretrain-colour": (
-        "pretrain COLOUR --recipe cpu --size 16 --encoder small --stem strided --optimizer lars --warmup-epochs 1 "
+        "pretrain COLOUR --recipe cpu --size 16 --encoder small --stem strided --feature h --scaling none "
+        "--optimizer lars --lr 0.005 --momentum 0.9 --warmup-epochs 1 "
         "--views torchvision --loss dcl --head-layers 3 --blur 0.5 --batch-size 24 --epochs 4 --memory plain "
         f"--knn-every 0 {_RECORDS}"
     ),
