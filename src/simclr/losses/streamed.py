@@ -12,7 +12,8 @@ and P_ij = exp(s_ij - L_i),
 
 Forward and backward each walk once over tiles of s, which are computed, used and overwritten; since s is
 symmetric, a tile above the diagonal serves the one below it too. Extra memory is O(N D + tile^2). The order
-of additions is fixed, so results are equal bit for bit from run to run.
+of additions is fixed, so results are equal bit for bit from run to run; on a CPU threads share the tiles of a large
+batch (turns.py).
 
 In a distributed run every process holds all of z, does the rows that are its own, and shares their L (N
 numbers in all); the formula then gives the whole gradient of its rows without another exchange.
@@ -21,7 +22,7 @@ This file has the tiles as operations of torch, for any device and for fp64. cud
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,11 +31,15 @@ from torch.autograd.function import once_differentiable
 
 from simclr.distributed import DistributedContext
 from simclr.losses.operands import Operands
+from simclr.losses.turns import Turns, in_threads
 
 __all__ = ["others_logsumexp"]
 
 CPU_TILE = 512
 """Rows and columns of a tile: 1 MiB in fp32, within a core's L2 cache. 384 to 1,024 are about as fast."""
+
+ROWS_PER_THREAD = 4
+"""Rows of tiles that each thread needs to be worth more than a share of each operation; with fewer, torch shares."""
 
 GPU_TILE = 4096
 """Large enough that a launch costs nothing beside the work; 64 MiB in fp32."""
@@ -113,11 +118,17 @@ class _OthersLogSumExp(torch.autograd.Function):
                 )
             else:
                 weigh = _bounded_weights_ if bounded else _weights_
-                for rows, columns, s in _similarities(z, temperature, own, group, tile):
-                    weights = weigh(s, log_sums[rows], log_sums[columns], grad[rows], grad[columns])
+
+                def weights(rows: slice, columns: slice, s: Tensor) -> Tensor:
+                    return weigh(s, log_sums[rows], log_sums[columns], grad[rows], grad[columns])
+
+                def to_rows(rows: slice, columns: slice, weights: Tensor) -> None:
                     dz[rows].addmm_(weights, z[columns])
-                    if _mirrored(rows, columns, own):
-                        dz[columns].addmm_(weights.T, z[rows])
+
+                def to_columns(rows: slice, columns: slice, weights: Tensor) -> None:
+                    dz[columns].addmm_(weights.T, z[rows])
+
+                _each_tile(z, temperature, own, group, tile, weights, to_rows, to_columns)
                 dz.div_(temperature)
         return dz, None, None, None, None, None, None
 
@@ -125,21 +136,28 @@ class _OthersLogSumExp(torch.autograd.Function):
 def _log_of_sums(z: Tensor, temperature: float, own: slice, group: int, tile: int) -> Tensor:
     """L of the rows `own` for bounded similarities, whose exponentials need no shift."""
     sums = z.new_zeros(len(z))
-    for rows, columns, s in _similarities(z, temperature, own, group, tile):
-        s.exp_()
-        sums[rows] += s.sum(1)
-        if _mirrored(rows, columns, own):
-            sums[columns] += s.sum(0)
+
+    def to_rows(rows: slice, _columns: slice, exponentials: Tensor) -> None:
+        sums[rows] += exponentials.sum(1)
+
+    def to_columns(_rows: slice, columns: slice, exponentials: Tensor) -> None:
+        sums[columns] += exponentials.sum(0)
+
+    _each_tile(z, temperature, own, group, tile, lambda _rows, _columns, s: s.exp_(), to_rows, to_columns)
     return sums.log_()
 
 
 def _merged_log_sums(z: Tensor, temperature: float, own: slice, group: int, tile: int) -> Tensor:
     """L of the rows `own` for any similarities."""
     log_sums = z.new_full((len(z),), -math.inf)
-    for rows, columns, s in _similarities(z, temperature, own, group, tile):
+
+    def to_rows(rows: slice, _columns: slice, s: Tensor) -> None:
         log_sums[rows] = log_sums[rows].logaddexp(s.logsumexp(1))
-        if _mirrored(rows, columns, own):
-            log_sums[columns] = log_sums[columns].logaddexp(s.logsumexp(0))
+
+    def to_columns(_rows: slice, columns: slice, s: Tensor) -> None:
+        log_sums[columns] = log_sums[columns].logaddexp(s.logsumexp(0))
+
+    _each_tile(z, temperature, own, group, tile, lambda _rows, _columns, s: s, to_rows, to_columns)
     return log_sums
 
 
@@ -154,28 +172,60 @@ def _weights_(s: Tensor, l_rows: Tensor, l_columns: Tensor, g_rows: Tensor, g_co
     return s.sub_(l_rows[:, None]).exp_().mul_(g_rows[:, None]).add_(of_columns)
 
 
-def _similarities(
-    z: Tensor, temperature: float, own: slice, group: int, tile: int
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Tiles of s with -inf where a row meets its group; each is overwritten by the next."""
-    memory = z.new_empty(min(tile, len(z)) ** 2)
-    for rows, columns in _tiles(len(z), own, tile):
-        shape = rows.stop - rows.start, columns.stop - columns.start
-        s = memory[: shape[0] * shape[1]].view(shape)
-        torch.addmm(s, z[rows], z[columns].T, beta=0, alpha=1 / temperature, out=s)
-        if rows == columns:
-            groups = len(s) // group
-            s.view(groups, group, groups, group).diagonal(dim1=0, dim2=2).fill_(-math.inf)
-        yield rows, columns, s
+def _each_tile(
+    z: Tensor,
+    temperature: float,
+    own: slice,
+    group: int,
+    tile: int,
+    prepare: Callable[[slice, slice, Tensor], Tensor],
+    to_rows: Callable[[slice, slice, Tensor], None],
+    to_columns: Callable[[slice, slice, Tensor], None],
+) -> None:
+    """Let each tile of s add to the sums of its rows and, if the transposed tile is also ours, of its columns.
+
+    All are called with the tile's rows and columns; `prepare` with the tile, which has -inf where a row meets its
+    group and is overwritten by the next, the others with what `prepare` made of it. Threads may share the tiles; those
+    that add to the same sums do so in the order of one thread.
+    """
+    starts = range(own.start, own.stop, tile)
+    turns = Turns(len(starts))
+
+    def work() -> None:
+        memory = z.new_empty(min(tile, len(z)) ** 2)
+        for row in turns.rows():
+            rows = slice(starts[row], min(starts[row] + tile, own.stop))
+            for place, columns in enumerate(_columns(rows.start, len(z), own, tile)):
+                s = prepare(rows, columns, _similarities(z, temperature, rows, columns, group, memory))
+                if row and place == 0:  # the rows above have added to these rows, as their columns
+                    turns.wait(row - 1, 2)
+                to_rows(rows, columns, s)
+                if _mirrored(rows, columns, own):
+                    if row:
+                        turns.wait(row - 1, place + 2)
+                    to_columns(rows, columns, s)
+                turns.added(row)
+
+    threads = torch.get_num_threads() if z.device.type == "cpu" else 1
+    in_threads(work, turns, threads if len(starts) >= ROWS_PER_THREAD * threads else 1)
 
 
-def _tiles(total: int, own: slice, tile: int) -> Iterator[tuple[slice, slice]]:
-    """Tiles that cover the rows `own`; within the square own x own those on and above the diagonal."""
-    for start in range(own.start, own.stop, tile):
-        rows = slice(start, min(start + tile, own.stop))
-        for first, last in ((start, own.stop), (0, own.start), (own.stop, total)):
-            for column in range(first, last, tile):
-                yield rows, slice(column, min(column + tile, last))
+def _similarities(z: Tensor, temperature: float, rows: slice, columns: slice, group: int, memory: Tensor) -> Tensor:
+    """One tile of s, in `memory`."""
+    shape = rows.stop - rows.start, columns.stop - columns.start
+    s = memory[: shape[0] * shape[1]].view(shape)
+    torch.addmm(s, z[rows], z[columns].T, beta=0, alpha=1 / temperature, out=s)
+    if rows == columns:
+        groups = len(s) // group
+        s.view(groups, group, groups, group).diagonal(dim1=0, dim2=2).fill_(-math.inf)
+    return s
+
+
+def _columns(start: int, total: int, own: slice, tile: int) -> Iterator[slice]:
+    """Columns of the tiles of a row that starts there; within the square own x own from the diagonal on, and first."""
+    for first, last in ((start, own.stop), (0, own.start), (own.stop, total)):
+        for column in range(first, last, tile):
+            yield slice(column, min(column + tile, last))
 
 
 def _mirrored(rows: slice, columns: slice, own: slice) -> bool:
