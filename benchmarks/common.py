@@ -13,11 +13,12 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,22 @@ def _on_cores(cores: int, function: Callable[..., Any], arguments: tuple[Any, ..
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     torch.set_num_threads(cores)
     return function(*arguments)
+
+
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """So many processes that keep a core busy meanwhile, each in a session of its own, as other users' programs are.
+
+    They end with this process too, however it ends.
+    """
+    busy = [sys.executable, "-c", f"import os\nwhile os.getppid() == {os.getpid()}: pass"]
+    processes = [subprocess.Popen(busy, start_new_session=True) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

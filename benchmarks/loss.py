@@ -9,7 +9,8 @@ Each round then times every contender once, one after the other, and takes the r
 median (smallest to largest) over the rounds, and from 65,536 rows on there is one round. Extra memory is what a call
 adds at its peak to a process that holds the projections, their gradients included: on a CPU the growth of the resident
 set, each contender in a process of its own; on a GPU what torch allocates. A contender whose N x N matrices would not
-fit is left out and its need stated.
+fit is left out and its need stated. `--neighbours 0 1 2` measures beside as many processes that keep a core busy;
+`simclr` runs with GOMP_SPINCOUNT=1000, which has to be set for this script.
 
 The floor: N^2/2 pairs, 2 D operations each, for the similarities of forward, those of backward, and the gradients of
 both rows, 4 N^2 D in all; on a GPU, where each row of backward is done by itself, 5 N^2 D, up to three times over where
@@ -23,13 +24,14 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common import in_fresh_process, machine, print_markdown, ratios, spread, write_json
+from common import in_fresh_process, machine, neighbours, print_markdown, ratios, spread, write_json
 from simclr.losses import nt_xent, nt_xent_dense
 
 OURS, OURS_BF16, DENSE, LIGHTLY = "ours", "ours, bf16 projections", "dense definition", "lightly"
@@ -54,18 +56,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.3, help="least time of one measurement")
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2], help="threads, on a CPU")
+    parser.add_argument(
+        "--neighbours", type=int, nargs="+", default=[0], help="busy processes beside, one after another"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, help="also write every measurement here, after each size")
     args = parser.parse_args()
     results: list[dict[str, Any]] = []
-    for cores in args.cores if args.device == "cpu" else [1]:
-        rows = args.min_rows
-        while rows <= args.max_rows:
-            results.append(measure(rows, cores, args.rounds, args.seconds, args.device))
-            print(summary(results[-1]), flush=True)
-            if args.json:
-                write_json(args.json, {"machine": machine(), "width": WIDTH, "results": results})
-            rows *= 2
+    sizes = [args.min_rows << n for n in range(64) if args.min_rows << n <= args.max_rows]
+    for cores, rows, beside in product(args.cores if args.device == "cpu" else [1], sizes, args.neighbours):
+        with neighbours(beside):
+            result = measure(rows, cores, args.rounds, args.seconds, args.device)
+        results.append(result | {"neighbours": beside})
+        print(summary(results[-1]), flush=True)
+        if args.json:
+            write_json(args.json, {"machine": machine(), "width": WIDTH, "results": results})
     print_table(results)
 
 
@@ -233,7 +238,8 @@ def highest_resident_bytes() -> int:
 def summary(result: dict[str, Any]) -> str:
     """A line for people who wait."""
     times = ", ".join(f"{name} {1e3 * statistics.median(t):,.1f} ms" for name, t in result["seconds"].items())
-    return f"{result['rows']:,} rows, {result['device']} x {result['cores']}: {times}"
+    beside = f", {result['neighbours']} beside" if result["neighbours"] else ""
+    return f"{result['rows']:,} rows, {result['device']} x {result['cores']}{beside}: {times}"
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
@@ -243,6 +249,8 @@ def print_table(results: list[dict[str, Any]]) -> None:
         where = f"{result['device']}, {result['cores']} thread{'s' * (result['cores'] > 1)}"
         if result["device"] == "cuda":
             where = "cuda"
+        if result["neighbours"]:
+            where += f", {result['neighbours']} beside"
         ours, ours_bytes = result["seconds"][OURS], result["extra_bytes"][OURS]
         for name, times in result["seconds"].items():
             extra = result["extra_bytes"][name]

@@ -16,6 +16,8 @@ than the encoder alone does, so the share counts on a quiet one only.
 
 Every measurement has a process of its own that may use `cores` cores in all, workers included. In it the contenders
 take turns, a few seconds each, and ratios are taken within a round: median (smallest to largest) over the rounds.
+`--neighbours 0 1 2` measures beside as many processes that keep a core busy; `simclr` runs with
+GOMP_SPINCOUNT=1000, which has to be set for this script (and is then lightly's too).
 """
 
 import argparse
@@ -25,6 +27,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from common import (
     encoder_alone,
     in_fresh_process,
     machine,
+    neighbours,
     pil_images,
     print_markdown,
     random_images,
@@ -87,6 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", help="settings whose name contains this")
     parser.add_argument("--cores", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--neighbours", type=int, nargs="+", default=[0], help="busy processes beside, one after another"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="least time of one measurement")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="lightly's candidates")
@@ -99,13 +106,14 @@ def main() -> None:
     for setting in chosen:
         if args.only and args.only not in setting.name:
             continue
-        for cores in args.cores:
+        for cores, beside in product(args.cores, args.neighbours):
             try:
-                result = in_fresh_process(cores, measure, setting, cores, args)
+                with neighbours(beside):
+                    result = in_fresh_process(cores, measure, setting, cores, args)
             except UserError as error:
                 print(f"{setting.name} is left out: {error}", flush=True)
                 continue
-            results.append({"setting": asdict(setting), "cores": cores} | result)
+            results.append({"setting": asdict(setting), "cores": cores, "neighbours": beside} | result)
             write_json(args.json, {"machine": machine(), "options": options(args), "results": results})
             print(f"{setting.name}, {cores} core{'s' * (cores > 1)}: done", flush=True)
     print_results(results)
@@ -120,10 +128,13 @@ def print_results(results: list[dict[str, Any]]) -> None:
     for result in results:
         setting, speeds = result["setting"], result["views_per_second"]
         lightly = speeds.get("lightly")
+        where = f"{result['cores']} core{'s' * (result['cores'] > 1)}"
+        if result["neighbours"]:
+            where += f", {result['neighbours']} beside"
         outside = [100 * (1 - ratio) for ratio in ratios(speeds["ours"], speeds["encoder alone"])]
         rows.append(
             [
-                f"{setting['name']}, batch {setting['batch']}, {result['cores']} core{'s' * (result['cores'] > 1)}",
+                f"{setting['name']}, batch {setting['batch']}, {where}",
                 spread(speeds["ours"], "{:,.0f}"),
                 f"{spread(lightly, '{:,.0f}')}, {result['lightly_workers']} workers" if lightly else "not installed",
                 spread(ratios(speeds["ours"], lightly), "{:.2f}") if lightly else "",

@@ -66,6 +66,18 @@ def test_help_is_quick_and_torch_stays_out():
     assert "--temperature" in done.stdout and done.stderr.strip() == "False"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="OMP_DISPLAY_ENV speaks of GNU's OpenMP here, torch's on Linux")
+@pytest.mark.parametrize("given, taken", [(None, "1000"), ("2000", "2000")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given, taken, tmp_path):
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    environment |= {"OMP_DISPLAY_ENV": "verbose"} | ({"GOMP_SPINCOUNT": given} if given else {})
+    command = [sys.executable, "-m", "simclr", "pretrain", str(tmp_path / "none")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert f"GOMP_SPINCOUNT = '{taken}'" in done.stderr
+
+
 def test_libraries_of_models_are_imported_only_where_an_encoder_is_theirs():
     """They take as long to import as torch."""
     code = "import sys, simclr.tasks.pretrain, simclr.tasks.evaluate\nprint({'timm', 'torchvision'} & set(sys.modules))"
