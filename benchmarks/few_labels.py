@@ -1,6 +1,6 @@
 """What few labels are worth: selected by `simclr select` or at random, and with pseudo-labels or without.
 
-    simclr pretrain fashion-mnist --recipe cpu --epochs 4 --out runs/few
+    simclr pretrain fashion-mnist --recipe cpu --epochs 4 --out runs/few   # other settings in docs/few-labels.md
     python benchmarks/few_labels.py fashion-mnist --run runs/few --out runs/few-labels
 
 Training images are split as in choose_settings.py (50,000 and 10,000 of fashion-mnist): labels are chosen among the

@@ -1,12 +1,15 @@
 """Studies of MoCo: against SimCLR over the batch, temperature, momentum, queue, head, and the memory of SimCLR v2.
 
-On a CPU: the recipes `cpu` and `moco-cpu`, whose rate is here scaled with the square root of the batch.
+On a CPU: the encoder, views and optimiser of the recipe `moco-cpu`, for SimCLR too, and features h. The rate is scaled
+with the square root of the batch.
 """
 
 from simclr.studies.grid import Study
 
 _RATE = {"lr": 5e-3 / 16, "lr_scaling": "sqrt", "warmup_epochs": 0.5, "knn_every": 0}  # 5e-3 at 256 images
-_SIMCLR = {"recipe": "cpu", **_RATE}
+_SIMCLR = {
+    "recipe": "cpu", "optimizer": "adamw", "momentum": 0.9, "feature": "h", "scaling": "none", **_RATE,
+}  # fmt: skip
 _MOCO = {"recipe": "moco-cpu", **_RATE}
 _NAMES = {"simclr": _SIMCLR, "moco": _MOCO}
 
