@@ -105,6 +105,8 @@ def test_a_head_goes_on_where_it_has_the_shape_of_the_settings(tmp_path):
         ({"head_layers": 3}, False),
         ({"head_dim": 4}, False),
         ({"feature": "stages3-4"}, True),
+        ({"scaling": "standardised"}, True),
+        ({"feature": "stages3-4", "scaling": "whitened"}, True),
         ({"feature": "stages3-4", "head_reads": "stages3-4"}, False),
     ):
         method = method_from(given, **settings)

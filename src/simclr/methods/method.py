@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from simclr.config.encoder import Feature, Scaling
 from simclr.config.pretrain import PretrainConfig
 from simclr.distributed import DistributedContext
 from simclr.models.encoder import Encoder
@@ -128,12 +129,16 @@ class Method(nn.Module, ABC):
 
 def build_head(encoder: Encoder, config: PretrainConfig) -> ProjectionHead:
     """A fresh projection head for this encoder, which returns what the head is to read, as the settings say."""
-    reads = config.head_reads or config.feature
-    reads = None if reads == config.feature and config.scaling == "none" else reads
+    reads = reads_beside(config.head_reads or config.feature, config.feature, config.scaling)
     return ProjectionHead(
         encoder.num_features, kind=config.head, layers=config.head_layers, dim=config.head_dim,
         norm=config.head_norm, reads=reads, seed=config.seed,
     )  # fmt: skip
+
+
+def reads_beside(reads: Feature, feature: Feature, scaling: Scaling) -> Feature | None:
+    """`ProjectionHead.reads` beside an encoder that returns these features: None where they are what the head reads."""
+    return None if reads == feature and scaling == "none" else reads
 
 
 def collapse_signs(record: Mapping[str, float]) -> list[str]:

@@ -14,7 +14,7 @@ from simclr.config.overrides import Overrides
 from simclr.config.pretrain import PretrainConfig
 from simclr.errors import UserError
 from simclr.evaluation.subjects import EXTERNAL_SIZE
-from simclr.methods.method import Method
+from simclr.methods.method import Method, reads_beside
 from simclr.models.encoder import Encoder, build_encoder, read_as, with_config
 from simclr.models.heads import ProjectionHead
 from simclr.tasks.opening import load_model
@@ -123,7 +123,8 @@ def open_initial(
     head_reads = None
     if model.head is not None:  # it reads what it has read so far, whatever the encoder is to return
         reads = model.head.reads or model.encoder.config.feature
-        head_reads = model.head.reads = None if reads == encoder.config.feature else reads
+        head_reads = None if reads == encoder.config.feature else reads
+        model.head.reads = reads_beside(reads, encoder.config.feature, settings.scaling)
     decided = {"init": place, **_settings_of(encoder.config, settings)}
     if "head_reads" not in given:
         decided["head_reads"] = head_reads
