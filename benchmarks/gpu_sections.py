@@ -34,6 +34,7 @@ from simclr.evaluation.knn import knn
 from simclr.evaluation.metrics import accuracy
 from simclr.evaluation.split import split_data
 from simclr.evaluation.subjects import random_encoder
+from simclr.losses.contrastive import ContrastiveLoss
 from simclr.losses.info_nce import info_nce, info_nce_dense
 from simclr.losses.nt_xent import nt_xent, nt_xent_dense
 from simclr.methods.simclr import SimCLR
@@ -610,7 +611,7 @@ def _gradients(rank: int, size: int, device: str, tiny: bool) -> tuple[float, li
     side, batch = (8, 8) if tiny else (32, 256)
     encoder = build_encoder(EncoderConfig(name="small", channels=3, size=side), seed=0)
     head = ProjectionHead(encoder.num_features, kind="nonlinear", layers=2, dim=32, seed=0)
-    method = SimCLR(encoder, head, temperature=0.5, loss_scale=1.0, world=world).to(device)
+    method = SimCLR(encoder, head, criterion=ContrastiveLoss(temperature=0.5), loss_scale=1.0, world=world).to(device)
     set_global_batch_norm(method, world.group)
     views = torch.rand(2, batch, 3, side, side, generator=torch.Generator().manual_seed(0))
     mine = views[:, world.local_slice(batch)].to(device)

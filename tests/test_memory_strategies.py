@@ -12,6 +12,7 @@ from helpers import in_processes, known
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.losses import nt_xent_dense
+from simclr.losses.contrastive import ContrastiveLoss
 from simclr.methods.simclr import SimCLR
 from simclr.models import EncoderConfig, ProjectionHead, build_encoder, set_global_batch_norm
 from simclr.models.activation_checkpointing import can_checkpoint, checkpoint_blocks
@@ -34,7 +35,9 @@ def method_of(name="small", *, size=12, dtype=torch.float64, world=None, head_la
     width = {"resnet50": 0.25}.get(name, 1.0)
     encoder = build_encoder(EncoderConfig(name, channels=1, size=size, width=width))
     head = ProjectionHead(encoder.num_features, layers=head_layers, dim=8)
-    method = SimCLR(encoder, head, temperature=0.5, loss_scale=2.0, world=world or DistributedContext()).to(dtype)
+    method = SimCLR(
+        encoder, head, criterion=ContrastiveLoss(temperature=0.5), loss_scale=2.0, world=world or DistributedContext()
+    ).to(dtype)
     with torch.no_grad():
         for parameter in method.parameters():  # the last gamma of each block begins at 0: switch the branches on
             parameter[parameter == 0] = 0.3
@@ -54,7 +57,7 @@ def without_batch_norm(dropout=0.0):
     ).double()
     encoder(views()[0])
     head: Any = nn.Linear(12, 6).double()
-    return SimCLR(encoder, head, temperature=0.2, loss_scale=1.0, world=DistributedContext())
+    return SimCLR(encoder, head, criterion=ContrastiveLoss(temperature=0.2), loss_scale=1.0, world=DistributedContext())
 
 
 def chunks_of(pair, count):
@@ -73,7 +76,7 @@ def naive_gradients(method, pair, count):
     method.zero_grad()
     parts = [torch.stack(method.encode(*part)[1].chunk(2)) for part in pair.chunk(count, dim=1)]
     za, zb = torch.cat(parts, dim=1)
-    loss = method.loss_scale * nt_xent_dense(za, zb, method.temperature)
+    loss = method.loss_scale * nt_xent_dense(za, zb, method.criterion.temperature)
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in method.named_parameters()}
 
@@ -137,7 +140,7 @@ def test_autocast_is_the_same_in_both_passes():
     with torch.autocast("cpu", torch.bfloat16):
         parts = [torch.stack(ghost.encode(*part)[1].chunk(2)) for part in views(torch.float32).chunk(4, dim=1)]
         za, zb = torch.cat(parts, dim=1)
-        loss = nt_xent_dense(za, zb, ghost.temperature)
+        loss = nt_xent_dense(za, zb, ghost.criterion.temperature)
         cached, _ = GradCache(method)(*chunks_of(views(torch.float32), 4))
     loss.backward()
     cached.backward()  # outside autocast, as in the loop

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -139,11 +140,29 @@ class PretrainConfig(TrainingConfig):
     """Batch norm in the projection head; MoCo has none."""
 
     # ---- loss
-    loss: Literal["nt-xent", "dcl"] = "nt-xent"
-    """Loss: NT-Xent of the paper, or DCL, which leaves the positive out of the denominator (arXiv:2110.06848)."""
+    loss: Literal["nt-xent", "dcl", "nt-logistic", "margin", "generalised"] = "nt-xent"
+    """Loss: NT-Xent of the paper; DCL, which leaves the positive out of the denominator (arXiv:2110.06848); NT-Logistic
+    and margin triplet, those of the paper's table 4; or the generalised contrastive loss (arXiv:2011.02803)."""
 
     temperature: float = 0.1
-    """Temperature of the loss: 0.1 for ImageNet, 0.5 for CIFAR (table 5, B.9)."""
+    """Temperature of the loss: 0.1 for ImageNet, 0.5 for CIFAR (table 5, B.9); none in the margin triplet loss."""
+
+    normalize: bool = True
+    """Whether the loss compares projections of unit length (cosines); table 5 has it without."""
+
+    negatives: Literal["all", "semi-hard"] = "all"
+    """With --loss nt-logistic or margin: all other images, or the closest of those farther than the positive."""
+
+    margin: float = 0.8
+    """With --loss margin: how much more similar the positive has to be; table 4 tries 0, 0.4, 0.8 and 1.6."""
+
+    prior: Literal["logsumexp", "normal", "uniform"] = "logsumexp"
+    """With --loss generalised: what pushes views apart, log-sum-exp, or the sliced Wasserstein distance to a normal
+    distribution (which is the uniform hypersphere while projections are normalised) or to the uniform hypercube."""
+
+    prior_weight: float = 1.0
+    """With --loss generalised: lambda, the weight of that part (arXiv:2011.02803: 0.1 for logsumexp at temperature 1,
+    5 for sliced Wasserstein, second-hand)."""
 
     loss_scale: float = 2.0
     """Factor on the loss: the authors' code optimises twice the paper's mean over 2N."""
@@ -197,13 +216,14 @@ class PretrainConfig(TrainingConfig):
             ("bn_splits", 1),
         ):  # fmt: skip
             self._require_min(name, minimum)
-        for name in ("temperature", "width", "loss_scale"):
+        for name in ("temperature", "width", "loss_scale", "prior_weight"):
             self._require_positive(name)
         for name in ("strength", "knn_every"):
             self._require_min(name, 0)
         for name in ("jitter", "grayscale", *(["blur"] if self.blur is not None else [])):
             self._require_probability(name)
         require_seed(self.seed)
+        self._check_loss()
         self._require("chunk", self.chunk == 0 or self.memory == "grad-cache", "0, unless --memory is grad-cache")
         self._require("ema", 0 <= self.ema <= 1, "in [0, 1]")
         self._require("views_per_image", 2 <= self.views_per_image <= MAX_VIEWS, f"from 2 to {MAX_VIEWS}")
@@ -217,6 +237,19 @@ class PretrainConfig(TrainingConfig):
             f"an area share above 0 and at most --small-crop-max, {self.small_crop_max}",
         )  # fmt: skip
         self._require("hue", self.hue is None or 0 <= self.hue <= 0.5, "in [0, 0.5]")
+
+    def _check_loss(self) -> None:
+        """Refuse settings of another loss than the one that is chosen."""
+        self._require("margin", 0 <= self.margin < inf, "0 or more")
+        for name, losses in (
+            ("negatives", ("nt-logistic", "margin")), ("margin", ("margin",)), ("prior", ("generalised",)),
+            ("prior_weight", ("generalised",)),
+        ):  # fmt: skip
+            default = getattr(type(self), name)
+            is_used = self.loss in losses
+            self._require(
+                name, is_used or getattr(self, name) == default, f"{default}, unless --loss is {' or '.join(losses)}"
+            )
 
     @property
     def view_sizes(self) -> tuple[int, ...]:

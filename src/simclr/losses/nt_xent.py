@@ -27,6 +27,7 @@ from simclr.losses.streamed import others_logsumexp
 
 __all__ = [
     "check_views",
+    "gather_rows",
     "l2_normalize",
     "nt_xent",
     "nt_xent_dense",
@@ -182,7 +183,7 @@ def nt_xent_views_streamed(
         num_views, batch, width = views.shape
         # A decoupled sum leaves out an image's views together, so they are neighbours.
         rows = views.transpose(0, 1).flatten(0, 1) if decoupled else views.flatten(0, 1)  # (V n, D)
-        z = _GatherRows.apply(rows, world) if world is not None and world.size > 1 else rows  # process after process
+        z = gather_rows(rows, world)  # process after process
         log_sums = others_logsumexp(
             z, temperature, bounded=bounded, group=num_views if decoupled else 1, world=world, kernels=kernels
         )  # (N,)
@@ -209,8 +210,13 @@ def _bank_sums(z: Tensor, bank: Tensor, temperature: float, world: DistributedCo
     return torch.cat([everyones[: own.start], sums, everyones[own.stop :]])
 
 
+def gather_rows(rows: Tensor, world: DistributedContext | None) -> Tensor:
+    """Rows of all processes, one process after the other, for a scalar that every process computes from them alike."""
+    return _GatherRows.apply(rows, world) if world is not None and world.size > 1 else rows
+
+
 class _GatherRows(torch.autograd.Function):
-    """Rows of all processes, for a scalar that every process computes from them alike.
+    """`gather_rows` for several processes.
 
     Backward needs no exchange: the gradient of our rows is ours to keep. It is multiplied by the number of
     processes because DistributedDataParallel averages over them what should be summed.

@@ -84,6 +84,8 @@ class MoCo(Method):
             )
         if config.loss != "nt-xent":
             raise UserError(f"--loss was {config.loss}, which is SimCLR's; MoCo has InfoNCE alone, so leave it out.")
+        if not config.normalize:
+            raise UserError("--no-normalize was given, but MoCo compares projections of unit length; leave it out.")
         if config.batch_size % config.bn_splits:
             raise UserError(f"--bn-splits was {config.bn_splits}; it must divide --batch-size, {config.batch_size}.")
         if config.bn_splits % context.size:

@@ -1,5 +1,7 @@
 """SimCLR's method: two views of each image, one encoder, one projection head, NT-Xent (paper section 2.1).
 
+Other losses take the place of NT-Xent where the settings say so (losses/contrastive.py).
+
 With more views than two, all of an image's views are positives of each other: the full graph of pairs of CMC (Tian et
 al. 2020, arXiv:1906.05849), and for SimCLR of ECPP (arXiv:2401.05730). Small crops are views like the others. As in
 SwAV (Caron et al. 2020, arXiv:2006.09882, src/resnet50.py of its code) the encoder sees the views of each size in one
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from simclr.config.pretrain import PretrainConfig
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.losses import nt_xent, nt_xent_views
+from simclr.losses.contrastive import ContrastiveLoss
 from simclr.losses.metrics import alignment, contrastive_accuracy_and_entropy, effective_rank, uniformity
 from simclr.methods.method import Method, build_head, collapse_signs
 from simclr.models.encoder import Encoder
@@ -32,11 +34,10 @@ class SimCLR(Method):
     The loss is computed inside `forward`, so that under DistributedDataParallel every gradient passes the reducer.
 
     Args:
-        temperature: Of the loss.
+        criterion: The loss of the projections.
         loss_scale: Factor on the loss that is optimised; the authors' code optimises twice the paper's mean
             (tf2/objective.py adds the two directions), which matters to parameters that LARS does not adapt.
         world: Process group that shares negatives.
-        decoupled: Take DCL for NT-Xent: positives stay out of the denominator.
         memory: Keys of earlier batches that are further negatives of every view (SimCLR v2, arXiv:2006.10029, section 2
             and appendix D); None: none.
         view_sizes: Height and width of each view in pixels, those of a size side by side; None: two of the encoder's.
@@ -55,22 +56,21 @@ class SimCLR(Method):
         encoder: Encoder,
         head: ProjectionHead,
         *,
-        temperature: float,
+        criterion: ContrastiveLoss,
         loss_scale: float,
         world: DistributedContext,
-        decoupled: bool = False,
         memory: "Memory | None" = None,
         view_sizes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
-        self.temperature = temperature
+        self.criterion = criterion
         self.loss_scale = loss_scale
         self.world = world
-        self.decoupled = decoupled
         self.memory = memory
-        self.capturable = memory is None
+        self.capturable = memory is None and criterion.multi_view
+        self.step = 0
         self.num_views = 2 if view_sizes is None else len(view_sizes)
         self._view_sizes = None if view_sizes is None else tuple(view_sizes)
 
@@ -87,8 +87,8 @@ class SimCLR(Method):
         if config.queue:
             memory = Memory(encoder, head, length=config.queue, momentum=config.ema, seed=config.seed)
         return cls(
-            encoder, head, temperature=config.temperature, loss_scale=config.loss_scale, world=context,
-            decoupled=config.loss == "dcl", memory=memory, view_sizes=config.view_sizes,
+            encoder, head, criterion=_criterion(config), loss_scale=config.loss_scale, world=context, memory=memory,
+            view_sizes=config.view_sizes,
         )  # fmt: skip
 
     @classmethod
@@ -101,9 +101,21 @@ class SimCLR(Method):
             )
         if config.ema != PretrainConfig.ema and not config.queue:
             raise UserError("--ema has no effect without a queue of keys; give --queue too, such as --queue 65536.")
+        if config.queue and not config.normalize:
+            raise UserError("--no-normalize was given with --queue, whose keys have unit length; give one of the two.")
+        if config.loss in ("nt-xent", "dcl"):
+            return
+        if config.queue:
+            raise UserError(f"--queue goes with --loss nt-xent or dcl; it was {config.loss}, so leave --queue out.")
+        if len(config.view_sizes) > 2:
+            name = "--small-crops" if config.small_crops else "--views-per-image"
+            raise UserError(
+                f"{name} goes with --loss nt-xent or dcl; --loss {config.loss} takes two views, so leave it out."
+            )
 
     def prepare_step(self, step: int) -> None:
         """Let the momentum encoder, if there is one, follow the weights as the last step left them."""
+        self.step = step
         if self.memory is not None:
             self.memory.encoder.follow(self.encoder, self.head, self.memory.momentum)
 
@@ -135,10 +147,7 @@ class SimCLR(Method):
         """What `forward` returns, from the features (V B, F) and projections (V B, D) of all views."""
         z = projections.unflatten(0, (self.num_views, -1))  # (V, B, D)
         bank = None if self.memory is None else self.memory.queue.keys
-        if self.num_views == 2:
-            loss = nt_xent(z[0], z[1], self.temperature, world=self.world, decoupled=self.decoupled, bank=bank)
-        else:
-            loss = nt_xent_views(z, self.temperature, world=self.world, decoupled=self.decoupled, bank=bank)
+        loss = self.criterion(z, world=self.world, bank=bank, step=self.step)
         if self.memory is not None:
             self.memory.store(self.world)
         metrics = {"loss": loss.detach()}
@@ -162,7 +171,9 @@ class SimCLR(Method):
         """Metrics of the first view's features (B, F) and of the first two views' projections (B, D)."""
         ha = self.world.all_gather_rows(ha.float())  # (N, F): one view of each image of the global batch
         za, zb = (self.world.all_gather_rows(z.float()) for z in (za, zb))  # (N, D)
-        accuracy, entropy = contrastive_accuracy_and_entropy(za, zb, self.temperature)
+        accuracy, entropy = contrastive_accuracy_and_entropy(
+            za, zb, self.criterion.temperature, self.criterion.normalize
+        )
         return {
             "contrastive_accuracy": accuracy,
             "contrastive_entropy": entropy,
@@ -170,6 +181,15 @@ class SimCLR(Method):
             "uniformity": uniformity(za),
             "effective_rank": effective_rank(ha),
         }
+
+
+def _criterion(config: PretrainConfig) -> ContrastiveLoss:
+    """The loss that the settings choose."""
+    return ContrastiveLoss(
+        name=config.loss, temperature=config.temperature, normalize=config.normalize,
+        semi_hard=config.negatives == "semi-hard", margin=config.margin, prior=config.prior,
+        prior_weight=config.prior_weight, seed=config.seed,
+    )  # fmt: skip
 
 
 class Memory(nn.Module):
