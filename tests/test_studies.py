@@ -1,54 +1,233 @@
-"""Studies: arms that can be trained, and tables of their results."""
+"""Studies: arms that can be trained, what a study trains and keeps, and its table, against hand-made numbers."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from helpers import known
+from simclr import UserError
 from simclr.config.overrides import Overrides
-from simclr.config.recipes import find_recipe
 from simclr.data.opening import open_data
-from simclr.distributed import DistributedContext
-from simclr.methods import find_method
-from simclr.studies import grid
-from simclr.studies.grid import Study, run_study, table
-from simclr.studies.moco import STUDIES
+from simclr.errors import Diverged
+from simclr.evaluation.results import Result
+from simclr.studies import command, run
+from simclr.studies.catalogue import STUDIES, find_study
+from simclr.studies.command import check_arm, study
+from simclr.studies.options import Study as StudyOptions
+from simclr.studies.run import Measurement, run_study, trained
+from simclr.studies.study import Arm, Study
+from simclr.studies.tables import draw, rank_agreement, report, table
+
+WIDTHS = Study(
+    name="widths",
+    title="width",
+    source="nowhere",
+    claim="none",
+    settings={"recipe": "digits", "batch_size": 16, "knn_every": 1, "epochs": 1},
+    arms=[
+        Arm(series="small", point="half", settings={"width": 0.5}, paper=50.0),
+        Arm(series="small", point="whole", settings={"width": 1.0}, paper=60.0),
+    ],
+    evaluation={"protocol": "knn"},
+)
 
 
-@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
-def test_every_arm_has_settings_that_its_method_takes(study):
-    assert len(study.arms) > 1
-    seen = []
-    for own in study.arms.values():
-        settings = dict(study.base) | dict(own)
-        config = Overrides({k: v for k, v in settings.items() if k != "recipe"})(find_recipe(settings["recipe"]).config)
-        find_method(config.method).check(config, DistributedContext(), 10_000)
-        seen.append(config)
+@pytest.fixture
+def digits(tmp_path) -> str:
+    images = open_data("digits").subset(np.arange(120))
+    pixels = np.stack([np.asarray(image) for image in images.read(np.arange(120))])
+    labels = known(images.labels)
+    np.savez(
+        tmp_path / "a.npz", x_train=pixels[:80], y_train=labels[:80], x_test=pixels[80:], y_test=labels[80:]
+    )  # fmt: skip
+    return str(tmp_path / "a.npz")
+
+
+@pytest.fixture
+def count_trainings(monkeypatch) -> list[Mapping[str, Any]]:
+    made, real = [], run.pretrain
+    monkeypatch.setattr(run, "pretrain", lambda *args, **kwargs: made.append(kwargs) or real(*args, **kwargs))
+    return made
+
+
+@pytest.mark.parametrize("scale", ["cpu", "paper"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_has_settings_that_its_method_takes(name, scale):
+    if scale == "paper" and name not in PAPER_SCALE:
+        with pytest.raises(UserError, match="leave --scale out"):
+            find_study(name, scale)
+        return
+    found = find_study(name, scale)
+    assert found.name == name
+    assert len(found.arms) > 1 and len({arm.name for arm in found.arms}) == len(found.arms)
+    seen = [(check_arm(arm, training), str(arm.evaluation)) for arm in found.arms for training in found.trainings(arm)]
     assert len(set(seen)) == len(seen)
 
 
-def test_a_study_trains_equal_arms_once_and_prints_their_spread(tmp_path, monkeypatch):
-    digits = open_data("digits").subset(np.arange(120))
-    pixels = np.stack([np.asarray(image) for image in digits.read(np.arange(120))])
-    np.savez(tmp_path / "a.npz", x_train=pixels[:80], y_train=known(digits.labels)[:80], x_test=pixels[80:],
-             y_test=known(digits.labels)[80:])  # fmt: skip
-    trained, real = [], grid.pretrain
-    monkeypatch.setattr(grid, "pretrain", lambda *args, **kwargs: trained.append(kwargs) or real(*args, **kwargs))
-    study = Study(
-        name="small", title="width", source="", claim="", base={"recipe": "digits", "batch_size": 16, "knn_every": 0},
-        arms={"half": {"width": 0.5}, "whole": {"width": 1.0}},
+PAPER_SCALE = [name for name in STUDIES if not name.startswith("moco") and name != "v2-memory"]
+
+
+def test_the_papers_values_stand_at_their_settings():
+    """Spot checks against the tables of the papers."""
+    batch = {arm.name: arm for arm in find_study("table-b.1", "paper").arms}
+    assert batch["square root / batch 256, 100 epochs"].paper == 62.8
+    assert batch["linear / batch 8192, 400 epochs"].paper == 67.8
+    strength = {arm.name: arm for arm in find_study("table-1", "paper").arms}
+    assert strength["SimCLR / 1 + blur"].paper == 64.5 and strength["SimCLR / 1 + blur"].settings["blur"] == 0.5
+    assert strength["SimCLR / 1/8"].paper == 59.6 and strength["SimCLR / 1/8"].settings["strength"] == 1 / 8
+    sizes = {arm.name: arm for arm in find_study("v2-table-1", "paper").arms}
+    assert sizes["resnet152 3x SK / 10%"].paper == 80.1 and sizes["resnet50 1x / 1%"].paper == 57.9
+
+
+def test_points_are_chosen_by_pattern():
+    figure = find_study("figure-9", "cpu")
+    assert [arm.name for arm in figure.selected("batch 32 / *,batch 64 / 2 epochs")] == [
+        "batch 32 / 2 epochs", "batch 32 / 4 epochs", "batch 32 / 8 epochs", "batch 64 / 2 epochs"
+    ]  # fmt: skip
+    assert figure.selected(None) == figure.arms
+    with pytest.raises(UserError, match="no point 'batch 33'"):
+        figure.selected("batch 33")
+
+
+def test_equal_trainings_are_made_once_and_a_second_call_makes_none(tmp_path, digits, count_trainings):
+    def measure(study: Study) -> list[Measurement]:
+        return [one for of_seed in run_study(study, digits, out=tmp_path, seeds=[0, 1]) for one in of_seed]
+
+    first = measure(WIDTHS)
+    assert len(count_trainings) == 4
+    twice = replace(WIDTHS, arms=[Arm(point="again", settings={"width": 0.5}), *WIDTHS.arms])
+    again = measure(twice)
+    assert len(count_trainings) == 4
+    halves = [one.results[0].metrics for one in first if one.arm == "small / half"]
+    assert [one.results[0].metrics for one in again if one.arm == "again"] == halves
+    assert not list(tmp_path.glob("runs/*/checkpoints/*"))
+
+
+def test_what_was_stopped_gives_the_same_table(tmp_path, digits, monkeypatch):
+    """Stopped after the first training, and in the middle of the second, whose run is then resumed."""
+    whole = [one for of_seed in run_study(WIDTHS, digits, out=tmp_path / "a", seeds=[0]) for one in of_seed]
+    real = run.pretrain
+
+    def stops(*args, **kwargs):
+        if kwargs["width"] == 1.0:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(run, "pretrain", stops)
+    with pytest.raises(KeyboardInterrupt):
+        list(run_study(WIDTHS, digits, out=tmp_path / "b", seeds=[0]))
+    monkeypatch.undo()
+    parts = [one for of_seed in run_study(WIDTHS, digits, out=tmp_path / "b", seeds=[0]) for one in of_seed]
+    assert table(WIDTHS, WIDTHS.arms, parts) == table(WIDTHS, WIDTHS.arms, whole)
+
+
+def test_candidates_are_chosen_by_accuracy_within_the_training_images(tmp_path, digits, count_trainings):
+    candidates = [{"lr": 1e-9}, {"lr": 2e-3}]
+    arm = Arm(point="best", settings={"epochs": 20}, candidates=candidates)
+    searched = replace(WIDTHS, arms=[arm], settings={**WIDTHS.settings, "knn_every": 20})
+    measured = [one for of_seed in run_study(searched, digits, out=tmp_path, seeds=[0, 1]) for one in of_seed]
+    knn = [
+        json.loads((tmp_path / "runs" / path.parent.name / "summary.json").read_text())["final"]["knn"]
+        for path in sorted(tmp_path.glob("runs/*/config.json"))
+        if json.loads(path.read_text())["seed"] == 0
+    ]
+    rates = [
+        json.loads(path.read_text())["lr"]
+        for path in sorted(tmp_path.glob("runs/*/config.json"))
+        if json.loads(path.read_text())["seed"] == 0
+    ]
+    assert len(count_trainings) == 3  # both on the first seed, the better one on the second
+    assert {one.settings["lr"] for one in measured} == {rates[int(np.argmax(knn))]}
+
+
+def test_a_training_that_diverges_is_recorded_and_the_rest_goes_on(tmp_path, digits, monkeypatch):
+    real, calls = run.pretrain, []
+
+    def diverges(data, **settings):
+        calls.append(settings)
+        if settings["width"] == 0.5:
+            raise Diverged("the loss is no longer finite")
+        return real(data, **settings)
+
+    monkeypatch.setattr(run, "pretrain", diverges)
+    (measured,) = run_study(WIDTHS, digits, out=tmp_path, seeds=[0])
+    assert [bool(one.diverged) for one in measured] == [True, False]
+    lines = table(WIDTHS, WIDTHS.arms, measured).splitlines()
+    assert lines[2] == "| small / half | diverged | 50.0 |"
+    assert "Diverged with one seed or more: small / half." in report(WIDTHS, WIDTHS.arms, measured, "how")
+    assert trained(digits, tmp_path, {**WIDTHS.settings, "width": 0.5, "seed": 0}) == "the loss is no longer finite"
+    assert len(calls) == 2  # it is not tried again
+
+
+def measurement(arm: str, seed: int, top1: float) -> Measurement:
+    result = Result(
+        protocol="knn", version={"knn": 1}, model={}, data={}, settings={}, seed=seed, metrics={"top1": top1}
     )  # fmt: skip
-    twice = replace(study, arms={"half again": {"width": 0.5}})
-    results = run_study(
-        study, str(tmp_path / "a.npz"), out=tmp_path, seeds=[0, 1], settings={"epochs": 1}, protocol=["knn"]
-    )
-    assert len(trained) == 4
-    again = run_study(
-        twice, str(tmp_path / "a.npz"), out=tmp_path, seeds=[0, 1], settings={"epochs": 1}, protocol=["knn"]
-    )
-    assert len(trained) == 4
-    assert [r.metrics for r in again["half again"]] == [r.metrics for r in results["half"]]
-    accuracies = [100 * result.value("top1") for result in results["half"]]
-    expected = f"| half | {np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f} |"
-    assert expected in table(study, results).splitlines()
+    return Measurement(arm=arm, seed=seed, settings={}, results=[result])
+
+
+def test_the_table_and_the_order_of_hand_made_numbers():
+    arms = [Arm(point=float(k), paper=paper) for k, paper in enumerate((10.0, 20.0, 30.0, 40.0))]
+    made = replace(WIDTHS, arms=arms, second_hand=True)
+    accuracies = {"0": (0.1, 0.2), "1": (0.4, 0.4), "2": (0.3, 0.3), "3": (0.9, 0.7)}
+    measured = [measurement(arm, seed, top1) for arm, values in accuracies.items() for seed, top1 in enumerate(values)]
+    assert table(made, arms, measured).splitlines() == [
+        "| width | knn | paper |", "|---|---|---|", "| 0 | 15.0 ± 7.1 | 10.0* |", "| 1 | 40.0 ± 0.0 | 20.0* |",
+        "| 2 | 30.0 ± 0.0 | 30.0* |", "| 3 | 80.0 ± 14.1 | 40.0* |",
+    ]  # fmt: skip
+    assert rank_agreement(made, arms, measured) == pytest.approx(0.8)  # 1 - 6 (1 + 1) / (4 x 15)
+    for shape in ("bars", "lines", "matrix"):
+        picture = draw(replace(made, shape=shape), arms, measured)
+        assert picture.startswith(b"\x89PNG")
+
+
+def test_the_command_writes_table_picture_and_record(tmp_path, digits, monkeypatch, capsys):
+    monkeypatch.setitem(command.STUDIES, "widths", lambda _scale: WIDTHS)
+    options = StudyOptions(item="widths", data=digits, out=tmp_path / "out", seeds=2, images=60)
+    measured = study(options, Overrides({"epochs": 2}))
+    assert len(measured) == 4
+    page = (tmp_path / "out" / "widths.md").read_text()
+    assert page in capsys.readouterr().out
+    assert "--images 60 --epochs 2`: 2 seeds" in page and "| small / whole |" in page
+    assert (tmp_path / "out" / "widths.png").exists()
+    record = json.loads((tmp_path / "out" / "widths.json").read_text())
+    assert [one["arm"] for one in record["measurements"]] == ["small / half", "small / whole"] * 2
+    assert record["measurements"][0]["results"][0]["num_train"] == 60
+
+
+def test_a_dry_run_counts_and_trains_nothing(tmp_path, digits, monkeypatch, capsys, count_trainings):
+    searched = Arm(point="searched", candidates=[{"lr": 1e-3}, {"lr": 2e-3}, {"lr": 4e-3}])
+    made = replace(WIDTHS, arms=[*WIDTHS.arms, searched])
+    monkeypatch.setitem(command.STUDIES, "widths", lambda _scale: made)
+    monkeypatch.setattr(command, "_seconds_of_a_step", lambda data, settings: 2.0)
+    study(StudyOptions(item="widths", data=digits, out=tmp_path / "out", dry_run=True), Overrides({}))
+    # 80 images at a batch of 16: 6 steps of 2 seconds; 2 x 3 trainings, and 3 + 2 where there is a choice
+    assert "3 points, 3 seeds, 11 trainings on 80 images, about 2:12" in capsys.readouterr().out
+    assert not count_trainings
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "sentence"),
+    [
+        ({"item": "figure-99"}, {}, "no study 'figure-99'"),
+        ({"item": "figure-9"}, {}, "needs DATA"),
+        ({"item": "figure-9", "data": "digits", "seeds": 0}, {}, "--seeds was 0"),
+        ({"item": "figure-9", "data": "digits", "points": "batch 7"}, {}, "no point 'batch 7'"),
+        ({"item": "table-4", "data": "digits"}, {"views_per_image": 4}, "Point margin: --views-per-image"),
+        ({"item": "moco-head", "data": "digits", "scale": "paper"}, {}, "leave --scale out"),
+    ],
+)
+def test_mistakes_end_before_an_image_is_read(options, settings, sentence, monkeypatch):
+    monkeypatch.setattr(command, "open_data", None)
+    with pytest.raises(UserError, match=sentence):
+        study(StudyOptions(**options), Overrides(settings))
+
+
+def test_without_an_item_all_are_listed(capsys):
+    study(StudyOptions(), Overrides({}))
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == list(STUDIES)

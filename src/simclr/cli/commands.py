@@ -5,6 +5,7 @@ Each command names the function that does its work, and the field that holds the
 
 from typing import NamedTuple
 
+from simclr.studies.options import Study
 from simclr.tasks.options.labels import Distill, Evaluate, Finetune
 from simclr.tasks.options.pretraining import Plan, Pretrain, Recipes, Resume, Views
 from simclr.tasks.options.using import Check, Embed, Export, Import, Predict, Push, Select
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "import": Command(Import, "simclr.tasks.import_:import_checkpoint"),
     "export": Command(Export, "simclr.tasks.export:export"),
     "push": Command(Push, "simclr.tasks.push:push"),
+    "study": Command(Study, "simclr.studies.command:study", "config"),
     "views": Command(Views, "simclr.tasks.views:views", "config"),
     "recipes": Command(Recipes, "simclr.tasks.recipes:recipes"),
 }

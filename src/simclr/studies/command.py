@@ -1,0 +1,169 @@
+"""`simclr study ITEM DATA`: a figure or table of the papers, from its definition to its picture."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simclr.config.overrides import Overrides
+from simclr.config.pretrain import PretrainConfig, require_seed
+from simclr.config.recipes import find_recipe
+from simclr.data.opening import open_data
+from simclr.distributed import DistributedContext
+from simclr.errors import UserError
+from simclr.methods import find_method
+from simclr.studies.catalogue import STUDIES, find_study
+from simclr.studies.options import Study as StudyOptions
+from simclr.studies.run import Measurement, run_study
+from simclr.studies.study import Arm, Study
+from simclr.studies.tables import as_json, draw, report
+from simclr.tasks.opening import write
+from simclr.tasks.options.pretraining import Plan as PlanOptions
+from simclr.tasks.plan import plan
+from simclr.tasks.pretrain_images import check_settings
+from simclr.training.progress import duration, say
+
+TIME_MATTERS = (
+    "recipe", "method", "batch_size", "size", "encoder", "width", "stem", "sk", "feature", "head", "head_layers",
+    "head_dim", "views_per_image", "small_crops", "queue", "loss", "memory", "precision",
+)  # fmt: skip
+"""Settings that the time of a step depends on."""
+
+
+def study(options: StudyOptions, overrides: Overrides) -> list[Measurement]:
+    """Run a study and write its table and picture; list all studies where none is named.
+
+    Raises:
+        UserError: There is no such study or point, or settings and images do not go together.
+    """
+    if options.item is None:
+        for name, make in STUDIES.items():
+            made = make(options.scale)
+            print(f"{name:<24}{made.source}: {made.title} ({len(made.arms)} points)")
+        return []
+    found = find_study(options.item, options.scale)
+    arms = found.selected(options.points)
+    if options.data is None:
+        raise UserError(f"simclr study {options.item} needs DATA: labelled images with a test part.")
+    if options.seeds < 1:
+        raise UserError(f"--seeds was {options.seeds}; it must be at least 1.")
+    first = overrides.values.get("seed", 0)
+    require_seed(first, count=options.seeds)
+    settings = {name: value for name, value in overrides.values.items() if name != "seed"}
+    for arm in arms:
+        for training in found.trainings(arm):
+            check_arm(arm, training | settings)
+    data = part_of(options.data, options.images, options.out) if options.images is not None else options.data
+    _require_test_part(data)
+    if options.dry_run:
+        estimate(found, arms, data, settings, options.seeds)
+        return []
+    measured: list[Measurement] = []
+    seeds = range(first, first + options.seeds)
+    for of_seed in run_study(found, data, out=options.out, seeds=seeds, settings=settings, arms=arms):
+        measured += of_seed
+        page = report(found, arms, measured, _how(options, settings, len({one.seed for one in measured})))
+        write(options.out / f"{found.name}.md", page.encode())
+        write(options.out / f"{found.name}.png", draw(found, arms, measured))
+        write(
+            options.out / f"{found.name}.json", (json.dumps(as_json(found, arms, measured), indent=1) + "\n").encode()
+        )
+    print((options.out / f"{found.name}.md").read_text())
+    return measured
+
+
+def check_arm(arm: Arm, settings: Mapping[str, Any]) -> PretrainConfig:
+    """The settings of a training as far as they are known before an image is read.
+
+    Raises:
+        UserError: They do not go together.
+    """
+    recipe = find_recipe(settings["recipe"]).config
+    config = Overrides({name: value for name, value in settings.items() if name != "recipe"})(recipe)
+    try:
+        check_settings(config, DistributedContext())
+        find_method(config.method).check(config, DistributedContext())
+    except UserError as error:
+        raise UserError(f"Point {arm.name}: {error}") from None
+    return config
+
+
+def estimate(study: Study, arms: Sequence[Arm], data: str, settings: Mapping[str, Any], seeds: int) -> float:
+    """Print how many trainings there are, and how long they take by a few steps of each kind; the seconds."""
+    num_images = len(open_data(data, split="train"))
+    step_seconds: dict[str, float] = {}
+    total, count = 0.0, 0
+    for arm in arms:
+        runs = (max(len(arm.candidates) - 1, 0) + seeds) / max(len(arm.candidates), 1)
+        for training in study.trainings(arm):
+            given = training | dict(settings)
+            config = check_arm(arm, given)
+            kind = json.dumps({name: given[name] for name in TIME_MATTERS if name in given}, default=str)
+            if kind not in step_seconds:
+                step_seconds[kind] = _seconds_of_a_step(data, given)
+            total += runs * step_seconds[kind] * config.steps(num_images)
+        count += max(len(arm.candidates) - 1, 0) + seeds
+    print(
+        f"{study.name}: {len(arms)} points, {seeds} seeds, {count} trainings on {num_images:,} images, about "
+        f"{duration(total)} on this machine; evaluation takes additional time."
+    )
+    return total
+
+
+def part_of(data: str, count: int, out: Path) -> str:
+    """An .npz with `count` random training images of a data set of one size, and all of its test images."""
+    path = out / f"{Path(data).name}-{count}.npz"
+    if path.exists():
+        return str(path)
+    train, test = open_data(data, split="train"), open_data(data, split="test")
+    if train.labels is None or test.labels is None:
+        raise UserError(f"{data} has no labels, which a study measures accuracy by.")
+    if not 2 <= count <= len(train):
+        raise UserError(f"--images was {count}; {data} has {len(train):,} training images.")
+    if len(np.unique(np.concatenate([train.sizes, test.sizes]), axis=0)) > 1:
+        raise UserError(f"--images was given, and the images of {data} have several sizes; leave it out.")
+    chosen = np.sort(np.random.default_rng(0).permutation(len(train))[:count])
+    arrays = {}
+    for part, images, rows in (("train", train, chosen), ("test", test, np.arange(len(test)))):
+        arrays[f"x_{part}"] = np.stack([np.asarray(image) for image in images.read(rows)]).squeeze()
+        assert images.labels is not None
+        arrays[f"y_{part}"] = images.labels[rows]
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **arrays)  # pyrefly: ignore[bad-argument-type]
+    return str(path)
+
+
+def _require_test_part(data: str) -> None:
+    test = open_data(data, split="test")
+    if test.labels is None:
+        raise UserError(f"{data} has no labels, which a study measures accuracy by.")
+
+
+def _seconds_of_a_step(data: str, settings: Mapping[str, Any]) -> float:
+    """By `simclr plan`, with the strategy that training would take."""
+    given = {name: value for name, value in settings.items() if name != "recipe"}
+    recipe = settings["recipe"]
+    config = replace(PretrainConfig(), device=given.get("device", "auto"))
+    with redirect_stdout(StringIO()):
+        planned = plan(PlanOptions(data=data, recipe=recipe, config=config), Overrides(given))
+    taken = next((strategy for strategy in planned.strategies if strategy.name == planned.choice), None)
+    if taken is None or taken.step_seconds is None:
+        raise UserError("No memory strategy fits; give a smaller --batch-size, --size, --width or --encoder.")
+    return taken.step_seconds
+
+
+def _how(options: StudyOptions, settings: Mapping[str, Any], seeds: int) -> str:
+    flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in settings.items())
+    images = f" --images {options.images}" if options.images is not None else ""
+    scale = "" if options.scale == "cpu" else f" --scale {options.scale}"
+    number = f"{seeds} seed" + "s" * (seeds > 1)
+    say(f"{options.item}: {number} done.")
+    return (
+        f"`simclr study {options.item} {options.data}{images}{scale}{flags}`: {number}, test accuracy of the last "
+        "checkpoint, mean ± standard deviation."
+    )

@@ -1,0 +1,115 @@
+"""Running a study: every arm with every seed is pretrained, evaluated, and kept in a folder."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from hashlib import sha256
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from simclr.errors import Diverged
+from simclr.evaluation.results import Result
+from simclr.files import write_atomically
+from simclr.studies.study import Arm, Study
+from simclr.tasks.api import Run, evaluate, pretrain, resume
+from simclr.training.progress import say
+from simclr.training.run import RunFolder
+
+CHOOSE_BY = "knn"
+"""The metric of a training by which candidates are compared: accuracy within the training images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What an arm came to with one seed.
+
+    Attributes:
+        arm: Name of the arm.
+        settings: The candidate that was chosen; empty where there was no choice.
+        results: One for each protocol; empty where the training diverged.
+        diverged: The sentence that says so, else empty.
+    """
+
+    arm: str
+    seed: int
+    settings: Mapping[str, Any]
+    results: Sequence[Result]
+    diverged: str = ""
+
+
+def run_study(
+    study: Study, data: str, *, out: Path, seeds: Sequence[int], settings: Mapping[str, Any] | None = None,
+    arms: Sequence[Arm] | None = None,
+) -> Iterator[list[Measurement]]:  # fmt: skip
+    """The measurements of all arms, seed after seed, so that what is cut off has whole comparisons.
+
+    What the folder `out` already holds is not made again. A training that diverges is a measurement without results.
+
+    Args:
+        data: Labelled images with a test part.
+        out: Each run is in a folder of it that its settings name, so that equal arms of two studies are one run.
+        settings: On top of every arm, such as {"epochs": 4}.
+        arms: Of the study; None: all.
+    """
+    arms = study.arms if arms is None else arms
+    chosen: dict[str, Mapping[str, Any]] = {}
+    for seed in seeds:
+        measured = []
+        for arm in arms:
+            if arm.name not in chosen:
+                chosen[arm.name] = _choose(study, arm, data, out, seed, settings or {})
+            training = {**study.settings, **arm.settings, **chosen[arm.name], **(settings or {}), "seed": seed}
+            run = trained(data, out, training)
+            say(f"{study.name}, {arm.name}, seed {seed}: {'diverged' if isinstance(run, str) else 'trained'}.")
+            if isinstance(run, str):
+                measured.append(
+                    Measurement(arm=arm.name, seed=seed, settings=chosen[arm.name], results=[], diverged=run)
+                )
+                continue
+            with redirect_stdout(StringIO()):  # of each evaluation the study prints one number
+                options = {**study.evaluation, **arm.evaluation}
+                results = evaluate(run, data, compare=[], seed=seed, **options)
+            measured.append(Measurement(arm=arm.name, seed=seed, settings=chosen[arm.name], results=results))
+        yield measured
+
+
+def trained(data: str, out: Path, settings: Mapping[str, Any]) -> Run | str:
+    """The run of these settings, trained now or before; or, where it diverged, the sentence that says so."""
+    text = json.dumps([data, settings], sort_keys=True, default=str)
+    folder = out / "runs" / sha256(text.encode()).hexdigest()[:16]
+    diverged = folder.with_suffix(".diverged.json")
+    if diverged.exists():
+        return str(json.loads(diverged.read_text())["sentence"])
+    run = RunFolder(folder)
+    try:
+        if not run.exists:
+            pretrain(data, out=folder, **settings)
+        elif not run.is_finished:
+            resume(folder)
+    except Diverged as error:
+        diverged.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(diverged, json.dumps({"sentence": str(error), "settings": dict(settings)}).encode())
+        return str(error)
+    if run.checkpoints.exists():  # the encoder is all that is needed from here on
+        shutil.rmtree(run.checkpoints)
+    return Run(folder)
+
+
+def _choose(
+    study: Study, arm: Arm, data: str, out: Path, seed: int, settings: Mapping[str, Any]
+) -> Mapping[str, Any]:  # fmt: skip
+    """The arm's best candidate by accuracy within the training images."""
+    if not arm.candidates:
+        return {}
+    best, highest = arm.candidates[0], -1.0
+    for candidate in arm.candidates:
+        run = trained(data, out, {**study.settings, **arm.settings, **candidate, **settings, "seed": seed})
+        if isinstance(run, str):
+            continue
+        accuracy = json.loads(RunFolder(run.path).summary.read_text())["final"].get(CHOOSE_BY, 0.0)
+        if accuracy > highest:
+            best, highest = candidate, accuracy
+    return best

@@ -1,0 +1,82 @@
+"""Studies of SimCLR v2 (Chen et al. 2020, arXiv:2006.10029) as grids of trainings.
+
+Values of the paper are top-1 accuracies on ImageNet in %.
+"""
+
+from collections.abc import Callable, Mapping
+
+from simclr.studies.scales import base, pick
+from simclr.studies.study import Arm, Scale, Study
+
+_FINE_TUNED = {
+    ("resnet50", 1.0, False): (57.9, 68.4, 76.3),
+    ("resnet50", 1.0, True): (64.5, 72.1, 78.7),
+    ("resnet50", 2.0, False): (66.3, 73.9, 79.1),
+    ("resnet50", 2.0, True): (70.6, 77.0, 81.3),
+    ("resnet101", 1.0, False): (62.1, 71.4, 78.2),
+    ("resnet101", 2.0, True): (73.2, 78.8, 82.4),
+    ("resnet152", 1.0, False): (64.0, 73.0, 79.3),
+    ("resnet152", 3.0, True): (74.9, 80.1, 83.1),
+}
+"""Network, width, selective kernels -> fine-tuned on 1, 10 and 100 % of the labels (table 1)."""
+
+
+def model_size(scale: Scale) -> Study:
+    """Networks of different size, fine-tuned on few and on many labels."""
+    shares = pick(scale, cpu=("1%", "10%"), paper=("1%", "10%", "100%"))
+    paper = [
+        (f"{name} {width:g}x{' SK' * sk}", {"encoder": name, "width": width, "sk": sk}, values)
+        for (name, width, sk), values in _FINE_TUNED.items()
+    ]
+    cpu = [(f"small {width:g}x", {"encoder": "small", "width": width}, (None, None)) for width in (0.5, 1.0, 2.0)]
+    settings = {**base(scale), **pick(scale, cpu={"head_layers": 3}, paper={"recipe": "v2-r50", "epochs": 800})}
+    return Study(
+        name="v2-table-1",
+        title="model size and share of the labels, fine-tuned",
+        source="SimCLR v2, table 1 and figure 1",
+        claim="The fewer the labels, the more a larger network gains.",
+        settings=settings,
+        arms=[
+            Arm(
+                series=name,
+                point=share,
+                settings=network,
+                paper=values[k],
+                evaluation={"labels": None if share == "100%" else share},
+            )
+            for name, network, values in pick(scale, cpu=cpu, paper=paper)
+            for k, share in enumerate(shares)
+        ],
+        evaluation={"protocol": "finetune"},
+        axis="labels",
+        shape="lines",
+    )
+
+
+def head_depth(scale: Scale) -> Study:
+    """Layers of the projection head, and the layer that fine-tuning begins from."""
+    labels = pick(scale, cpu="1%", paper="1%")
+    return Study(
+        name="v2-figure-5",
+        title="layers of the projection head and layer of fine-tuning",
+        source="SimCLR v2, figure 5",
+        claim="With 1 % of the labels a deeper head, fine-tuned from its first layer, is better than a shallow one "
+        "(+14 % from two layers and h to three and the first layer).",
+        settings={**base(scale), **pick(scale, cpu={}, paper={"recipe": "v2-r50", "epochs": 800})},
+        arms=[
+            Arm(
+                series=f"{layers} layers",
+                point=f"layer {layer}",
+                settings={"head_layers": layers},
+                evaluation={"finetune": {"head_layer": layer}},
+            )
+            for layers in (2, 3, 4)
+            for layer in range(layers)
+        ],
+        evaluation={"protocol": "finetune", "labels": labels},
+        axis="fine-tuned from",
+        shape="lines",
+    )
+
+
+STUDIES: Mapping[str, Callable[[Scale], Study]] = {"v2-table-1": model_size, "v2-figure-5": head_depth}
