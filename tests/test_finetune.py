@@ -302,11 +302,20 @@ def test_recipes_have_the_papers_steps_and_peaks():
     assert total_steps(images["100%"], FINETUNE_RECIPES["v2-100%"].epochs, 1024) == 37535
     assert total_steps(images["100%"], FINETUNE_RECIPES["supervised"].epochs, 4096) == 28151
     peaks = {name: peak_lr(c.lr, c.batch_size, c.lr_scaling) for name, c in FINETUNE_RECIPES.items()}
-    expected = {"v1-1%": 0.8, "linear": 1.6, "supervised": 1.6, "v2-10%": 0.16, "v2-wide-10%": 0.064}
+    expected = {
+        "v1-1%": 0.8,
+        "linear": 1.6,
+        "cifar-linear": 0.2,
+        "supervised": 1.6,
+        "v2-10%": 0.16,
+        "v2-wide-10%": 0.064,
+    }
     assert {name: pytest.approx(peaks[name]) for name in expected} == expected
     for name, config in FINETUNE_RECIPES.items():
         assert config.head_layer == (name in ("v2-1%", "v2-10%", "v2-wide-1%", "v2-wide-10%"))
         assert find_finetune_recipe(name) is config
+    cifar = FINETUNE_RECIPES["cifar-linear"]
+    assert (cifar.epochs, cifar.batch_size, cifar.weight_decay, cifar.tune_from) == (100, 512, 0.0, "none")
     with pytest.raises(UserError, match="There is no fine-tuning recipe 'v3'"):
         find_finetune_recipe("v3")
 

@@ -44,6 +44,7 @@ def test_epochs_that_are_asked_for_are_what_is_trained(simclr, encoder, tmp_path
     flags = ["--labels", "5/class", "--epochs", 2, "--batch-size", 16, "--workers", 0]
     code, _, said = simclr("finetune", encoder, "digits", "--out", tmp_path / "out", *flags)
     assert code == 0 and "7 steps of 16 images" in said
+    assert "Recipe small (1,438 labelled images, at most 100,000: a small data set)" in said
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 7
 
 

@@ -12,19 +12,28 @@ import torch
 from helpers import known
 from simclr.config.encoder import EncoderConfig
 from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
+from simclr.config.overrides import Overrides
 from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.evaluation import measure as measure_module
 from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.knn import knn
-from simclr.evaluation.measure import EvaluationContext, Protocol, Settings, measure, supervised_recipe
-from simclr.evaluation.results import ResultStore
+from simclr.evaluation.measure import (
+    EvaluationContext,
+    Protocol,
+    Settings,
+    choose_finetune_config,
+    measure,
+    supervised_recipe,
+)
+from simclr.evaluation.results import Measured, ResultStore
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import EvaluatedModel, open_subject
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
 from simclr.weights.folder import save_encoder
+from simclr.weights.training_progress import TrainingProgress
 
 SHAPE = EncoderConfig("small", channels=1, size=8, width=0.5)
 QUICK = Settings(recipe="small", overrides=lambda config: replace(config, min_steps=3, epochs=0, batch_size=16))
@@ -200,6 +209,87 @@ def test_labels_from_a_list(tmp_path):
     every = [train.keys[i] for i in range(0, len(train), 3)]
     (tmp_path / "list.txt").write_text("\n".join(every))
     assert list(split_data(train, test, seed=0, labels=str(tmp_path / "list.txt")).train.keys) == every
+
+
+def model_of(*, layers: int = 0, width: float = 0.5, sk: bool = False, trained_here: bool = True) -> EvaluatedModel:
+    """An encoder with a projection head of so many layers, as a run leaves it, or as an import."""
+    shape = EncoderConfig("resnet50" if sk else "small", channels=1, size=8, width=width, sk=sk)
+    with torch.device("meta"):
+        encoder = build_encoder(shape)
+        head = ProjectionHead(encoder.num_features, layers=layers) if layers else None
+    progress = TrainingProgress(10, 10) if trained_here else None
+    return EvaluatedModel(name="RUN", encoder=encoder, head=head, size=8, channels=1, progress=progress)
+
+
+def labels_of(num_labels: int, num_labelled: int) -> Split:
+    """So many labels of a data set of that size; the choice of a recipe looks at no image."""
+    images = open_data("digits")
+    return Split(images.subset(np.zeros(num_labels, dtype=int)), images, "", num_labelled)
+
+
+IMAGENET = 1_281_167
+
+
+@pytest.mark.parametrize(
+    ("subject", "num_labels", "num_labelled", "recipe"),
+    [
+        ({"layers": 2}, 12_811, IMAGENET, "v1-1%"),  # ImageNet's lists of 1 and 10 %, in the authors' repository
+        ({"layers": 2}, 128_116, IMAGENET, "v1-10%"),
+        ({"layers": 2}, IMAGENET, IMAGENET, "v1-100%"),
+        ({"layers": 0}, 12_811, IMAGENET, "v1-1%"),  # the checkpoints of v1 have no head
+        ({"layers": 2, "width": 4.0}, 12_811, IMAGENET, "v1-1%"),
+        ({"layers": 3, "width": 1.0}, 12_811, IMAGENET, "v2-1%"),
+        ({"layers": 3, "width": 1.0}, 128_116, IMAGENET, "v2-10%"),
+        ({"layers": 3, "width": 1.0}, IMAGENET, IMAGENET, "v2-100%"),
+        ({"layers": 3, "width": 2.0}, 12_811, IMAGENET, "v2-wide-1%"),
+        ({"layers": 3, "width": 2.0}, 128_116, IMAGENET, "v2-wide-10%"),
+        ({"layers": 3, "width": 2.0}, IMAGENET, IMAGENET, "v2-wide-100%"),
+        ({"layers": 3, "width": 1.0, "sk": True}, 12_811, IMAGENET, "v2-wide-1%"),
+        ({"layers": 3}, 600, 60_000, "small"),  # fashion-mnist
+        ({"layers": 3}, 50_000, 50_000, "small"),  # CIFAR-10
+        ({"layers": 2}, 1_000, 200_000, "v1-1%"),
+    ],
+)
+def test_fine_tuning_takes_the_recipe_of_the_head_the_width_and_the_share_of_labels(
+    subject, num_labels, num_labelled, recipe
+):
+    config, notes = choose_finetune_config(model_of(**subject), labels_of(num_labels, num_labelled), Settings())
+    assert config == FINETUNE_RECIPES[recipe]
+    assert notes[0].startswith(f"Recipe {recipe} (")
+    if recipe != "small":
+        assert f"{100 * num_labels / num_labelled:.3g} % of {num_labelled:,} labels" in notes[0]
+        assert ("a projection head of" in notes[0]) == (subject["layers"] > 0)
+    assert ("makes few updates" in "".join(notes)) == (num_labels == 1_000)
+
+
+@pytest.mark.parametrize(
+    ("layers", "trained_here", "settings", "warned"),
+    [
+        (3, False, {"recipe": "small"}, True),
+        (3, False, {"recipe": "v1-1%"}, True),
+        (3, False, {}, False),  # v2-1%: LARS
+        (3, False, {"overrides": Overrides({"optimizer": "sgd"})}, True),
+        (3, False, {"recipe": "linear"}, False),  # no kernel is tuned
+        (3, True, {"recipe": "small"}, False),
+        (2, False, {"recipe": "small"}, False),
+    ],
+)
+def test_sgd_on_an_imported_encoder_of_v2_is_warned_of(layers, trained_here, settings, warned):
+    subject = model_of(layers=layers, width=1.0, trained_here=trained_here)
+    _, notes = choose_finetune_config(subject, labels_of(12_811, IMAGENET), Settings(**settings))
+    assert ("17 times smaller" in "".join(notes)) == warned
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "size", "recipe"), [(50, 32, "small-linear"), (50_000, 32, "cifar-linear"), (50_000, 224, "linear")]
+)
+def test_the_linear_protocol_by_sgd_takes_the_recipe_of_the_size(num_labels, size, recipe, monkeypatch):
+    """SGD on crops is not run; what it would be trained by is looked at."""
+    taken = []
+    monkeypatch.setattr(measure_module, "_train", lambda *args: taken.append(args[4]) or Measured(metrics={}))
+    subject = replace(model_of(), size=size, encoder=build_encoder(SHAPE))
+    run(labels_of(num_labels, num_labels), [subject], ["linear"], settings=Settings(linear="sgd"))
+    assert taken == [FINETUNE_RECIPES[recipe]]
 
 
 def test_an_unknown_recipe_is_named():

@@ -1,7 +1,7 @@
 """How a network is trained on labels: settings, and the papers' recipes by name. Imports no torch.
 
 Sources: SimCLR appendix B.3 (supervised), B.5 (semi-supervised, v1) and B.6 (linear probe); SimCLR v2 section 3 and the
-README of google-research/simclr (v2). Recipes whose name begins with `small` or ends in `adamw` are ours
+README of google-research/simclr (v2, cifar-linear). Recipes whose name begins with `small` or ends in `adamw` are ours
 (docs/lab-notes.md).
 """
 
@@ -55,6 +55,7 @@ FINETUNE_RECIPES: dict[str, FinetuneConfig] = {
     "v2-wide-10%": replace(_V2_WIDE, head_layer=1),
     "v2-wide-100%": _V2_WIDE,
     "linear": FinetuneConfig(tune_from="none", lr=0.1, epochs=90),
+    "cifar-linear": FinetuneConfig(tune_from="none", lr=0.1, batch_size=512, epochs=100),  # README, for CIFAR-10
     "moco-linear": FinetuneConfig(  # main_lincls.py of facebookresearch/moco
         tune_from="none", lr=30.0, nesterov=False, lr_decay="steps", batch_size=256, epochs=100
     ),
@@ -66,6 +67,33 @@ FINETUNE_RECIPES: dict[str, FinetuneConfig] = {
     "small-supervised-adamw": replace(_ADAMW, batch_size=64, epochs=30, min_steps=1000, crop_min=0.3),
 }
 """`FINETUNE_RECIPES["v2-1%"]`, and `dataclasses.replace` for what is to differ."""
+
+SMALL = 20_000
+"""Labelled images up to which a network from scratch, or a linear classifier by SGD, takes a recipe of ours for few."""
+SMALL_SET = 100_000
+"""Labelled images, used or not, up to which a data set is small: the papers' fine-tuning recipes have batches of 1,024
+and 4,096 images and are made for ImageNet. CIFAR-10 and fashion-mnist are small, and so they are in distillation."""
+
+
+def choose_finetune_recipe(*, head_layers: int, is_wide: bool, num_labels: int, num_labelled: int) -> tuple[str, str]:
+    """Name of the recipe that an encoder is fine-tuned by, and why.
+
+    Args:
+        head_layers: Layers of the projection head beside the encoder, 0 without one; SimCLR v2 has 3.
+        is_wide: Whether the encoder has selective kernels or a width above 1; SimCLR v2 tunes these at a lower rate.
+        num_labels: Labelled images to train on.
+        num_labelled: Those that the data set has, apart from test images.
+    """
+    if num_labelled <= SMALL_SET:
+        return "small", f"{num_labelled:,} labelled images, at most {SMALL_SET:,}: a small data set"
+    share = num_labels / num_labelled
+    part = "1%" if share <= 0.03 else "10%" if share <= 0.3 else "100%"  # between the papers' shares: the nearer ratio
+    labels = f"{100 * share:.3g} % of {num_labelled:,} labels"
+    if head_layers <= 2:
+        head = f"a projection head of {head_layers} layers" if head_layers else "no projection head beside the encoder"
+        return f"v1-{part}", f"{head}, {labels}"
+    shape = ", an encoder with selective kernels or a width above 1" if is_wide else ""
+    return f"{'v2-wide' if is_wide else 'v2'}-{part}", f"a projection head of {head_layers} layers{shape}, {labels}"
 
 
 def find_finetune_recipe(name: str) -> FinetuneConfig:

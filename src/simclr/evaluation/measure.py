@@ -1,7 +1,7 @@
 """Models under test x protocols x seeds -> results with accuracies: the main table of an evaluation.
 
     knn         weighted cosine neighbours on frozen features
-    linear      linear classifier on frozen features: the exact optimum or, where images are many, the papers' SGD
+    linear      linear classifier on frozen features: the exact optimum or, where images are many, SGD on random crops
     logistic    the transfer protocol: 45 values of l2, chosen on a validation split
     finetune    the network (or what comes after a block) trained on the labels
     supervised  the same network from scratch on the same labels
@@ -19,7 +19,14 @@ import numpy as np
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from simclr.config.finetune import FINETUNE_RECIPES, FinetuneConfig, find_finetune_recipe
+from simclr.config.encoder import CIFAR_STEM_UP_TO
+from simclr.config.finetune import (
+    FINETUNE_RECIPES,
+    SMALL,
+    FinetuneConfig,
+    choose_finetune_recipe,
+    find_finetune_recipe,
+)
 from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
@@ -48,8 +55,6 @@ TITLES: dict[str, str] = {
 }
 QUIET_SECONDS = 10.0
 """Duration of a fit after which its progress is printed where there is no terminal."""
-SMALL = 20_000
-"""Labelled images up to which the recipes for small data are taken."""
 MAX_ROWS_FOR_OPTIMUM = 100_000
 """Labelled images up to which the linear protocol takes the exact optimum; features of width 2,048 then take 0.8 GB."""
 
@@ -60,7 +65,7 @@ class Settings:
 
     linear: Literal["auto", "sgd", "optimum"] = "auto"
     recipe: str | None = None
-    """Recipe of fine-tuning; None: by the number of labels and the encoder's head."""
+    """Recipe of fine-tuning; None: by head, width and share of labels (`choose_finetune_recipe`)."""
     overrides: Callable[[FinetuneConfig], FinetuneConfig] = lambda config: config
     """Returns the recipe with the settings that a user gives."""
     flip: float | None = None
@@ -134,7 +139,7 @@ def measure_one(
 ) -> Result:
     """One protocol on one subject: from the store, or measured now."""
     name = SUPERVISED if protocol == SUPERVISED else subject.name
-    config = _training(protocol, subject, split, settings)
+    config, notes = _training(protocol, subject, split, settings)
     source = None
     if settings.pseudo_labels and protocol in ("finetune", SUPERVISED):
         require_unlabelled(split)
@@ -143,6 +148,8 @@ def measure_one(
 
     def run() -> Measured:
         context.say(f"  {name}: {protocol}, seed {seed}")
+        for note in notes:
+            context.say(f"  {note}")
         if config is None:
             return _classify(protocol, subject, split, seed, context.world)
         folder = context.folder / f"{protocol}-seed{seed}-{name_of(key)[:12]}" if context.folder else None
@@ -271,7 +278,7 @@ def train_subject(
 
 
 def _by_sgd(protocol: Protocol, subject: EvaluatedModel, split: Split, settings: Settings) -> bool:
-    """Whether the protocol is the papers' linear probe: SGD on crops and flips under a frozen encoder (SimCLR B.6).
+    """Whether the protocol is SGD on crops and flips under a frozen encoder, as in the papers (SimCLR B.6).
 
     Every epoch passes all images through the encoder. With few images the exact optimum on features of the central crop
     takes seconds instead, and needs no learning rate. Batch norm is in inference mode, which the paper intends and the
@@ -281,60 +288,99 @@ def _by_sgd(protocol: Protocol, subject: EvaluatedModel, split: Split, settings:
     return protocol == "linear" and by_sgd and subject.encoder is not None
 
 
-def _training(protocol: Protocol, subject: EvaluatedModel, split: Split, settings: Settings) -> FinetuneConfig | None:
-    """Settings of the training of a protocol; None where it trains no network."""
+def _training(
+    protocol: Protocol, subject: EvaluatedModel, split: Split, settings: Settings
+) -> tuple[FinetuneConfig | None, list[str]]:
+    """Settings of the training of a protocol, None where it trains no network; and what to tell of them."""
     num_images = len(split.train)
     if _by_sgd(protocol, subject, split, settings):
-        return _flipped(FINETUNE_RECIPES[_sized("linear", num_images)], settings.flip)
+        return _flipped(FINETUNE_RECIPES[_linear_recipe(subject.size, num_images)], settings.flip), []
     if protocol == SUPERVISED:
         assert subject.encoder is not None
-        return supervised_recipe(subject.encoder, num_images, settings.flip)
+        return supervised_recipe(subject.encoder, num_images, settings.flip), []
     if protocol != "finetune":
-        return None
+        return None, []
     return choose_finetune_config(subject, split, settings)
 
 
-def choose_finetune_config(subject: EvaluatedModel, split: Split, settings: Settings) -> FinetuneConfig:
-    """Settings of a fine-tuning: those that a user gives, on top of a recipe.
+def choose_finetune_config(
+    subject: EvaluatedModel, split: Split, settings: Settings
+) -> tuple[FinetuneConfig, list[str]]:
+    """Settings of a fine-tuning, those that a user gives on top of a recipe; and sentences about the choice.
 
-    The recipe is the one that `settings` name, else the one for these weights and this number of labels.
+    The recipe is the one that `settings` name, else the one for these weights and this share of labels.
     """
     num_images = len(split.train)
     if settings.recipe is not None:
-        config = _flipped(find_finetune_recipe(settings.recipe), settings.flip)
-    elif subject.name == RANDOM:
-        assert subject.encoder is not None
-        config = supervised_recipe(subject.encoder, num_images, settings.flip)
+        config, notes = find_finetune_recipe(settings.recipe), []
     else:
-        recipe = "small" if num_images <= SMALL else _papers_recipe(subject, split)
-        config = _flipped(find_finetune_recipe(recipe), settings.flip)
-    return config.with_overrides(settings.overrides)
+        name, why = _recipe_for(subject, split)
+        config = FINETUNE_RECIPES[name]
+        notes = [f"Recipe {name} ({why}); --finetune-recipe chooses another."]
+        if num_images < config.batch_size:
+            notes.append(
+                f"Its batches have {config.batch_size:,} images, and there are {num_images:,} labels: it makes few "
+                "updates; --finetune-recipe small is made for few images."
+            )
+    config = _flipped(config, settings.flip).with_overrides(settings.overrides)
+    if config.optimizer == "sgd" and config.tune_from != "none" and _is_imported_v2(subject):
+        notes.append(
+            f"{subject.name} seems to be an imported encoder of SimCLR v2, whose kernels are some 17 times smaller "
+            "than those of v1 (README of google-research/simclr, known issues), so that rates of SGD do not transfer "
+            "to it; LARS does not depend on their size: --finetune-recipe v2-1%, v2-10% or v2-100%."
+        )
+    return config, notes
+
+
+def _recipe_for(subject: EvaluatedModel, split: Split) -> tuple[str, str]:
+    """Name of the recipe for these weights and labels, and why."""
+    assert subject.encoder is not None
+    num_images = len(split.train)
+    if subject.name == RANDOM:
+        return _supervised_recipe_name(subject.encoder, num_images), f"from scratch, {num_images:,} labels"
+    shape = subject.encoder.config
+    return choose_finetune_recipe(
+        head_layers=0 if subject.head is None else len(subject.head.layers),
+        is_wide=shape.sk or shape.width > 1,
+        num_labels=num_images,
+        num_labelled=split.num_labelled,
+    )
+
+
+def _is_imported_v2(subject: EvaluatedModel) -> bool:
+    """Whether the weights are a checkpoint of SimCLR v2: its head or its kernels, and no record of a training here."""
+    if subject.encoder is None or subject.encoder.config.is_external or subject.progress is not None:
+        return False
+    return subject.encoder.config.sk or (subject.head is not None and len(subject.head.layers) > 2)
 
 
 def supervised_recipe(network: nn.Module, num_images: int, flip: float | None) -> FinetuneConfig:
     """The recipe by which a network of this kind is trained from scratch on this number of labelled images.
 
-    The papers' SGD with a rate of 0.1 is made for networks with batch norm; others learn by AdamW. (AlexNet by SGD
+    SGD with a rate of 0.1 is made for networks with batch norm; others learn by AdamW. (AlexNet by SGD
     stays at chance for hundreds of steps, and sometimes for good.)
 
     Args:
         flip: Probability of a left-right flip; None: the recipe's.
     """
+    return _flipped(FINETUNE_RECIPES[_supervised_recipe_name(network, num_images)], flip)
+
+
+def _supervised_recipe_name(network: nn.Module, num_images: int) -> str:
     batch_norm = any(isinstance(part, _BatchNorm) for part in network.modules())
-    return _flipped(FINETUNE_RECIPES[_sized("supervised", num_images) + ("" if batch_norm else "-adamw")], flip)
+    return ("small-supervised" if num_images <= SMALL else "supervised") + ("" if batch_norm else "-adamw")
 
 
-def _sized(protocol: str, num_images: int) -> str:
-    """Name of a protocol's recipe for this number of labelled images."""
-    return f"small-{protocol}" if num_images <= SMALL else protocol
+def _linear_recipe(size: int, num_images: int) -> str:
+    """Name of the recipe of a linear classifier on this number of images of `size` pixels, trained by SGD on crops.
+
+    Up to 20,000 images it is ours; else that of the authors' README for CIFAR-10 (32 pixels) or the paper's for
+    ImageNet.
+    """
+    if num_images <= SMALL:
+        return "small-linear"
+    return "cifar-linear" if size <= CIFAR_STEM_UP_TO else "linear"
 
 
 def _flipped(config: FinetuneConfig, flip: float | None) -> FinetuneConfig:
     return config if flip is None else replace(config, flip=flip)
-
-
-def _papers_recipe(subject: EvaluatedModel, split: Split) -> str:
-    """Name of the papers' recipe for this head (3 layers in SimCLR v2) and the share of the labels that is used."""
-    version = "v2" if subject.head is not None and len(subject.head.layers) > 2 else "v1"
-    share = len(split.train) / split.num_labelled
-    return f"{version}-{'1%' if share <= 0.03 else '10%' if share <= 0.3 else '100%'}"

@@ -11,13 +11,14 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from simclr.config.finetune import SMALL
 from simclr.data.images import Images
 from simclr.data.presets import TransferSet
 from simclr.evaluation.curve import Count, Key, labels_curve
 from simclr.evaluation.grid import Grid, finetune_transfer
 from simclr.evaluation.keys import curve_from_scratch_key, curve_key, label_free_key, probe_key
 from simclr.evaluation.label_free import label_free, view_features
-from simclr.evaluation.measure import SMALL, EvaluationContext, about_split, fitting, supervised_recipe, train_subject
+from simclr.evaluation.measure import EvaluationContext, about_split, fitting, supervised_recipe, train_subject
 from simclr.evaluation.metrics import SUPERVISED
 from simclr.evaluation.probe import probe
 from simclr.evaluation.results import About, Measured, Result

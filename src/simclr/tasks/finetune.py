@@ -84,9 +84,11 @@ def _finetune(options: Finetune, overrides: Overrides, world: DistributedContext
     split = session.split(options.seed)
     session.tell(f"{session.train.name}: {split.description}.")
     subject, pixels = session.subjects()
-    config = choose_finetune_config(
+    config, notes = choose_finetune_config(
         subject, split, Settings(recipe=options.finetune_recipe, overrides=overrides, flip=session.flip)
     )
+    for note in notes:
+        session.tell(note)
     if options.pseudo_labels:
         require_unlabelled(split)
     session.tell(

@@ -59,12 +59,13 @@ class Evaluate:
     """With --protocol knn: classify each labelled image by all others, instead of splitting the images."""
 
     linear: Literal["auto", "sgd", "optimum"] = "auto"
-    """Solver of the linear protocol: sgd on random crops, as in the papers, or the exact optimum on features of the
-    central crop; auto: optimum up to 100,000 images."""
+    """Solver of the linear protocol: the exact optimum on features of the central crop, or sgd on random crops as in
+    the papers, by the recipe cifar-linear up to 32 pixels, linear above, and small-linear (ours) up to 20,000 images;
+    auto: optimum up to 100,000 images."""
 
     finetune_recipe: str | None = None
-    """Recipe of fine-tuning: v1-1%, v1-10%, v1-100%, v2-1%, ..., small; unset: chosen by the number of labels and the
-    projection head."""
+    """Recipe of fine-tuning: v1-1%, v1-10%, v1-100%, v2-1%, ..., v2-wide-1%, ..., small; unset: small for data sets of
+    up to 100,000 labelled images, else chosen by projection head, width and share of labels."""
 
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Settings that replace those of the recipe, such as --finetune.lr 0.01."""
@@ -149,8 +150,8 @@ class Finetune:
     """Seed of the 80/20 split, the choice of labels, the order of the images and the views."""
 
     finetune_recipe: str | None = None
-    """Recipe of the training: v1-1%, v1-10%, v1-100%, v2-1%, ..., small; unset: chosen by the number of labels and the
-    projection head."""
+    """Recipe of the training: v1-1%, v1-10%, v1-100%, v2-1%, ..., v2-wide-1%, ..., small, linear, cifar-linear; unset:
+    small for data sets of up to 100,000 labelled images, else chosen by projection head, width and share of labels."""
 
     size: int = 224
     """Side, in pixels, of the images for models of timm and torchvision."""
