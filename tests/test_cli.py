@@ -219,6 +219,8 @@ def test_recipes_are_printed_complete(simclr):
         (["evaluate", "RUN", "flowers102:/no/such", "--protocol", "transfer"], "/no/such"),
         (["evaluate", "RUN", "PHOTOS"], "expects 1-channel images"),
         (["evaluate", "RUN", "digits", "--json", "/proc/none/x.json"], "/proc/none/x.json cannot be written"),
+        (["pretrain", "/no/such", "--head", "none", "--head-dim", "32"], "--head-dim was 32, and --head is none"),
+        (["plan", "/no/such", "--head", "linear", "--head-layers", "3"], "--head-layers was 3, and --head is linear"),
         (["pretrain", "digits", "--out", "RUN"], "already holds a run.*simclr resume"),
         (["pretrain", "digits", "--out", "PHOTOS"], "exists and is no run"),
         (["resume", "RUN", "--lr", "5", "--seed", "9"], "--lr from 0.002 to 5.0, --seed from 0 to 9"),

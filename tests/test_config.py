@@ -13,7 +13,7 @@ import pytest
 
 from helpers import SMALL_RUN
 from simclr.config.finetune import FinetuneConfig
-from simclr.config.pretrain import PretrainConfig, changed_on_resume, load_config
+from simclr.config.pretrain import PretrainConfig, changed_on_resume, load_config, refuse_unused_head_settings
 from simclr.config.recipes import RECIPES, choose_recipe, find_recipe, fit_recipe, settings_for
 from simclr.errors import UserError
 
@@ -149,6 +149,29 @@ def test_recipes_hold_the_papers_numbers():
         assert (c.lr * c.batch_size**0.5, c.lr_scaling, c.warmup_epochs / c.epochs) == (6.4, "sqrt", 0.05)
         assert (c.weight_decay, c.temperature, c.batch_size, c.epochs, c.head_layers) == (1e-4, 0.1, 4096, 800, 3)
     assert json.dumps(cifar.loss_scale) == json.dumps(imagenet.loss_scale) == "2.0"
+
+
+@pytest.mark.parametrize(
+    ("given", "saved", "expected"),
+    [
+        ({"head": "none", "head_dim": 32}, {}, "--head-dim was 32, and --head is none"),
+        ({"head": "linear", "head_layers": 3}, {}, "--head-layers was 3, and --head is linear, which has one layer"),
+        ({"head": "none", "head_layers": 3}, {}, "--head-layers was 3, and --head is none, which has no layer"),
+        ({"head_layers": 3}, {"head": "linear"}, "--head-layers was 3, and --head is linear"),
+        ({"head": "linear", "head_layers": 1}, {}, None),
+        ({"head": "linear", "head_dim": 32}, {}, None),
+        ({"head": "linear"}, {"head_layers": 3}, None),  # of a recipe, whose nonlinear head has three
+        ({"head": "none"}, {"head_dim": 64}, None),
+        ({"head_dim": 32, "head_layers": 4}, {}, None),
+    ],
+)
+def test_settings_that_the_chosen_head_has_not_are_refused(given, saved, expected):
+    config = replace(PretrainConfig(**saved), **given)
+    if expected is None:
+        refuse_unused_head_settings(given, config)
+    else:
+        with pytest.raises(UserError, match=expected):
+            refuse_unused_head_settings(given, config)
 
 
 def test_a_later_setting_is_no_part_of_results_that_it_does_not_change():

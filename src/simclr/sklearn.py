@@ -29,7 +29,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data  # pyrefly: 
 from torch import Tensor
 
 from simclr.config.overrides import Overrides
-from simclr.config.pretrain import PretrainConfig, require_seed
+from simclr.config.pretrain import PretrainConfig, refuse_unused_head_settings, require_seed
 from simclr.config.recipes import find_recipe, settings_for
 from simclr.data.forms import ROUNDING, ImagesLike, open_images
 from simclr.data.images import Images
@@ -203,6 +203,7 @@ class SimCLR(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
 
         overrides = Overrides(given)
         settings = overrides(recipe.config if recipe else PretrainConfig())
+        refuse_unused_head_settings(given, settings)
         with nullcontext() if self.verbose else hushed():
             initial, overrides = open_initial(settings, overrides)
         pretraining.check_settings(overrides(settings), world)

@@ -264,6 +264,29 @@ class PretrainConfig(TrainingConfig):
         write_atomically(path, versioned(asdict(self)))
 
 
+def refuse_unused_head_settings(given: Mapping[str, Any], config: PretrainConfig) -> None:
+    """Refuse settings of a projection head that the chosen head does not have.
+
+    Those of a recipe have no effect then, and are allowed.
+
+    Args:
+        given: Settings that a user gives on top of a recipe, by name.
+        config: The settings with these.
+    """
+    given = rename_settings(given)
+    if config.head == "none" and "head_dim" in given:
+        raise UserError(
+            f"--head-dim was {config.head_dim}, and --head is none, which leaves projections as wide as the features; "
+            "leave --head-dim out, or give --head linear or nonlinear."
+        )
+    layers = {"none": None, "linear": 1, "nonlinear": config.head_layers}[config.head]
+    if "head_layers" in given and config.head_layers != layers:
+        raise UserError(
+            f"--head-layers was {config.head_layers}, and --head is {config.head}, which has "
+            f"{'no layer' if layers is None else 'one layer'}; leave --head-layers out, or give --head nonlinear."
+        )
+
+
 def require_seed(seed: int, *, count: int = 1, name: str = "--seed") -> None:
     """Refuse a seed that the random numbers (Philox) cannot take.
 

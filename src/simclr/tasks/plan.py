@@ -17,7 +17,7 @@ import torch
 
 from simclr import distributed
 from simclr.config.overrides import Overrides
-from simclr.config.pretrain import PretrainConfig
+from simclr.config.pretrain import PretrainConfig, refuse_unused_head_settings
 from simclr.config.recipes import choose_recipe, find_recipe
 from simclr.data.images import Images
 from simclr.distributed import DistributedContext
@@ -143,6 +143,7 @@ def plan(options: "PlanOptions", overrides: Overrides) -> Plan:
         settings = overrides(recipe.config if recipe else PretrainConfig())
         initial, overrides = open_initial(settings, overrides, pretrained=False)
         settings = overrides(settings)
+        refuse_unused_head_settings(overrides.values, settings)
         check_settings(settings, world)
         reading = replace(DataOptions().reading(world, channels=settings.channels), completes_pack=False)
         images = open_aloud(options.data, world, reading)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from simclr import distributed
 from simclr.config.overrides import Overrides
-from simclr.config.pretrain import PretrainConfig
+from simclr.config.pretrain import PretrainConfig, refuse_unused_head_settings
 from simclr.config.recipes import Recipe, find_recipe, settings_for
 from simclr.data.images import Images
 from simclr.distributed import DistributedContext
@@ -52,6 +52,7 @@ def pretrain(options: "Pretrain", overrides: Overrides, method: type[Method] | N
         settings = overrides(recipe.config if recipe else PretrainConfig())
         initial, overrides = open_initial(settings, overrides, main=world.is_main)
         settings = overrides(settings)
+        refuse_unused_head_settings(overrides.values, settings)
         check_settings(settings, world, method)
         with hold(out, world):
             images = open_aloud(source, world, opened.reading(world, channels=settings.channels), labels=opened.labels)
