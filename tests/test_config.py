@@ -4,6 +4,7 @@ import ast
 import inspect
 import itertools
 import json
+import re
 import sys
 from dataclasses import fields, replace
 from typing import Any
@@ -148,7 +149,28 @@ def test_recipes_hold_the_papers_numbers():
     for c in v2:  # peak rate 6.4, warm-up over 5 % of the epochs
         assert (c.lr * c.batch_size**0.5, c.lr_scaling, c.warmup_epochs / c.epochs) == (6.4, "sqrt", 0.05)
         assert (c.weight_decay, c.temperature, c.batch_size, c.epochs, c.head_layers) == (1e-4, 0.1, 4096, 800, 3)
+    r50, advice = RECIPES["cifar-r50"].config, RECIPES["cifar-small-batch"].config
+    assert (r50.brightness, r50.weight_decay, r50.batch_size, r50.temperature) == ("add", 1e-6, 1024, 0.5), "v1, B.9"
+    assert (advice.lr, advice.lr_scaling, advice.head_layers, advice.head_dim, advice.temperature) == (
+        0.2, "sqrt", 2, 64, 0.2,
+    ), "issue 166"  # fmt: skip
+    advice = RECIPES["imagenet-small-batch"].config
+    assert (advice.lr, advice.lr_scaling, advice.head_dim, advice.temperature) == (0.075, "sqrt", 128, 0.2), "issue 166"
+    v2_cifar = RECIPES["cifar-v2"].config
+    assert (v2_cifar.epochs, v2_cifar.batch_size, v2_cifar.temperature, v2_cifar.head_layers, v2_cifar.queue) == (
+        800, 512, 0.2, 2, 0,
+    )  # fmt: skip
     assert json.dumps(cifar.loss_scale) == json.dumps(imagenet.loss_scale) == "2.0"
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_what_a_recipe_quotes_is_said_to_be_quoted(recipe):
+    """No recipe for ImageNet or CIFAR-10 has been run to its end by this code."""
+    if not {"cifar10", "IMAGENET/train"} & set(recipe.command.split()):
+        return
+    assert re.search(r"not reproduced here|not measured", recipe.expect)
+    if "not reproduced" in recipe.expect:
+        assert re.search(r"^the (authors'|paper's|notebook's) \d", recipe.expect), "whose figure it is"
 
 
 @pytest.mark.parametrize(
