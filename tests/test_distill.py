@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import top_k_accuracy_score
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +32,7 @@ from simclr.models.batchnorm import set_global_batch_norm
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import build_encoder
 from simclr.models.heads import ProjectionHead
+from simclr.tasks import distill as distill_task
 from simclr.tasks import distill_images as distilling
 from simclr.tasks.distill_images import distill_images
 from simclr.tasks.teacher import open_teacher, teachers_columns
@@ -410,6 +412,18 @@ def folders(tmp_path_factory):
 
 
 FAST = ["--min-steps", "10", "--epochs", "0", "--batch-size", "32", "--workers", "0"]
+
+
+def test_top_5_is_printed_where_there_are_many_classes(simclr, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill_task, "TOP5_ABOVE", 9)
+    code, table, said = simclr("distill", folders / "teacher", "digits", "--out", tmp_path / "self", *FAST)
+    assert code == 0, said
+    test = open_data("digits", split="test")
+    student, teacher = (
+        top_k_accuracy_score(test.labels, load(folder).probabilities(test), k=5)
+        for folder in (tmp_path / "self", folders / "teacher")
+    )
+    assert f"Top-5 accuracy: teacher {teacher:.1%}, student {student:.1%}." in table
 
 
 def test_the_command_end_to_end(simclr, folders, tmp_path):

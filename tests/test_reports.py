@@ -48,6 +48,23 @@ def test_the_main_table_and_what_is_said_below_it() -> None:
     ]
 
 
+def test_top_5_has_a_table_where_the_papers_report_it() -> None:
+    """Of linear classifiers and fine-tuning on more than ten classes, not of nearest neighbours."""
+
+    def many(one: Result, num_classes: int = 100) -> Result:
+        return replace(one, metrics={**one.metrics, "top5": one.value("top1") + 0.05}, num_classes=num_classes)
+
+    measured = [*RESULTS, result("encoder", "linear", 0.6)]
+    assert accuracy_text([many(one) for one in measured]).split("\n")[4:9] == [
+        "Top-1 accuracy in %, mean ± sample standard deviation over 1 to 2 seeds.",
+        "features               fine-tuned  linear",
+        "encoder                      95.0    65.0",
+        "supervised (baseline)        30.0       -",
+        "Top-5 accuracy in %, one seed, so no spread.",
+    ]
+    assert accuracy_text([many(one, 10) for one in measured]) == accuracy_text(measured)
+
+
 def test_the_json_keeps_its_keys() -> None:
     """They are what scripts of users read."""
     summary = json.loads(json.dumps(accuracy_summary(RESULTS)))

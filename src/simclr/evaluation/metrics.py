@@ -18,6 +18,8 @@ SUPERVISED = "supervised"
 """Name of the network that is trained on the labels alone."""
 BASELINES = ("hog", "patches", "pixels", "random", SUPERVISED)
 """Names of the models that others are compared with."""
+TOP5_ABOVE = 10
+"""Classes above which tables have top-5 accuracy too: the papers report it on ImageNet, not on sets of ten classes."""
 RECALLS = np.arange(11) / 10  # at which VOC 2007 reads the precision
 CHUNK = 1 << 22  # coin tosses held at a time: 32 MB
 

@@ -6,16 +6,26 @@ from typing import Any
 import numpy as np
 
 from simclr.evaluation.measure import TITLES
-from simclr.evaluation.metrics import BASELINES, SUPERVISED, mean_and_spread
+from simclr.evaluation.metrics import BASELINES, SUPERVISED, TOP5_ABOVE, mean_and_spread
 from simclr.evaluation.results import Result
 from simclr.reports.table import Row, error_note, seeds_note, text_table
 from simclr.reports.verdict import is_baseline
 
+TOP5_PROTOCOLS = ("linear", "finetune", SUPERVISED)
+"""Protocols whose top-5 accuracy SimCLR reports beside top-1 (tables 6, 7 and B.2)."""
+
 
 def accuracy_text(results: Sequence[Result]) -> str:
-    """A row for each subject, a column for each kind of classifier, and below them what was done."""
+    """A row for each subject, a column for each kind of classifier, and below them what was done.
+
+    Where there are many classes, a second table has the top-5 accuracy of the protocols for which the papers report it.
+    """
     rows = accuracy_rows(results)
     lines = [text_table(rows, corner="features"), f"Top-1 accuracy in %, {seeds_note(rows)}."]
+    top5 = [result for result in results if result.protocol in TOP5_PROTOCOLS and _has_top5(result)]
+    if top5:
+        rows = accuracy_rows(top5, "top5")
+        lines += [text_table(rows, corner="features"), f"Top-5 accuracy in %, {seeds_note(rows)}."]
     for protocol in dict.fromkeys(result.protocol for result in results):
         subjects_by_description: dict[str, dict[str, None]] = {}
         for result in results:
@@ -30,13 +40,16 @@ def accuracy_text(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def accuracy_rows(results: Sequence[Result]) -> list[Row]:
-    """Top-1 accuracies over seeds: the model under test, others that are compared, then baselines, the strongest first.
+def accuracy_rows(results: Sequence[Result], metric: str = "top1") -> list[Row]:
+    """Accuracies over seeds: the model under test, others that are compared, then baselines, the strongest first.
 
     Fine-tuning and training from scratch share a column. The strength of a baseline is its mean over the columns of
     frozen features.
+
+    Args:
+        metric: Name of an accuracy that each result has.
     """
-    columns = _top1_by(results, lambda result: TITLES[result.protocol])
+    columns = _values_by(results, lambda result: TITLES[result.protocol], metric)
     under_test = results[0].subject
 
     def place(name: str) -> tuple[bool, float]:
@@ -53,7 +66,7 @@ def mean_accuracies(
     """Subject -> protocol -> mean top-1 accuracy in [0, 1]; and its sample standard deviation, None of one seed."""
     means: dict[str, dict[str, float]] = {}
     spreads: dict[str, dict[str, float | None]] = {}
-    for name, row in _top1_by(results, lambda result: result.protocol).items():
+    for name, row in _values_by(results, lambda result: result.protocol, "top1").items():
         means[name], spreads[name] = {}, {}
         for protocol, values in row.items():
             means[name][protocol], spreads[name][protocol] = mean_and_spread(values)
@@ -92,9 +105,15 @@ def results_by_subject(results: Sequence[Result]) -> dict[str, list[Result]]:
     return by_subject
 
 
-def _top1_by(results: Sequence[Result], column: Callable[[Result], str]) -> dict[str, dict[str, list[float]]]:
-    """Subject -> column -> top-1 accuracies in [0, 1]."""
+def _has_top5(result: Result) -> bool:
+    return (result.num_classes or 0) > TOP5_ABOVE and result.metrics.get("top5") is not None
+
+
+def _values_by(
+    results: Sequence[Result], column: Callable[[Result], str], metric: str
+) -> dict[str, dict[str, list[float]]]:
+    """Subject -> column -> accuracies in [0, 1]."""
     accuracies: dict[str, dict[str, list[float]]] = {}
     for result in results:
-        accuracies.setdefault(result.subject, {}).setdefault(column(result), []).append(result.value("top1"))
+        accuracies.setdefault(result.subject, {}).setdefault(column(result), []).append(result.value(metric))
     return accuracies

@@ -15,6 +15,7 @@ from simclr.data.images import Images, fit_channels
 from simclr.data.labels import chosen_by
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
+from simclr.evaluation.metrics import TOP5_ABOVE
 from simclr.models.classifier import Classifier, read_for
 from simclr.models.encoder import Encoder, build_encoder
 from simclr.models.heads import ProjectionHead
@@ -186,4 +187,6 @@ def _print(result: Distilled, test: Images | None) -> None:
     if test is None or result.accuracy is None or result.teacher_accuracy is None:
         return
     print(f"{'teacher':<9}{result.teacher_accuracy:.1%}\n{'student':<9}{result.accuracy:.1%}")
+    if len(result.network.linear.weight) > TOP5_ABOVE:
+        print(f"Top-5 accuracy: teacher {result.teacher_top5:.1%}, student {result.top5:.1%}.")
     print(f"Top-1 accuracy on {len(test):,} test images, last checkpoint; {error_note(len(test))}.")

@@ -25,7 +25,7 @@ from simclr.errors import UserError
 from simclr.evaluation.finetune import TRAINING_VERSION
 from simclr.evaluation.keys import classifier_key
 from simclr.evaluation.metrics import accuracies
-from simclr.evaluation.results import About, Measured, ResultStore
+from simclr.evaluation.results import About, Measured, Result, ResultStore
 from simclr.files import write_atomically
 from simclr.methods.distill import Distill
 from simclr.models.batchnorm import set_global_batch_norm
@@ -56,6 +56,10 @@ class Distilled:
     accuracy: float | None
     """The student's on the test images, in [0, 1]; None where there were none."""
     teacher_accuracy: float | None
+    """The teacher's, likewise."""
+    top5: float | None = None
+    """The student's top-5 accuracy, in [0, 1]; None with five classes or fewer, or no test images."""
+    teacher_top5: float | None = None
     """The teacher's, likewise."""
 
 
@@ -108,13 +112,19 @@ def distill_images(
         student = student.to(world.device).to(memory_format=torch.channels_last)
         task = build_task(teacher, student, images, targets, config, run, seed=seed, world=world)
         outcome = fit(task, run, config, world, manifest=record)
-        tested: dict[str, float] = {}
+        tested: dict[str, Result] = {}
         if test is not None and test_targets is not None:
             store = ResultStore(run.path / "evaluation" / "results.jsonl", world)
             tested = _test(teacher, student, test, test_targets, seed, store, world)
         if world.is_main:
             _report_end(run, outcome, images, config, tested, test)
-        return Distilled(student.eval(), outcome.step, tested.get("student"), tested.get("teacher"))
+        top1, top5 = (
+            {name: result.metrics.get(metric) for name, result in tested.items()} for metric in ("top1", "top5")
+        )
+        return Distilled(
+            student.eval(), outcome.step, top1.get("student"), top1.get("teacher"),
+            top5=top5.get("student"), teacher_top5=top5.get("teacher"),
+        )  # fmt: skip
 
 
 def _inputs(
@@ -141,12 +151,12 @@ def _test(
     seed: int,
     store: ResultStore,
     world: DistributedContext,
-) -> dict[str, float]:
-    """Top-1 accuracy of "student" and "teacher" on labelled images, in [0, 1]; all metrics are kept as results."""
+) -> dict[str, Result]:
+    """Accuracies of "student" and "teacher" on labelled images, kept in the store."""
     assert teacher.classifier is not None
     classes, preset = teacher.classes, teacher.preprocessing
     about = About(data_name=test.name, split=f"{len(test):,} test images", num_test=len(test), num_classes=len(classes))
-    accuracy = {}
+    tested = {}
     networks = {"student": (student, student.encoder), "teacher": (teacher.classifier, teacher.encoder)}
     for name, (network, encoder) in networks.items():
 
@@ -155,8 +165,8 @@ def _test(
             return Measured(metrics=accuracies(logits, np.arange(len(classes)), targets))
 
         key = classifier_key(network, encoder.config, classes, preset, test, seed, world.device.type)
-        accuracy[name] = store.get(key, measure, replace(about, subject=name)).value("top1")
-    return accuracy
+        tested[name] = store.get(key, measure, replace(about, subject=name))
+    return tested
 
 
 def build_task(
@@ -252,7 +262,7 @@ def _batches(
 
 
 def _report_end(
-    folder: RunFolder, outcome: Outcome, images: Images, config: DistillConfig, tested: dict[str, float],
+    folder: RunFolder, outcome: Outcome, images: Images, config: DistillConfig, tested: dict[str, Result],
     test: Images | None,
 ) -> None:  # fmt: skip
     if not folder.summary.exists():
@@ -266,7 +276,7 @@ def _report_end(
             "steps_of_this_call": outcome.steps_run,
             "final": outcome.last,
             "test_images": None if test is None else len(test),
-            "test_accuracy": tested,
+            "test_accuracy": {name: result.value("top1") for name, result in tested.items()},
         }
         with folder.writing():
             write_atomically(folder.summary, versioned(summary))
