@@ -102,6 +102,25 @@ def test_it_trains_as_evaluate_does(simclr, encoder, tmp_path, monkeypatch):
         assert summary["steps"] == (6 if protocol == "finetune" else 7), "each by its own recipe"
 
 
+def test_a_network_from_scratch_can_be_named(simclr, tmp_path, monkeypatch):
+    """The same one by `finetune random` as by the supervised protocol of `evaluate random`."""
+    recipe = replace(FINETUNE_RECIPES["small-supervised"], epochs=0, min_steps=5)
+    monkeypatch.setitem(FINETUNE_RECIPES, "small-supervised", recipe)
+    network = ["--encoder", "resnet10", "--width", 0.25, "--stem", "strided", "--size", 12]
+    shared = ["random", "digits", "--labels", "5/class", *network]
+    code, _, said = simclr("finetune", *shared, "--out", tmp_path / "out")
+    assert code == 0 and "A new resnet10 of width 0.25 for images of 12 pixels." in said, said
+    config = load(tmp_path / "out").encoder.config
+    assert config == EncoderConfig("resnet10", channels=1, size=12, width=0.25, stem="strided")
+    result = tmp_path / "result.json"
+    code, _, said = simclr("evaluate", *shared, "--protocol", "supervised", "--compare", "--json", result)
+    assert code == 0, said
+    top1 = json.loads((tmp_path / "out" / "summary.json").read_text())["accuracy"]["top-1"]
+    assert top1 == pytest.approx(json.loads(result.read_text())["supervised"]["supervised"])
+    code, _, said = simclr("finetune", "random", "digits", "--out", tmp_path / "b", "--labels", "5/class")
+    assert code == 0 and load(tmp_path / "b").encoder.config.name == "small", "the recipe's"
+
+
 def test_ctrl_c_saves_and_the_same_command_goes_on(simclr, encoder, tmp_path, monkeypatch):
     def command(name):
         return "finetune", encoder, "digits", "--out", tmp_path / name, *QUICK

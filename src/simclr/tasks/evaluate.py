@@ -23,7 +23,7 @@ from simclr.reports.label_free import label_free_pictures, label_free_summary, l
 from simclr.reports.probe import probe_summary, probe_text
 from simclr.reports.transfer import transfer_summary, transfer_text
 from simclr.reports.verdict import Comparison, comparisons, is_baseline, verdict_summary, verdict_text
-from simclr.tasks.evaluation_session import Session, results_folder
+from simclr.tasks.evaluation_session import Session, check_network, results_folder
 from simclr.tasks.opening import require_writable, write
 from simclr.training.progress import say
 from simclr.training.run import RunFolder
@@ -113,6 +113,7 @@ def check_flags(
     if options.seeds < 1:
         raise UserError(f"--seeds was {options.seeds}; it must be at least 1.")
     require_seed(options.seed, count=options.seeds)
+    check_network(options)
     for path in (options.json, options.picture):
         if path is not None:
             require_writable(path)

@@ -23,6 +23,7 @@ from simclr.evaluation.results import Result, ResultStore
 from simclr.evaluation.split import Split, split_data
 from simclr.evaluation.subjects import (
     BASELINE_NAMES,
+    EXTERNAL_SIZE,
     HOG,
     INIT,
     PATCHES,
@@ -43,7 +44,7 @@ from simclr.weights.folder import Model, load_quietly
 from simclr.weights.training_progress import TrainingProgress
 
 if TYPE_CHECKING:
-    from simclr.tasks.options.labels import Evaluate
+    from simclr.tasks.options.labels import Evaluate, Finetune
 
 ENCODER = "encoder"
 """Name of the row of RUN itself."""
@@ -208,7 +209,7 @@ class Session:
         if key not in self._opened:
             subject = open_subject(
                 name, like=self.like, preprocessing=self.preprocessing, seed=seed, cache=self.cache, world=self.world,
-                size=self.options.size, pretrained=pretrained,
+                size=self.options.size or EXTERNAL_SIZE, pretrained=pretrained,
             )  # fmt: skip
             if name in (PATCHES, RANDOM):
                 subject = subject.learnt_from(self._training_images(seed), seed=seed)
@@ -343,12 +344,48 @@ def _can_be_made(folder: Path, world: DistributedContext) -> bool:
 
 
 def _shape(options: "Evaluate", images: Images, world: DistributedContext) -> tuple[EncoderConfig, AugmentationPreset]:
-    """The shape of the network that a name stands for: the recipe's for the baselines."""
-    if options.run in BASELINE_NAMES:
-        recipe, _ = choose_recipe(images, on_gpu=world.device.type == "cuda")
-        config, _ = fit_recipe(recipe, images)
+    """The shape of the network that a name stands for: --encoder, else the recipe's, for the baselines."""
+    if options.run not in BASELINE_NAMES:
+        return EncoderConfig(name=options.run, channels=3, size=options.size or EXTERNAL_SIZE), "torchvision"
+    recipe, _ = choose_recipe(images, on_gpu=world.device.type == "cuda")
+    config, _ = fit_recipe(recipe, images)
+    if options.encoder is None:
         return encoder_of(config, images.channels), config.augmentation
-    return EncoderConfig(name=options.run, channels=3, size=options.size), "torchvision"
+    shape = _named_network(options, channels=images.channels, size=config.size)
+    return shape, "torchvision" if shape.is_external else config.augmentation
+
+
+def check_network(options: "Evaluate | Finetune") -> None:
+    """Reject flags about a network that RUN is not, or that there is not, before any image is opened.
+
+    Raises:
+        UserError: One sentence about the first of them.
+    """
+    if options.encoder is not None:
+        if options.run != RANDOM:
+            raise UserError(
+                f"--encoder was {options.encoder}, and RUN is {options.run}, which is a model already; leave it out, "
+                f"or give {RANDOM} as RUN for a new network."
+            )
+        _named_network(options, channels=3, size=EXTERNAL_SIZE)
+        return
+    given = {"--width": options.width != 1.0, "--stem": options.stem != "auto", "--sk": options.sk}
+    if unused := [flag for flag, is_given in given.items() if is_given]:
+        raise UserError(f"{', '.join(unused)} is about the network that --encoder names; name one.")
+
+
+def _named_network(options: "Evaluate | Finetune", *, channels: int, size: int) -> EncoderConfig:
+    """The network of --encoder and the flags beside it.
+
+    Args:
+        size: Of the images where no flag says so and it is no model of timm or torchvision, in pixels.
+    """
+    assert options.encoder is not None
+    is_external = options.encoder.startswith((TIMM, TORCHVISION))
+    return EncoderConfig(
+        name=options.encoder, width=options.width, stem=options.stem, sk=options.sk,
+        channels=3 if is_external else channels, size=options.size or (EXTERNAL_SIZE if is_external else size),
+    )  # fmt: skip
 
 
 def _warn_if_seen(run: Path, images: Images, world: DistributedContext) -> None:

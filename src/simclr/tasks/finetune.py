@@ -39,7 +39,7 @@ from simclr.evaluation.results import Measured, Result, ResultStore
 from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import PIXELS, RANDOM, WITHOUT_NETWORK, EvaluatedModel
 from simclr.reports.table import error_note
-from simclr.tasks.evaluate import Session
+from simclr.tasks.evaluation_session import Session, check_network
 from simclr.tasks.opening import DataOptions, lasting, require_writable, side_of, write
 from simclr.tasks.options.labels import Evaluate, Finetune
 from simclr.tasks.pretrain_images import data_record
@@ -84,6 +84,9 @@ def _finetune(options: Finetune, overrides: Overrides, world: DistributedContext
     split = session.split(options.seed)
     session.tell(f"{session.train.name}: {split.description}.")
     subject, pixels = session.subjects()
+    if options.run == RANDOM:
+        shape = session.like
+        session.tell(f"A new {shape.name} of width {shape.width:g} for images of {shape.size} pixels.")
     config, notes = choose_finetune_config(
         subject, split, Settings(recipe=options.finetune_recipe, overrides=overrides, flip=session.flip)
     )
@@ -112,6 +115,7 @@ def _check(options: Finetune) -> None:
     if options.run in WITHOUT_NETWORK:
         raise UserError(f"{options.run} is no network; give a run's folder, timm/NAME, torchvision/NAME or random.")
     require_seed(options.seed)
+    check_network(options)
     if options.finetune_recipe is not None:
         find_finetune_recipe(options.finetune_recipe)
     require_writable(options.out / "summary.json")
@@ -124,7 +128,8 @@ def _as_evaluation(options: Finetune) -> Evaluate:
     """The same images, encoder and labels as `simclr evaluate` would take."""
     return Evaluate(
         run=options.run, data=(options.data,), labels=options.labels, seed=options.seed, compare=(PIXELS,),
-        size=options.size, out=options.out, labels_file=options.labels_file, pack=options.pack,
+        encoder=options.encoder, width=options.width, stem=options.stem, sk=options.sk, size=options.size,
+        out=options.out, labels_file=options.labels_file, pack=options.pack,
         pack_side=options.pack_side, cache="off", device=options.device,
     )  # fmt: skip
 

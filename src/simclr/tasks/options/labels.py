@@ -48,8 +48,22 @@ class Evaluate:
     """Models in further rows of the table, with spaces or commas between: anything that RUN may be, and init, what RUN
     was pretrained from (--init), which unset adds for such a run. `--compare` alone: none."""
 
-    size: int = 224
-    """Side, in pixels, of the images for models of timm and torchvision."""
+    encoder: str | None = None
+    """With RUN random: the network that is trained or measured, such as resnet50; unset: that of the recipe for these
+    images."""
+
+    width: float = 1.0
+    """With --encoder: multiplier on every channel count of a ResNet."""
+
+    stem: Literal["auto", "cifar", "strided", "imagenet"] = "auto"
+    """With --encoder: first layers of a ResNet."""
+
+    sk: bool = False
+    """With --encoder: selective kernels."""
+
+    size: int | None = None
+    """Side of the images, in pixels, for models of timm and torchvision (unset: 224), and with --encoder (unset: that
+    of the recipe)."""
 
     feature: Literal["auto", "h", "stage4", "stages3-4", "stages1-4"] = "auto"
     """Read other features from the same weights, of RUN, `init` and `random`: h, the average over the image, or the
@@ -121,9 +135,10 @@ class Finetune:
     """Fine-tune an encoder on labelled images as a classifier, and report its test accuracy.
 
     RUN is a run's folder, an encoder's folder, timm/NAME or torchvision/NAME (with their pretrained weights), or random
-    for a network from scratch. Settings that no flag gives come from the recipe; the defaults below apply without a
-    recipe. After a stop, the same command continues the training. `simclr.load("OUT").classify(images)` and `simclr
-    predict` use the result. Several processes: `torchrun --nproc-per-node K -m simclr finetune ...`.
+    for a network from scratch (--encoder names it). Settings that no flag gives come from the recipe; the defaults
+    below apply without a recipe. After a stop, the same command continues the training.
+    `simclr.load("OUT").classify(images)` and `simclr predict` use the result. Several processes: `torchrun
+    --nproc-per-node K -m simclr finetune ...`.
     """
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
@@ -153,8 +168,22 @@ class Finetune:
     """Recipe of the training: v1-1%, v1-10%, v1-100%, v2-1%, ..., v2-wide-1%, ..., small, linear, cifar-linear; unset:
     small for data sets of up to 100,000 labelled images, else chosen by projection head, width and share of labels."""
 
-    size: int = 224
-    """Side, in pixels, of the images for models of timm and torchvision."""
+    encoder: str | None = None
+    """With RUN random: the network that is trained, such as resnet50; unset: that of the recipe for these
+    images."""
+
+    width: float = 1.0
+    """With --encoder: multiplier on every channel count of a ResNet."""
+
+    stem: Literal["auto", "cifar", "strided", "imagenet"] = "auto"
+    """With --encoder: first layers of a ResNet."""
+
+    sk: bool = False
+    """With --encoder: selective kernels."""
+
+    size: int | None = None
+    """Side of the images, in pixels, for models of timm and torchvision (unset: 224), and with --encoder (unset: that
+    of the recipe)."""
 
     labels_file: Path | None = None
     """CSV file with lines path,label for a folder of images."""
