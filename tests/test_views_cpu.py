@@ -9,6 +9,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,8 +85,10 @@ def test_each_operation_alone(preset, channels, name):
     images = random_images(MIXED, channels)
     policy = preset(41, channels=channels)
     drawn, off, on = draws(policy, images), np.zeros(len(images), bool), np.ones(len(images), bool)
-    switches = {switch: on if name == switch else off for switch in ("flip", "gray", "blur")}
-    neutral = {other: np.full_like(drawn.hue, other == "hue") * 0 + (other != "hue") for other in OPERATIONS}
+    switches: dict[str, Any] = {switch: on if name == switch else off for switch in ("flip", "gray", "blur")}
+    neutral: dict[str, Any] = {
+        other: np.full_like(drawn.hue, other == "hue") * 0 + (other != "hue") for other in OPERATIONS
+    }
     if name in OPERATIONS:
         neutral[name] = getattr(drawn, name)
     alone = replace(drawn, **switches, **neutral, jitter=on if name in OPERATIONS else off)
@@ -99,8 +102,8 @@ def test_a_neutral_operation_still_clips(preset, first):
     policy = preset(30, flip=0)
     drawn = draws(policy, images)
     order = np.array([OPERATIONS[first], *(number for name, number in OPERATIONS.items() if name != first)])
-    neutral = np.full(6, first != "hue", np.float32)
-    params = replace(drawn, jitter=np.ones(6, bool), order=np.tile(order, (6, 1)), **{first: neutral})
+    neutral: dict[str, Any] = {first: np.full(6, first != "hue", np.float32)}
+    params = replace(drawn, jitter=np.ones(6, bool), order=np.tile(order, (6, 1)), **neutral)
     assert_is_the_reference(images, params, policy)
 
 

@@ -35,6 +35,18 @@ LAST_BITS = 2e-6  # the mean that contrast needs is added up in another order
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason=NEEDS_GPU)
 
 
+def test_further_operations_follow_the_kernels():
+    policy = replace(Policy.google(8), sobel=0.5, rotation=0.5, cutout=0.5, noise=0.5, motion_blur=0.5)
+    images = random_images([(10, 12)] * 4)
+    options: dict[str, Any] = {"seed": 1, "epoch": 0, "indices": np.arange(4)}
+    expected = make_views(images, policy, backend="reference", **options)
+    on_device = DeviceImages.upload(images, 3, DEVICE)
+    for got, wanted in zip(make_views(on_device, policy, **options), expected, strict=True):
+        torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=5e-6)
+    (rounded, _) = make_views(on_device, policy, dtype=torch.bfloat16, **options)
+    assert rounded.dtype == torch.bfloat16
+
+
 @pytest.fixture(autouse=True)
 def larger_tiles(monkeypatch):
     """The interpreter takes as long for a small tile as for a large one."""
@@ -147,7 +159,7 @@ def test_operations_in_every_place_and_at_their_neutral_values(preset):
         factors[name] = np.where(idle, np.float32(value), getattr(drawn, name))
     params = replace(drawn, jitter=np.ones(8, bool), order=np.array(orders), **factors)
     assert_is_the_reference(images, params, policy)
-    nothing = {name: np.full_like(drawn.hue, name != "hue") for name in factors}
+    nothing: dict[str, Any] = {name: np.full_like(drawn.hue, name != "hue") for name in factors}
     assert_is_the_reference(images[:2], replace(params, **nothing)[:2], policy)
 
 

@@ -17,6 +17,9 @@ SHUFFLE_STREAM = 0xFFFF_FFFF
 KEY_STREAM = 0xFFFF_FFFE
 """Stream of the order in which MoCo's keys of the first view are normalised; the one below is the second view's."""
 
+SHARED_CROP_STREAM = 0xFFFF_FFFC
+"""Stream of the crop that all views of an image are cut from, where there is one."""
+
 _MASK = 0xFFFF_FFFF
 _MULTIPLIERS = (0xD251_1F53, 0xCD9E_8D57)
 _KEY_STEPS = (0x9E37_79B9, 0xBB67_AE85)

@@ -96,6 +96,38 @@ class PretrainConfig(TrainingConfig):
     brightness: Literal["multiply", "add"] = "multiply"
     """Brightness as in SimCLR v2 (multiply) or v1 (add); the authors' code, data_util.py."""
 
+    cutout: float = 0.0
+    """Probability of a black square of half the view's side; this and the next six are those of section 3.2 and
+    appendix B.2, with parameters of our own (docs/views.md)."""
+
+    rotation: float = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees."""
+
+    sobel: float = 0.0
+    """Probability of a Sobel filter."""
+
+    noise: float = 0.0
+    """Probability of Gaussian noise, of standard deviation 0.1."""
+
+    equalise: float = 0.0
+    """Probability of flattening the histogram of each channel."""
+
+    solarise: float = 0.0
+    """Probability of inverting values from 0.5 on."""
+
+    motion_blur: float = 0.0
+    """Probability of a motion blur."""
+
+    augment: str | None = None
+    """The only operations of the views, with commas between: crop, flip, colour, blur, cutout, rotation, sobel, noise,
+    equalise, solarise, motion-blur. One whose probability is 0 gets 1; unset: those of the settings above."""
+
+    branch_b: str = "same"
+    """The second view: same, drawn as the first; identity, the whole image; or its operations, named as above."""
+
+    shared_crop: bool = False
+    """Cut one random crop first that both views share, as figure 5 of the paper does; theirs are cut from it."""
+
     # ---- encoder and projection head
     init: str | None = None
     """Weights to begin from: a run, an encoder's folder, timm/NAME or torchvision/NAME (with their pretrained weights);
@@ -220,7 +252,8 @@ class PretrainConfig(TrainingConfig):
             self._require_positive(name)
         for name in ("strength", "knn_every"):
             self._require_min(name, 0)
-        for name in ("jitter", "grayscale", *(["blur"] if self.blur is not None else [])):
+        operations = ("cutout", "rotation", "sobel", "noise", "equalise", "solarise", "motion_blur")
+        for name in ("jitter", "grayscale", *(["blur"] if self.blur is not None else []), *operations):
             self._require_probability(name)
         require_seed(self.seed)
         self._check_loss()

@@ -97,6 +97,46 @@ def table_5(scale: Scale) -> Study:
     )
 
 
+_PAIRS = {
+    "crop": (33.1, 33.9, 56.3, 46.0, 39.9, 35.0, 30.2),
+    "cutout": (32.2, 25.6, 33.9, 40.0, 26.5, 25.2, 22.4),
+    "colour": (55.8, 35.5, 18.8, 21.0, 11.4, 16.5, 20.8),
+    "sobel": (46.2, 40.6, 20.9, 4.0, 9.3, 6.2, 4.2),
+    "noise": (38.8, 25.8, 7.5, 7.6, 9.8, 9.8, 9.6),
+    "blur": (35.1, 25.2, 16.6, 5.8, 9.7, 2.6, 6.7),
+    "rotation": (30.0, 22.5, 20.7, 4.3, 9.7, 6.5, 2.6),
+}
+"""First operation -> accuracy with each operation as the second, in the same order (figure 5, read off)."""
+
+
+def figure_5(scale: Scale) -> Study:
+    """Operations on one branch, alone and in pairs.
+
+    Operations have one order here, so a pair is one point; its value of the paper is the mean of both orders.
+    """
+    names = list(_PAIRS)
+    return Study(
+        name="figure-5",
+        title="operations on one branch, alone and in pairs",
+        source="SimCLR, figure 5",
+        claim="No single operation suffices, and crop with colour distortion is by far the best pair.",
+        settings={**base(scale), "shared_crop": True, "branch_b": "identity", "flip": 0.0},
+        evaluation=evaluation(scale),
+        arms=[
+            Arm(
+                series=first,
+                point=second,
+                settings={"augment": first if first == second else f"{first},{second}"},
+                paper=(_PAIRS[first][names.index(second)] + _PAIRS[second][k]) / 2,
+            )
+            for k, first in enumerate(names)
+            for second in names[k:]
+        ],
+        shape="matrix",
+        second_hand=True,
+    )
+
+
 def figure_7(scale: Scale) -> Study:
     """Depth and width of the network."""
     networks = pick(
@@ -254,6 +294,7 @@ STUDIES: Mapping[str, Callable[[Scale], Study]] = {
     "table-1": table_1,
     "table-4": table_4,
     "table-5": table_5,
+    "figure-5": figure_5,
     "figure-7": figure_7,
     "figure-8": figure_8,
     "figure-9": figure_9,

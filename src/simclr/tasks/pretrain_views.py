@@ -1,7 +1,8 @@
 """The views of a pretraining run: settings -> a policy for each view of an image, and which settings go together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from simclr.config.pretrain import PretrainConfig
 from simclr.errors import UserError
 from simclr.methods.method import Method
 from simclr.models.encoder import Encoder
-from simclr.views.policy import Policy
+from simclr.views.policy import OPERATIONS, Policy
 
 
 def policy_of(config: PretrainConfig, channels: int) -> Policy:
@@ -27,7 +28,39 @@ def policy_of(config: PretrainConfig, channels: int) -> Policy:
     )
     if config.hue is not None and channels == 3:
         policy = replace(policy, hue=config.hue)
-    return replace(policy, brightness_mode=config.brightness)
+    operations = {name: getattr(config, name) for name in OPERATIONS}
+    return replace(policy, brightness_mode=config.brightness, shared_crop=config.shared_crop, **operations)
+
+
+NAMED: Mapping[str, str] = {"crop": "crop", "flip": "flip", "colour": "jitter", "blur": "blur"} | {
+    name.replace("_", "-"): name for name in OPERATIONS
+}
+"""Operations as --augment and --branch-b name them -> the field of the policy."""
+
+
+def only(policy: Policy, names: Sequence[str]) -> Policy:
+    """The policy with these operations alone; one whose probability was 0 is always applied.
+
+    "colour" is the colour distortion of the paper: jitter, and grayscale as often as it was.
+    """
+    values: dict[str, Any] = {"crop": "crop" in names, "gray": policy.gray if "colour" in names else 0.0}
+    for name, field in NAMED.items():
+        if field != "crop":
+            values[field] = (getattr(policy, field) or 1.0) if name in names else 0.0
+    return replace(policy, **values)
+
+
+def operations_of(names: str, flag: str) -> list[str]:
+    """The operations that a flag names.
+
+    Raises:
+        UserError: There is no such operation.
+    """
+    named = [name.strip() for name in names.split(",")]
+    for name in named:
+        if name not in NAMED:
+            raise UserError(f"{flag} was {names}, and there is no operation {name!r}; there are {', '.join(NAMED)}.")
+    return named
 
 
 def policies_of(config: PretrainConfig, channels: int, view_sizes: Sequence[int]) -> list[Policy]:
@@ -47,6 +80,12 @@ def policies_of(config: PretrainConfig, channels: int, view_sizes: Sequence[int]
         else:
             small = policy_of(replace(config, size=size), channels)
             policies.append(replace(small, crop_area=crop_area, min_covered=0.0))
+    if config.augment is not None:
+        names = operations_of(config.augment, "--augment")
+        policies = [only(policy, names) for policy in policies]
+    if config.branch_b != "same":
+        names = [] if config.branch_b == "identity" else operations_of(config.branch_b, "--branch-b")
+        policies[1] = only(policy_of(config, channels), names)
     return policies
 
 
@@ -79,12 +118,32 @@ def check_views(config: PretrainConfig, method: type[Method]) -> None:
                 f"--{name.replace('_', '-')} was {value}, and {method.__name__} takes {views} of each image, of one "
                 "size; leave it out, or give --method simclr."
             )
+    _check_operations(config, method)
     for name in ("small_crop_min", "small_crop_max"):
         if config.small_crops is None and getattr(config, name) != getattr(PretrainConfig, name):
             raise UserError(
                 f"--{name.replace('_', '-')} has no effect without small crops; give --small-crops too, such as "
                 "--small-crops 4:16."
             )
+
+
+def _check_operations(config: PretrainConfig, method: type[Method]) -> None:
+    """Refuse wrong names, operations that are on and not named, and a second view where there is not just one."""
+    if config.branch_b != "same":
+        if len(views_of(config, method)) != 2:
+            raise UserError(
+                f"--branch-b was {config.branch_b}, and it is the second of two views; {method.__name__} takes "
+                f"{len(views_of(config, method))} here, so leave it out."
+            )
+        if config.branch_b != "identity":
+            operations_of(config.branch_b, "--branch-b")
+    if config.augment is None:
+        return
+    named = {NAMED[name] for name in operations_of(config.augment, "--augment")}
+    for name in OPERATIONS:
+        if getattr(config, name) > 0 and name not in named:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} was {getattr(config, name)}, and --augment does not name {flag}; add it there.")
 
 
 def check_small_crops(config: PretrainConfig) -> None:

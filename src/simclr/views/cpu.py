@@ -1,7 +1,8 @@
 """Views on the CPU by compiled kernels: the pixels of `reference.py`, many times faster.
 
-    kernels.py   what happens to one view
-    here         records for the kernels, and threads that share a batch
+    kernels.py            what happens to one view
+    operation_kernels.py  further operations on finished views
+    here                  records for the kernels, and threads that share a batch
 
 Shapes: B images, N views, C channels, S x S pixels.
 """
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from simclr.views.kernels import VIEW, render_views
+from simclr.views.operation_kernels import operate
 from simclr.views.params import ViewParams
 from simclr.views.policy import AugmentationPreset, Policy
 from simclr.views.reference import blur_kernels
@@ -45,7 +47,11 @@ def render(images: Images, params: Sequence[ViewParams], policy: Policy, *, thre
     kernels = np.concatenate([blur_kernels(of_view.sigma, policy.size) for of_view in params])
     add = policy.brightness_mode == "add"
     out = _make(views.reshape(-1), kernels, policy.size, policy.channels, policy.preset, add, threads)
-    return [out[k * len(images) : (k + 1) * len(images)] for k in range(len(params))]
+    made = [out[k * len(images) : (k + 1) * len(images)] for k in range(len(params))]
+    for batch, of_view in zip(made, params, strict=True):
+        if of_view.operations is not None:
+            operate(batch.permute(0, 2, 3, 1).numpy(), of_view.operations, policy)
+    return made
 
 
 def crop_resize(

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from simclr.errors import UserError
 from simclr.views.device_images import DeviceImages
+from simclr.views.operations import operate
 from simclr.views.params import CONTRAST, HUE, SATURATION, ViewParams
 from simclr.views.policy import AugmentationPreset, Policy
 from simclr.views.reference import blur_kernels
@@ -56,8 +57,15 @@ def render(images: DeviceImages, params: Sequence[ViewParams], policy: Policy, d
         _plan_jitter(rows, of_view, policy)
         rows["gray"] = of_view.gray & (policy.channels == 3)
         _plan_blur(rows, of_view, policy.size)
-    out = _make(views.reshape(-1), images, policy.size, policy.preset, policy.brightness_mode == "add", dtype)
-    return [out[k * batch : (k + 1) * batch] for k in range(len(params))]
+    made_as = torch.float32 if policy.operates else dtype
+    out = _make(views.reshape(-1), images, policy.size, policy.preset, policy.brightness_mode == "add", made_as)
+    made = [out[k * batch : (k + 1) * batch] for k in range(len(params))]
+    if policy.operates:  # rarely used: the definition, on the device
+        made = [
+            view if of_view.operations is None else operate(view, of_view.operations, policy).to(dtype)
+            for view, of_view in zip(made, params, strict=True)
+        ]
+    return made
 
 
 def crop_resize(

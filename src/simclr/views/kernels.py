@@ -58,7 +58,8 @@ _RED, _GREEN, _BLUE = (np.float32(x) for x in (0.2989, 0.587, 0.114))
 _U0, _U1, _U2, _U3, _U4 = (np.uint64(x) for x in range(5))
 
 
-def _compile(function: Callable) -> Callable:
+def compiled(function: Callable) -> Callable:
+    """Numba's form of a function, kept on the disk where that is possible."""
     try:
         return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     except RuntimeError:  # Numba found no folder that it may write to
@@ -75,7 +76,7 @@ def _bytes_at(_context, address):
     return types.CPointer(types.uint8)(address), pointer
 
 
-@_compile
+@compiled
 def render_views(views, blur_kernels, size, channels, google, add, out):
     """Make `out[k]`, pixels in [0, 1], from `views[k]`.
 
@@ -156,13 +157,13 @@ def render_views(views, blur_kernels, size, channels, google, add, out):
 # --- resize -----------------------------------------------------------------------------------------------------------
 
 
-@_compile
+@compiled
 def _num_taps(length, resized, google):
     """Taps of the filter, padded to a multiple of 4 by taps of weight 0."""
     return 4 if google else (int(2 * max(length / resized, 1.0)) + 4) // 4 * 4
 
 
-@_compile
+@compiled
 def _taps(length, resized, begin, flip, google, num_taps, base, weight):
     """First tap (S,) and weights (T * S,) of the view's rows or columns: those of `resize.py`, bit for bit."""
     size = len(base)
@@ -174,7 +175,7 @@ def _taps(length, resized, begin, flip, google, num_taps, base, weight):
             base[at] = _bilinear_taps(length, resized, begin + i, num_taps, size, weight[at:])
 
 
-@_compile
+@compiled
 def _bicubic_taps(length, resized, position, stride, weight):
     # float32 and this order of operations are TensorFlow's
     scale = np.float32(length) / np.float32(resized)
@@ -189,7 +190,7 @@ def _bicubic_taps(length, resized, position, stride, weight):
     return first
 
 
-@_compile
+@compiled
 def _keys(distance, index, length):
     """Keys' kernel; 0 for a tap outside the crop."""
     if not 0 <= index < length:
@@ -200,7 +201,7 @@ def _keys(distance, index, length):
     return ((-0.5 * d + 2.5) * d - 4) * d + 2
 
 
-@_compile
+@compiled
 def _bilinear_taps(length, resized, position, num_taps, stride, weight):
     scale = length / resized
     support = max(scale, 1.0)
@@ -216,7 +217,7 @@ def _bilinear_taps(length, resized, position, num_taps, stride, weight):
     return first
 
 
-@_compile
+@compiled
 def _resize_row(
     crop, row_bytes, height, width, y, size, channels, num_taps, row_base, row_weight, gather, column_weight, line,
     ring, in_ring, slots, planes,
@@ -246,13 +247,13 @@ def _resize_row(
     )  # fmt: skip
 
 
-@_compile
+@compiled
 def _to_floats(source, ring, slot):
     for i in range(np.uint64(len(source))):
         ring[slot + i] = np.float32(source[i]) * _BYTE
 
 
-@_compile
+@compiled
 def _add_rows(ring, a0, a1, a2, a3, w0, w1, w2, w3, line, begin, length, is_first):
     for i in range(length):
         value = _ZERO if is_first else line[begin + i]
@@ -262,7 +263,7 @@ def _add_rows(ring, a0, a1, a2, a3, w0, w1, w2, w3, line, begin, length, is_firs
         line[begin + i] = value + w3 * ring[a3 + i]
 
 
-@_compile
+@compiled
 def _add_columns(line, gather, weight, num_taps, channels, size, planes, begin):
     """From a row as wide as the crop, its channels interleaved, to C rows of the view's width."""
     for c in range(channels):
@@ -283,7 +284,7 @@ def _add_columns(line, gather, weight, num_taps, channels, size, planes, begin):
 # --- colour -----------------------------------------------------------------------------------------------------------
 
 
-@_compile
+@compiled
 def _plan_jitter(view, channels, add, steps):
     """Put the operations that change something into `steps`, in their order; say whether a clip precedes them."""
     if not view.jitter:
@@ -307,7 +308,7 @@ def _plan_jitter(view, channels, add, steps):
     return clip_first, n
 
 
-@_compile
+@compiled
 def _adjust(operation, view, google, add, planes, pixels, channels, first, last):
     """Brightness, saturation or hue of a strip of pixels."""
     if operation == BRIGHTNESS:
@@ -323,18 +324,18 @@ def _adjust(operation, view, google, add, planes, pixels, channels, first, last)
             _blend_saturation(red, green, blue, view.saturation)
 
 
-@_compile
+@compiled
 def _colours(planes, pixels, first, last):
     green, blue = pixels, 2 * pixels
     return planes[first:last], planes[green + first : green + last], planes[blue + first : blue + last]
 
 
-@_compile
+@compiled
 def _clip(x):
     return min(max(x, _ZERO), _ONE)
 
 
-@_compile
+@compiled
 def _clip_planes(planes, pixels, channels, first, last):
     for c in range(channels):
         plane = planes[c * pixels + first : c * pixels + last]
@@ -342,7 +343,7 @@ def _clip_planes(planes, pixels, channels, first, last):
             plane[i] = _clip(plane[i])
 
 
-@_compile
+@compiled
 def _brightness(plane, amount, add):
     if add:
         for i in range(len(plane)):
@@ -352,12 +353,12 @@ def _brightness(plane, amount, add):
             plane[i] = _clip(plane[i] * amount)
 
 
-@_compile
+@compiled
 def _luma(red, green, blue):
     return red * _RED + green * _GREEN + blue * _BLUE
 
 
-@_compile
+@compiled
 def _contrast_means(planes, pixels, channels, google, spare, means):
     """Means (C,) about which contrast stretches: of each channel (google) or of the grayscale view."""
     if google or channels == 1:
@@ -375,7 +376,7 @@ def _contrast_means(planes, pixels, channels, google, spare, means):
             means[c] = mean
 
 
-@_compile
+@compiled
 def _sum(x, length):
     """Sum by halving, as in the reference; destroys x."""
     while length > 1:
@@ -388,7 +389,7 @@ def _sum(x, length):
     return x[0]
 
 
-@_compile
+@compiled
 def _contrast(plane, factor, mean, google):
     if google:
         for i in range(len(plane)):
@@ -399,7 +400,7 @@ def _contrast(plane, factor, mean, google):
             plane[i] = _clip(plane[i] * factor + rest)
 
 
-@_compile
+@compiled
 def _scale_saturation(red, green, blue, factor):
     for i in range(len(red)):
         r, g, b = red[i], green[i], blue[i]
@@ -410,7 +411,7 @@ def _scale_saturation(red, green, blue, factor):
         blue[i] = _clip(high - (high - b) * scale)
 
 
-@_compile
+@compiled
 def _blend_saturation(red, green, blue, factor):
     rest = _ONE - factor
     for i in range(len(red)):
@@ -419,7 +420,7 @@ def _blend_saturation(red, green, blue, factor):
         red[i], green[i], blue[i] = _clip(r * factor + gray), _clip(g * factor + gray), _clip(b * factor + gray)
 
 
-@_compile
+@compiled
 def _shift_hue(red, green, blue, turns):
     shift = turns * _SIX
     for i in range(len(red)):
@@ -436,7 +437,7 @@ def _shift_hue(red, green, blue, turns):
         blue[i] = _clip(_clip(_TWO - abs(sector - _FOUR)) * chroma + low)
 
 
-@_compile
+@compiled
 def _finish(view, planes, pixels, channels, first, last, flat):
     """Grayscale; then clip for the blur to come, or write the finished pixels."""
     is_gray = view.gray and channels == 3
@@ -456,13 +457,13 @@ def _finish(view, planes, pixels, channels, first, last, flat):
         )  # fmt: skip
 
 
-@_compile
+@compiled
 def _write_gray(plane, flat):
     for i in range(len(plane)):
         flat[i] = _clip(plane[i])
 
 
-@_compile
+@compiled
 def _write(red, green, blue, flat):
     for i in range(np.uint64(len(red))):
         flat[_U3 * i], flat[_U3 * i + _U1], flat[_U3 * i + _U2] = _clip(red[i]), _clip(green[i]), _clip(blue[i])
@@ -471,7 +472,7 @@ def _write(red, green, blue, flat):
 # --- blur -------------------------------------------------------------------------------------------------------------
 
 
-@_compile
+@compiled
 def _blur(planes, size, channels, gray, kernel, google, padded, spare, rows, flat):
     """Blur rows, then columns. Beyond the border are zeros (google) or the mirror image (torchvision)."""
     radius = len(kernel) - 1
@@ -512,7 +513,7 @@ def _blur(planes, size, channels, gray, kernel, google, padded, spare, rows, fla
             _write(rows[0], rows[second], rows[third], flat[y * size * 3 :])
 
 
-@_compile
+@compiled
 def _add_pairs_in_row(padded, centre, kernel, reach, blurred, begin, size):
     weight = kernel[0]
     for i in range(size):
@@ -523,7 +524,7 @@ def _add_pairs_in_row(padded, centre, kernel, reach, blurred, begin, size):
             blurred[begin + i] += (padded[before + i] + padded[after + i]) * weight
 
 
-@_compile
+@compiled
 def _add_pair(x, first, second, weight, row):
     for i in range(np.uint64(len(row))):
         row[i] += (x[first + i] + x[second + i]) * weight

@@ -6,24 +6,75 @@ Every operation reads slots of its own, so that switching one off changes no dra
     block 1   brightness, contrast, saturation, hue
     block 2   order of the four jitter operations
     block 3   sigma of the blur
+    block 4   equalise, solarise, sobel, motion blur: on or off
+    block 5   rotation, cutout, noise: on or off; direction of the motion blur
+    block 6   turns of the rotation; y and x of the cutout's centre
     block 16+ crop attempts, one block each: aspect, area or height, y, x
+    block 65,536+ noise, four pixels each
+
+The crop that all views of an image may share is drawn from a stream of its own.
 
 Crop samplers: TensorFlow's sample_distorted_bounding_box (google) and torchvision's RandomResizedCrop.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 
 from simclr.errors import UserError
-from simclr.random import uniforms
+from simclr.random import SHARED_CROP_STREAM, uniforms
 from simclr.views.policy import Policy
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Numbers of the jitter operations in `ViewParams.order`."""
 
+DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
+"""Steps in y and x of the motion blur's lines."""
+
 _FIRST_CROP_BLOCK = 16
+_FIRST_NOISE_BLOCK = 2**16
+
+
+@dataclass(frozen=True)
+class OperationParams:
+    """What decides the further operations of a batch of views (`policy.OPERATIONS`): one row a view."""
+
+    equalise: np.ndarray
+    """(B,) bool."""
+    solarise: np.ndarray
+    """(B,) bool."""
+    sobel: np.ndarray
+    """(B,) bool."""
+    motion_blur: np.ndarray
+    """(B,) bool."""
+    direction: np.ndarray
+    """(B,) int64: which of `DIRECTIONS`."""
+    turns: np.ndarray
+    """(B,) int64 quarter turns, anticlockwise; 0 where there is no rotation."""
+    cutout: np.ndarray
+    """(B,) bool."""
+    centre: np.ndarray
+    """(B, 2) float32 y and x of the cutout's centre, as shares of the view's side in [0, 1)."""
+    noise: np.ndarray
+    """(B,) bool."""
+    counter: np.ndarray
+    """(B, 3) int64 epoch, index and view: what the noise is drawn from, with the seed."""
+    seed: int
+
+    def __getitem__(self, rows: slice | np.ndarray | list[int]) -> "OperationParams":
+        arrays = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "seed"}
+        return OperationParams(**arrays, seed=self.seed)
+
+    def normals(self, rows: np.ndarray, channels: int, size: int) -> np.ndarray:
+        """Standard normal numbers of some views, (rows, C, S, S) float32, by Box and Muller's transform."""
+        blocks = _FIRST_NOISE_BLOCK + np.arange(-(-channels * size * size // 4))
+        epoch, index, view = (self.counter[rows, k, None] for k in range(3))
+        u = uniforms(self.seed, epoch, index, view, blocks)  # (rows, blocks, 4)
+        radius, angle = np.sqrt(-2 * np.log1p(-u[..., :2])), 2 * np.pi * u[..., 2:]
+        normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(len(u), -1)
+        return normal[:, : channels * size * size].reshape(-1, channels, size, size).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -53,12 +104,15 @@ class ViewParams:
     sigma: np.ndarray
     """(B,) float32, pixels of the view. One an image: the authors draw one for the whole batch of a replica, but
     then a view would depend on its batch."""
+    operations: OperationParams | None = None
+    """Of the further operations; None: the policy has none."""
 
     def __len__(self) -> int:
         return len(self.box)
 
     def __getitem__(self, rows: slice | np.ndarray | list[int]) -> "ViewParams":
-        return ViewParams(*(getattr(self, field.name)[rows] for field in fields(self)))
+        arrays = {field.name: getattr(self, field.name)[rows] for field in fields(self) if field.name != "operations"}
+        return ViewParams(**arrays, operations=None if self.operations is None else self.operations[rows])
 
 
 def draw(
@@ -90,15 +144,18 @@ def draw(
         raise UserError(f"indices from {indices.min()} to {indices.max()}: an index is from 0 to 2**32 - 1.")
     u = uniforms(seed, epochs[:, None], indices[:, None], view, np.arange(4))  # (B, block, 4)
 
-    def attempts(rows: np.ndarray, first: int, last: int) -> np.ndarray:
+    def attempts(rows: np.ndarray, first: int, last: int, stream: int = view) -> np.ndarray:
         blocks = np.arange(_FIRST_CROP_BLOCK + first, _FIRST_CROP_BLOCK + last)
-        return uniforms(seed, epochs[rows, None], indices[rows, None], view, blocks)  # (rows, attempts, 4)
+        return uniforms(seed, epochs[rows, None], indices[rows, None], stream, blocks)  # (rows, attempts, 4)
 
-    boxes = _google_boxes if policy.preset == "google" else _torchvision_boxes
+    operations = None
+    if policy.operates:
+        counter = np.stack(np.broadcast_arrays(epochs, indices, view), axis=1)  # (B, 3)
+        operations = _draw_operations(policy, seed, counter)
     neutral = 0 if policy.brightness_mode == "add" else 1
     lowest = -policy.brightness if policy.brightness_mode == "add" else max(1 - policy.brightness, 0)
     return ViewParams(
-        box=boxes(policy, sizes, attempts),
+        box=_draw_boxes(policy, sizes, attempts),
         flip=u[:, 0, 0] < policy.flip,
         jitter=u[:, 0, 1] < policy.jitter,
         order=np.argsort(u[:, 2], axis=1, kind="stable"),
@@ -109,7 +166,39 @@ def draw(
         gray=u[:, 0, 2] < policy.gray,
         blur=u[:, 0, 3] < policy.blur,
         sigma=_between(u[:, 3, 0], *policy.blur_sigma),
+        operations=operations,
     )
+
+
+def _draw_operations(policy: Policy, seed: int, counter: np.ndarray) -> OperationParams:
+    """Parameters of the further operations, from the (B, 3) epochs, indices and views."""
+    epoch, index, view = (counter[:, k, None] for k in range(3))
+    u = uniforms(seed, epoch, index, view, np.arange(4, 7))  # (B, block, 4)
+    return OperationParams(
+        equalise=u[:, 0, 0] < policy.equalise,
+        solarise=u[:, 0, 1] < policy.solarise,
+        sobel=u[:, 0, 2] < policy.sobel,
+        motion_blur=u[:, 0, 3] < policy.motion_blur,
+        direction=(u[:, 1, 3] * len(DIRECTIONS)).astype(np.int64),
+        turns=np.where(u[:, 1, 0] < policy.rotation, 1 + (u[:, 2, 0] * 3).astype(np.int64), 0),
+        cutout=u[:, 1, 1] < policy.cutout,
+        centre=u[:, 2, 1:3].astype(np.float32),
+        noise=u[:, 1, 2] < policy.noise,
+        counter=counter,
+        seed=seed,
+    )
+
+
+def _draw_boxes(policy: Policy, sizes: np.ndarray, attempts: Callable[..., np.ndarray]) -> np.ndarray:
+    """(B, 4) crops: within the whole image, or within the crop that all views share."""
+    boxes = _google_boxes if policy.preset == "google" else _torchvision_boxes
+    outer = np.column_stack([np.zeros_like(sizes), sizes])  # (B, 4)
+    if policy.shared_crop:
+        outer = boxes(policy, sizes, partial(attempts, stream=SHARED_CROP_STREAM))
+    if not policy.crop:
+        return outer
+    inner = boxes(policy, outer[:, 2:], attempts)
+    return np.column_stack([outer[:, :2] + inner[:, :2], inner[:, 2:]])
 
 
 def _between(u: np.ndarray, low: float, high: float) -> np.ndarray:

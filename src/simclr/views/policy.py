@@ -9,6 +9,9 @@ from typing import Literal
 
 from simclr.errors import UserError
 
+OPERATIONS = ("equalise", "solarise", "sobel", "motion_blur", "rotation", "cutout", "noise")
+"""Fields of a `Policy`: probabilities of the further operations, in the order in which they are applied."""
+
 AugmentationPreset = Literal["google", "torchvision"]
 
 
@@ -64,6 +67,45 @@ class Policy:
 
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur, uniform in this range, in pixels of the view."""
+
+    crop: bool = True
+    """Whether a view is a random crop; else it is the whole image, resized."""
+
+    shared_crop: bool = False
+    """Whether one random crop is cut first that all views of the image share; theirs are then cut from it."""
+
+    # ---- further operations, on the finished view, in this order; off unless asked for
+    equalise: float = 0.0
+    """Probability that each channel's histogram becomes flat."""
+
+    solarise: float = 0.0
+    """Probability that values from 0.5 on are inverted."""
+
+    sobel: float = 0.0
+    """Probability that a view becomes the size of its gradient."""
+
+    motion_blur: float = 0.0
+    """Probability of an average along a short line in one of four directions."""
+
+    rotation: float = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees."""
+
+    cutout: float = 0.0
+    """Probability that a square becomes black."""
+
+    noise: float = 0.0
+    """Probability of Gaussian noise."""
+
+    cutout_side: float = 0.5
+    """Side of the black square, as a share of the view's; its centre may be any pixel."""
+
+    noise_sigma: float = 0.1
+    """Standard deviation of the noise."""
+
+    @property
+    def operates(self) -> bool:
+        """Whether any of the further operations can occur."""
+        return any(getattr(self, name) > 0 for name in OPERATIONS)
 
     @classmethod
     def google(
@@ -149,9 +191,13 @@ class Policy:
             raise UserError(f"view size {self.size}: must be at least 1 pixel; try 32 or 224.")
         if self.channels not in (1, 3):
             raise UserError(f"{self.channels} channels: views have 1 (gray) or 3 (colour).")
-        for name in ("flip", "jitter", "gray", "blur"):
+        for name in ("flip", "jitter", "gray", "blur", *OPERATIONS):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} {getattr(self, name)}: it is a probability, from 0 to 1.")
+        if not 0 < self.cutout_side <= 1:
+            raise UserError(f"cutout_side {self.cutout_side}: it is a share of the view's side, above 0 and up to 1.")
+        if not self.noise_sigma > 0:
+            raise UserError(f"noise_sigma {self.noise_sigma}: a standard deviation is above 0; try 0.1.")
         if not 0 <= self.min_covered <= 1:
             raise UserError(f"min_covered {self.min_covered}: it is a share of the image, from 0 to 1.")
         for name, most in (("crop_area", 1.0), ("crop_aspect", float("inf")), ("blur_sigma", float("inf"))):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from simclr.views.operations import operate
 from simclr.views.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
 from simclr.views.policy import AugmentationPreset, Policy
 from simclr.views.resize import Images, check_images, chunks, crop_resize
@@ -27,7 +28,7 @@ _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # of red, green and blue, in TensorFlow 
 
 
 def render(images: Images, params: ViewParams, policy: Policy, device: torch.device | str = "cpu") -> Tensor:
-    """Make one view of each image: crop and resize, flip, colour jitter, grayscale, blur.
+    """Make one view of each image: crop and resize, flip, colour jitter, grayscale, blur, further operations.
 
     Args:
         images: B uint8 images of `policy.channels` channels and any sizes.
@@ -43,7 +44,7 @@ def render(images: Images, params: ViewParams, policy: Policy, device: torch.dev
     views = torch.empty(len(params), policy.channels, policy.size, policy.size, device=device)
     for rows in chunks(params.box, policy.size, device):
         views[rows] = _render_chunk(images[rows], params[rows], policy, device)
-    return views
+    return views if params.operations is None else operate(views, params.operations, policy)
 
 
 def _render_chunk(images: Images, params: ViewParams, policy: Policy, device: torch.device | str) -> Tensor:
