@@ -262,6 +262,12 @@ def test_fine_tuning_takes_the_recipe_of_the_head_the_width_and_the_share_of_lab
     assert ("makes few updates" in "".join(notes)) == (num_labels == 1_000)
 
 
+def test_few_labels_are_no_reason_to_warn_of_the_recipe_for_few_labels():
+    for subject in (model_of(), replace(model_of(), name="random")):
+        _, notes = choose_finetune_config(subject, labels_of(20, 1_438), Settings())
+        assert len(notes) == 1 and notes[0].startswith("Recipe small")
+
+
 @pytest.mark.parametrize(
     ("layers", "trained_here", "settings", "warned"),
     [

@@ -294,7 +294,9 @@ def _training(
     """Settings of the training of a protocol, None where it trains no network; and what to tell of them."""
     num_images = len(split.train)
     if _by_sgd(protocol, subject, split, settings):
-        return _flipped(FINETUNE_RECIPES[_linear_recipe(subject.size, num_images)], settings.flip), []
+        name = _linear_recipe(subject.size, num_images)
+        note = f"Recipe {name} ({num_images:,} labels, images of {subject.size} pixels)."
+        return _flipped(FINETUNE_RECIPES[name], settings.flip), [note]
     if protocol == SUPERVISED:
         assert subject.encoder is not None
         return supervised_recipe(subject.encoder, num_images, settings.flip), []
@@ -317,7 +319,7 @@ def choose_finetune_config(
         name, why = _recipe_for(subject, split)
         config = FINETUNE_RECIPES[name]
         notes = [f"Recipe {name} ({why}); --finetune-recipe chooses another."]
-        if num_images < config.batch_size:
+        if num_images < config.batch_size and not config.min_steps:
             notes.append(
                 f"Its batches have {config.batch_size:,} images, and there are {num_images:,} labels: it makes few "
                 "updates; --finetune-recipe small is made for few images."
