@@ -16,7 +16,7 @@ from PIL import Image
 from simclr import SimCLR
 from simclr.cli.commands import COMMANDS
 from simclr.cli.main import main
-from simclr.config.finetune import FINETUNE_RECIPES
+from simclr.config.finetune import FINETUNE_RECIPES, FINETUNE_SUMMARIES
 from simclr.evaluation.results import KEY_FIELDS, name_of, read_results
 from simclr.tasks import recipes as recipes_task
 
@@ -177,6 +177,10 @@ def test_results_that_cannot_be_kept_are_printed_all_the_same(simclr, run_folder
 def test_recipes_are_printed_complete(simclr):
     code, out, _ = simclr("recipes")
     assert code == 0 and all(word in out for word in ("digits:", "cpu:", "imagenet-v1:", "temperature=0.1", "cost"))
+    assert FINETUNE_SUMMARIES.keys() == FINETUNE_RECIPES.keys()
+    assert all(f"\n{name}: {summary}\n" in out for name, summary in FINETUNE_SUMMARIES.items())
+    code, one, _ = simclr("recipes", "v2-10%")
+    assert code == 0 and one.startswith("v2-10%: SimCLR v2") and "head_layer=1" in one and one in out
 
 
 @pytest.mark.parametrize(

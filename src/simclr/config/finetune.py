@@ -68,6 +68,29 @@ FINETUNE_RECIPES: dict[str, FinetuneConfig] = {
 }
 """`FINETUNE_RECIPES["v2-1%"]`, and `dataclasses.replace` for what is to differ."""
 
+_FOR_V2 = "SimCLR v2 (section 3, and README of google-research/simclr)"
+FINETUNE_SUMMARIES: dict[str, str] = {
+    "v1-1%": "SimCLR (B.5): all of the network, from h, on 1 % of ImageNet's labels.",
+    "v1-10%": "SimCLR (B.5): the same on 10 %.",
+    "v1-100%": "SimCLR (B.5): the same on all labels.",
+    "v2-1%": f"{_FOR_V2}: from the first layer of the projection head, on 1 % of ImageNet's labels.",
+    "v2-10%": f"{_FOR_V2}: the same on 10 %.",
+    "v2-100%": f"{_FOR_V2}: from h, on all labels.",
+    "v2-wide-1%": "SimCLR v2, for selective kernels or a width above 1: v2-1% at a lower rate (second-hand).",
+    "v2-wide-10%": "SimCLR v2, for selective kernels or a width above 1: v2-10% at a lower rate (second-hand).",
+    "v2-wide-100%": "SimCLR v2, for selective kernels or a width above 1: v2-100% at a lower rate (second-hand).",
+    "linear": "SimCLR (B.6): a linear classifier on the frozen encoder, on ImageNet.",
+    "cifar-linear": "README of google-research/simclr: a linear classifier on the frozen encoder, on CIFAR-10.",
+    "moco-linear": "MoCo (main_lincls.py): a linear classifier on the frozen encoder, on ImageNet.",
+    "supervised": "SimCLR v2's supervised baseline (the authors' issues 10 and 110): from scratch, on ImageNet.",
+    "small": "Ours, for data sets of up to 100,000 labelled images.",
+    "small-linear": "Ours: a linear classifier on the frozen encoder, by SGD on crops of up to 20,000 images.",
+    "small-supervised": "Ours: from scratch, on up to 20,000 images.",
+    "supervised-adamw": "Ours: from scratch, for networks without batch norm.",
+    "small-supervised-adamw": "Ours: from scratch on up to 20,000 images, for networks without batch norm.",
+}
+"""Recipe -> whose settings it has, and what for."""
+
 SMALL = 20_000
 """Labelled images up to which a network from scratch, or a linear classifier by SGD, takes a recipe of ours for few."""
 SMALL_SET = 100_000

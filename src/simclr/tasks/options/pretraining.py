@@ -121,7 +121,7 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
-    """Print the recipes with their settings, command, cost and expected result."""
+    """Print recipes with their settings: of pretraining with command, cost and expected result, and of fine-tuning."""
 
     name: Positional[str | None] = None
-    """Name of the recipe to print; unset: all."""
+    """Name of the recipe to print, of pretraining or fine-tuning; unset: all."""
