@@ -44,7 +44,7 @@ def method_of(name="small", *, size=12, dtype=torch.float64, world=None, head_la
     return method.to(memory_format=torch.channels_last)
 
 
-def without_batch_norm(dropout=0.0):
+def without_batch_norm(dropout=0.0, criterion=None):
     """A method whose network treats each image on its own."""
     torch.manual_seed(0)
     encoder: Any = nn.Sequential(
@@ -57,7 +57,8 @@ def without_batch_norm(dropout=0.0):
     ).double()
     encoder(views()[0])
     head: Any = nn.Linear(12, 6).double()
-    return SimCLR(encoder, head, criterion=ContrastiveLoss(temperature=0.2), loss_scale=1.0, world=DistributedContext())
+    criterion = criterion or ContrastiveLoss(temperature=0.2)
+    return SimCLR(encoder, head, criterion=criterion, loss_scale=1.0, world=DistributedContext())
 
 
 def chunks_of(pair, count):
@@ -106,6 +107,16 @@ def test_caching_is_exact_without_batch_norm(count):
     method = without_batch_norm()
     whole = gradients(method, *views())
     assert_close(gradients(method, *chunks_of(views(), count)), whole)
+
+
+@pytest.mark.parametrize("loss", [
+    ContrastiveLoss(name="nt-logistic"), ContrastiveLoss(name="margin", semi_hard=True),
+    ContrastiveLoss(name="generalised", prior="normal"), ContrastiveLoss(temperature=10, normalize=False),
+])  # fmt: skip
+def test_caching_is_exact_with_other_losses(loss):
+    method = without_batch_norm(criterion=loss)
+    whole = gradients(method, *views())
+    assert_close(gradients(method, *chunks_of(views(), 4)), whole)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

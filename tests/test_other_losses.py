@@ -18,7 +18,6 @@ from simclr.losses import anchors, generalised_contrastive, margin_triplet, nt_l
 from simclr.losses.generalised import Draw, draw_slices, sliced_wasserstein
 from simclr.losses.pairwise import margin_triplet_dense, nt_logistic_dense
 from simclr.losses.supcon import supcon_dense
-from simclr.methods.simclr import SimCLR
 
 NO_PROCESSES = DistributedContext()
 
@@ -108,7 +107,7 @@ def test_gradients_are_those_of_table_2():
 
 
 def test_nt_xent_has_the_gradient_of_table_2():
-    """With one image the only other view is the positive; with two, u's gradient is (P+ - 1) v+ / T + sum P- v- / T."""
+    """Table 2's gradient (P+ - 1) v+ / T + sum P- v- / T of an anchor u, and its terms as the other views see them."""
     views = F.normalize(random_views(2, 3).detach(), dim=2).requires_grad_()
     temperature, z = 0.5, views.detach().flatten(0, 1)
     expected = torch.zeros_like(z)
@@ -132,6 +131,7 @@ def test_gradcheck(normalize):
         lambda v: nt_logistic(v[0], v[1], 0.5, normalize),
         lambda v: nt_logistic(v[0], v[1], 0.5, normalize, semi_hard=True),
         lambda v: margin_triplet(v[0], v[1], 0.4, normalize),
+        lambda v: margin_triplet(v[0], v[1], 0.4, normalize, semi_hard=True),
         lambda v: supcon(v, labels, 0.5, normalize),
         lambda v: generalised_contrastive(v[0], v[1], weight=0.3, normalize=normalize),
         lambda v: generalised_contrastive(v[0], v[1], "normal", weight=0.3, normalize=normalize, draw=draw),
@@ -219,7 +219,7 @@ def test_two_processes_equal_one(tmp_path):
 def check_process(world: DistributedContext) -> None:
     everyone, labels = random_views(12, 6), torch.arange(12) % 5
     own = world.local_slice(12)
-    draw = double(draw_slices("normal", 24, 6, seed=0, step=0))
+    normal, uniform = (double(draw_slices(prior, 24, 6, seed=0, step=0)) for prior in ("normal", "uniform"))
 
     def losses(views: Tensor, of_labels: Tensor, of: DistributedContext) -> list[Tensor]:
         return [
@@ -229,7 +229,8 @@ def check_process(world: DistributedContext) -> None:
             margin_triplet(views[0], views[1], 0.4, world=of, semi_hard=True),
             supcon(views, of_labels, 0.3, world=of),
             generalised_contrastive(views[0], views[1], weight=0.3, world=of),
-            generalised_contrastive(views[0], views[1], "normal", weight=0.3, draw=draw, world=of),
+            generalised_contrastive(views[0], views[1], "normal", weight=0.3, draw=normal, world=of),
+            generalised_contrastive(views[0], views[1], "uniform", normalize=False, draw=uniform, world=of),
         ]
 
     mine = everyone[:, own].detach().requires_grad_()
@@ -254,6 +255,7 @@ def test_one_image_has_no_negatives():
         ({"loss": "nt-logistic", "margin": 0.4}, "--margin"),
         ({"loss": "margin", "margin": -1.0}, "--margin"),
         ({"prior": "normal"}, "--prior"),
+        ({"loss": "generalised", "prior": "uniform"}, "--no-normalize"),
         ({"loss": "dcl", "prior_weight": 2.0}, "--prior-weight"),
         ({"loss": "margin", "queue": 64}, "--queue"),
         ({"queue": 64, "normalize": False}, "--no-normalize"),
@@ -262,5 +264,6 @@ def test_one_image_has_no_negatives():
     ],
 )
 def test_settings_of_another_loss_are_refused(settings, named):
+    """By the settings alone, so before an image is read."""
     with pytest.raises(UserError, match=named):
-        SimCLR.check(PretrainConfig(**settings), NO_PROCESSES)
+        PretrainConfig(**settings)

@@ -28,6 +28,12 @@ MIN_SIZE = 4
 MAX_VIEWS = 999
 """Views of an image, and small crops of one, that a step may have."""
 
+LossName = Literal["nt-xent", "dcl", "nt-logistic", "margin", "generalised"]
+Prior = Literal["logsumexp", "normal", "uniform"]
+
+MULTI_VIEW_LOSSES: tuple[LossName, ...] = ("nt-xent", "dcl")
+"""Losses that take more than two views of an image, and keys of earlier batches."""
+
 _SMALL_CROPS = re.compile(r"[1-9][0-9]{0,2}:([4-9]|[1-9][0-9]{1,3})")
 
 
@@ -172,7 +178,7 @@ class PretrainConfig(TrainingConfig):
     """Batch norm in the projection head; MoCo has none."""
 
     # ---- loss
-    loss: Literal["nt-xent", "dcl", "nt-logistic", "margin", "generalised"] = "nt-xent"
+    loss: LossName = "nt-xent"
     """Loss: NT-Xent of the paper; DCL, which leaves the positive out of the denominator (arXiv:2110.06848); NT-Logistic
     and margin triplet, those of the paper's table 4; or the generalised contrastive loss (arXiv:2011.02803)."""
 
@@ -180,7 +186,8 @@ class PretrainConfig(TrainingConfig):
     """Temperature of the loss: 0.1 for ImageNet, 0.5 for CIFAR (table 5, B.9); none in the margin triplet loss."""
 
     normalize: bool = True
-    """Whether the loss compares projections of unit length (cosines); table 5 has it without."""
+    """Whether the loss compares projections of unit length (cosines), as do contrastive accuracy and entropy; table 5
+    has it without. The recorded alignment and uniformity are those of unit length either way."""
 
     negatives: Literal["all", "semi-hard"] = "all"
     """With --loss nt-logistic or margin: all other images, or the closest of those farther than the positive."""
@@ -188,9 +195,10 @@ class PretrainConfig(TrainingConfig):
     margin: float = 0.8
     """With --loss margin: how much more similar the positive has to be; table 4 tries 0, 0.4, 0.8 and 1.6."""
 
-    prior: Literal["logsumexp", "normal", "uniform"] = "logsumexp"
+    prior: Prior = "logsumexp"
     """With --loss generalised: what pushes views apart, log-sum-exp, or the sliced Wasserstein distance to a normal
-    distribution (which is the uniform hypersphere while projections are normalised) or to the uniform hypercube."""
+    distribution (which is the uniform hypersphere while projections are normalised) or, with --no-normalize, to the
+    uniform hypercube."""
 
     prior_weight: float = 1.0
     """With --loss generalised: lambda, the weight of that part (arXiv:2011.02803: 0.1 for logsumexp at temperature 1,
@@ -256,7 +264,6 @@ class PretrainConfig(TrainingConfig):
         for name in ("jitter", "grayscale", *(["blur"] if self.blur is not None else []), *operations):
             self._require_probability(name)
         require_seed(self.seed)
-        self._check_loss()
         self._require("chunk", self.chunk == 0 or self.memory == "grad-cache", "0, unless --memory is grad-cache")
         self._require("ema", 0 <= self.ema <= 1, "in [0, 1]")
         self._require("views_per_image", 2 <= self.views_per_image <= MAX_VIEWS, f"from 2 to {MAX_VIEWS}")
@@ -270,9 +277,10 @@ class PretrainConfig(TrainingConfig):
             f"an area share above 0 and at most --small-crop-max, {self.small_crop_max}",
         )  # fmt: skip
         self._require("hue", self.hue is None or 0 <= self.hue <= 0.5, "in [0, 0.5]")
+        self._check_loss()
 
     def _check_loss(self) -> None:
-        """Refuse settings of another loss than the one that is chosen."""
+        """Refuse settings that the chosen loss cannot take, or that are another loss's."""
         self._require("margin", 0 <= self.margin < inf, "0 or more")
         for name, losses in (
             ("negatives", ("nt-logistic", "margin")), ("margin", ("margin",)), ("prior", ("generalised",)),
@@ -282,6 +290,29 @@ class PretrainConfig(TrainingConfig):
             is_used = self.loss in losses
             self._require(
                 name, is_used or getattr(self, name) == default, f"{default}, unless --loss is {' or '.join(losses)}"
+            )
+        if self.prior == "uniform" and self.normalize:
+            raise UserError(
+                "--prior uniform is a hypercube, which projections of unit length cannot fill; give --no-normalize "
+                "too, or --prior normal for the uniform hypersphere."
+            )
+        if self.queue and not self.normalize:
+            raise UserError(
+                f"--no-normalize was given, but the keys of a queue (--queue is {self.queue}) have unit length; leave "
+                "it out, or give --queue 0."
+            )
+        if self.loss in MULTI_VIEW_LOSSES:
+            return
+        suited = " or ".join(MULTI_VIEW_LOSSES)
+        if self.queue:
+            raise UserError(
+                f"--loss was {self.loss}, which takes no queue of keys (--queue is {self.queue}); "
+                f"give --loss {suited}, or --queue 0."
+            )
+        if len(self.view_sizes) > 2:
+            name = "--small-crops" if self.small_crops else "--views-per-image"
+            raise UserError(
+                f"{name} goes with --loss {suited}; --loss {self.loss} takes two views, so leave {name} out."
             )
 
     @property

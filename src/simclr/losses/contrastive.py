@@ -1,19 +1,17 @@
 """The loss of SimCLR's method as its settings choose it: one of those that compare views of images without labels."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
+from simclr.config.pretrain import MULTI_VIEW_LOSSES, LossName, Prior
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
-from simclr.losses.generalised import Prior, draw_slices, generalised_contrastive
+from simclr.losses.generalised import draw_slices, generalised_contrastive
 from simclr.losses.nt_xent import nt_xent, nt_xent_views
 from simclr.losses.pairwise import margin_triplet, nt_logistic
 
-__all__ = ["ContrastiveLoss", "LossName"]
-
-LossName = Literal["nt-xent", "dcl", "nt-logistic", "margin", "generalised"]
+__all__ = ["ContrastiveLoss"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +37,7 @@ class ContrastiveLoss:
     @property
     def multi_view(self) -> bool:
         """Whether the loss takes more than two views, and keys of earlier batches."""
-        return self.name in ("nt-xent", "dcl")
+        return self.name in MULTI_VIEW_LOSSES
 
     def __call__(
         self, views: Tensor, *, world: DistributedContext, bank: Tensor | None = None, step: int = 0

@@ -15,21 +15,19 @@ with those of as many rows drawn from the distribution. The draw is the caller's
 Shapes: n images per process, W processes, N = 2 n W views, D the width.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from simclr.config.pretrain import Prior
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.losses.nt_xent import check_views, gather_rows, l2_normalize, upcast
 from simclr.losses.streamed import others_logsumexp
 
-__all__ = ["Draw", "Prior", "draw_slices", "generalised_contrastive", "sliced_wasserstein"]
-
-Prior = Literal["logsumexp", "normal", "uniform"]
-"""What the views' distribution is to match."""
+__all__ = ["Draw", "draw_slices", "generalised_contrastive", "sliced_wasserstein"]
 
 
 class Draw(NamedTuple):
@@ -96,8 +94,10 @@ def sliced_wasserstein(z: Tensor, draw: Draw, *, normalize: bool) -> Tensor:
         draw: Directions, and rows of the distribution.
         normalize: Whether the rows of the distribution are scaled to unit length, as those of `z` are.
     """
-    target = l2_normalize(draw.rows) if normalize else draw.rows
-    ours, theirs = (x @ draw.rotation for x in (z, target.to(z)))
+    rotation, target = draw.rotation.to(z), draw.rows.to(z)
+    if normalize:
+        target = l2_normalize(target)
+    ours, theirs = (x @ rotation for x in (z, target))
     return (ours.sort(dim=0).values - theirs.sort(dim=0).values).square().mean()
 
 

@@ -101,17 +101,6 @@ class SimCLR(Method):
             )
         if config.ema != PretrainConfig.ema and not config.queue:
             raise UserError("--ema has no effect without a queue of keys; give --queue too, such as --queue 65536.")
-        if config.queue and not config.normalize:
-            raise UserError("--no-normalize was given with --queue, whose keys have unit length; give one of the two.")
-        if config.loss in ("nt-xent", "dcl"):
-            return
-        if config.queue:
-            raise UserError(f"--queue goes with --loss nt-xent or dcl; it was {config.loss}, so leave --queue out.")
-        if len(config.view_sizes) > 2:
-            name = "--small-crops" if config.small_crops else "--views-per-image"
-            raise UserError(
-                f"{name} goes with --loss nt-xent or dcl; --loss {config.loss} takes two views, so leave it out."
-            )
 
     def prepare_step(self, step: int) -> None:
         """Let the momentum encoder, if there is one, follow the weights as the last step left them."""

@@ -84,8 +84,8 @@ def check_arm(arm: Arm, settings: Mapping[str, Any]) -> PretrainConfig:
         UserError: They do not go together.
     """
     recipe = find_recipe(settings["recipe"]).config
-    config = Overrides({name: value for name, value in settings.items() if name != "recipe"})(recipe)
     try:
+        config = Overrides({name: value for name, value in settings.items() if name != "recipe"})(recipe)
         check_settings(config, DistributedContext())
         find_method(config.method).check(config, DistributedContext())
     except UserError as error:
