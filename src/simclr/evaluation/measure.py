@@ -327,9 +327,10 @@ def choose_finetune_config(
     config = _flipped(config, settings.flip).with_overrides(settings.overrides)
     if config.optimizer == "sgd" and config.tune_from != "none" and _is_imported_v2(subject):
         notes.append(
-            f"{subject.name} seems to be an imported encoder of SimCLR v2, whose kernels are some 17 times smaller "
-            "than those of v1 (README of google-research/simclr, known issues), so that rates of SGD do not transfer "
-            "to it; LARS does not depend on their size: --finetune-recipe v2-1%, v2-10% or v2-100%."
+            "The encoder seems to be an imported one of SimCLR v2, whose kernels are some 17 times smaller than those "
+            "of v1 (README of google-research/simclr, known issues), so that rates of SGD do not transfer to it; LARS "
+            "does not depend on their size: --finetune-recipe v2-1%, v2-10% or v2-100%, with smaller batches for few "
+            "images."
         )
     return config, notes
 
