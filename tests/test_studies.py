@@ -1,8 +1,9 @@
 """Studies: arms that can be trained, what a study trains and keeps, and its table, against hand-made numbers."""
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,20 @@ import pytest
 
 from helpers import known
 from simclr import UserError
+from simclr.config.distill import DistillConfig
+from simclr.config.finetune import FinetuneConfig
 from simclr.config.overrides import Overrides
 from simclr.data.opening import open_data
 from simclr.errors import Diverged
-from simclr.evaluation.results import Result
-from simclr.studies import command, run
+from simclr.evaluation.results import Result, read_results
+from simclr.studies import command, distillation, run
 from simclr.studies.catalogue import STUDIES, find_study
 from simclr.studies.command import check_arm, study
 from simclr.studies.options import Study as StudyOptions
 from simclr.studies.run import Measurement, run_study, trained
-from simclr.studies.study import Arm, Study
+from simclr.studies.study import Arm, Distillation, Study
 from simclr.studies.tables import draw, rank_agreement, report, table
+from simclr.tasks.options.labels import Distill
 
 WIDTHS = Study(
     name="widths",
@@ -64,8 +68,17 @@ def test_every_arm_has_settings_that_its_method_takes(name, scale):
     found = find_study(name, scale)
     assert found.name == name
     assert len(found.arms) > 1 and len({arm.name for arm in found.arms}) == len(found.arms)
-    seen = [(check_arm(arm, training), str(arm.evaluation)) for arm in found.arms for training in found.trainings(arm)]
+    seen = [
+        (check_arm(arm, training), str((arm.evaluation, arm.distillation)))
+        for arm in found.arms
+        for training in found.trainings(arm)
+    ]
     assert len(set(seen)) == len(seen)
+    for arm in found.arms:
+        FinetuneConfig(**{**found.evaluation, **arm.evaluation}.get("finetune", {}))
+        if arm.distillation is not None and arm.distillation.student is not None:
+            known = {f.name for kind in (Distill, DistillConfig) for f in fields(kind)}
+            assert set(arm.distillation.student) <= known
 
 
 PAPER_SCALE = [name for name in STUDIES if not name.startswith("moco") and name != "v2-memory"]
@@ -80,7 +93,14 @@ def test_the_papers_values_stand_at_their_settings():
     assert strength["SimCLR / 1 + blur"].paper == 64.5 and strength["SimCLR / 1 + blur"].settings["blur"] == 0.5
     assert strength["SimCLR / 1/8"].paper == 59.6 and strength["SimCLR / 1/8"].settings["strength"] == 1 / 8
     sizes = {arm.name: arm for arm in find_study("v2-table-1", "paper").arms}
+    taught = {arm.name: arm for arm in find_study("v2-table-2", "paper").arms}
+    assert taught["1% / labels and teacher, labelled images"].paper == 23.6
+    assert taught["10% / teacher, all images"].paper == 74.3 and taught["10% / the teacher"].paper == 77.0
     assert sizes["resnet152 3x SK / 10%"].paper == 80.1 and sizes["resnet50 1x / 1%"].paper == 57.9
+
+
+def test_a_section_of_the_appendix_names_its_study():
+    assert find_study("b.1", "cpu").name == "table-b.1" and find_study("b.9", "cpu").name == "figure-b.7"
 
 
 def test_points_are_chosen_by_pattern():
@@ -206,8 +226,76 @@ def test_a_dry_run_counts_and_trains_nothing(tmp_path, digits, monkeypatch, caps
     monkeypatch.setattr(command, "_seconds_of_a_step", lambda data, settings: 2.0)
     study(StudyOptions(item="widths", data=digits, out=tmp_path / "out", dry_run=True), Overrides({}))
     # 80 images at a batch of 16: 6 steps of 2 seconds; 2 x 3 trainings, and 3 + 2 where there is a choice
-    assert "3 points, 3 seeds, 11 trainings on 80 images, about 2:12" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 points, 3 seeds: 11 trainings on 80 images, about 2:12" in said and "9 evaluations" in said
     assert not count_trainings
+
+
+def test_a_dry_run_counts_shared_and_finished_trainings_once(tmp_path, digits, monkeypatch, capsys):
+    shared = Arm(point="again", settings={"width": 0.5}, evaluation={"labels": "5/class"})
+    of_two_bases = Arm(point="other", distillation=Distillation(teacher={}, student={}, start="another base"))
+    made = replace(WIDTHS, arms=[WIDTHS.arms[0], shared, of_two_bases])
+    monkeypatch.setitem(command.STUDIES, "widths", lambda _scale: made)
+    monkeypatch.setattr(command, "_seconds_of_a_step", lambda data, settings: 2.0)
+    options = StudyOptions(item="widths", data=digits, out=tmp_path, seeds=2, dry_run=True)
+    study(options, Overrides({}))
+    assert "2 seeds: 5 trainings" in capsys.readouterr().out  # half wide: seeds 0 and 1; of two bases: 0, 1 and 2
+    list(run_study(replace(made, arms=made.arms[:1]), digits, out=tmp_path, seeds=[0]))
+    capsys.readouterr()
+    study(options, Overrides({}))
+    assert "2 seeds: 4 trainings" in capsys.readouterr().out
+
+
+def test_students_that_learn_from_labels_have_all_of_the_teachers(tmp_path, capsys):
+    arms = find_study("v2-table-2", "cpu").arms
+    short = {"epochs": 0, "min_steps": 1, "batch_size": 16}
+    for arm in arms:
+        if "label" not in arm.name or arm.distillation is None or arm.distillation.student is None:
+            continue
+        share = {name: "10%" if value == "1%" else value for name, value in arm.distillation.student.items()}
+        teacher = {"labels": "10%", "finetune_recipe": "small", **short}
+        plan = Distillation(teacher=teacher, student={**share, **short})
+        made = replace(
+            WIDTHS,
+            settings={**WIDTHS.settings, "knn_every": 0, "batch_size": 128},
+            arms=[Arm(point="x", distillation=plan)],
+        )
+        list(run_study(made, "digits", out=tmp_path, seeds=[0]))
+        said = re.search(r"Labels of ([\d,]+) images", capsys.readouterr().err)
+        assert ("labels" in share) == (said is not None)
+        labelled = said is None or abs(int(known(said)[1]) - 0.1 * len(open_data("digits", split="train"))) <= 5
+        assert labelled, arm.name
+
+
+def test_a_student_is_measured_and_made_once(tmp_path, digits, monkeypatch):
+    """Teacher and student as their own commands report them; the student of its own base begins at that encoder."""
+    teacher = {"labels": "4/class", "finetune_recipe": "small", "min_steps": 3, "epochs": 0}
+    student = {"epochs": 0, "min_steps": 3, "temperature": 1.0, "head_layer": 0}
+    starts = ("new weights", "own base", "another base")
+    arms = [
+        Arm(point="teacher", distillation=Distillation(teacher=teacher)),
+        *(
+            Arm(point=start, distillation=Distillation(teacher=teacher, student=student, start=start))
+            for start in starts
+        ),
+    ]
+    made = replace(WIDTHS, arms=arms, evaluation={"protocol": "classifier"})
+    (first,) = run_study(made, digits, out=tmp_path, seeds=[0])
+    summaries = [json.loads(path.read_text()) for path in tmp_path.glob("runs/student-*/summary.json")]
+    assert len(summaries) == 3 and len(list(tmp_path.glob("runs/teacher-*"))) == 1
+    students = sorted(summary["test_accuracy"]["student"] for summary in summaries)
+    assert sorted(one.results[0].value("top1") for one in first[1:]) == students
+    assert {summary["test_accuracy"]["teacher"] for summary in summaries} == {first[0].results[0].value("top1")}
+    starts_at = {
+        json.loads((path / "run.json").read_text())["inputs"]["student"] for path in tmp_path.glob("runs/student-*")
+    }
+    assert len(starts_at) == 3
+    kept, others = read_results(tmp_path / "results.jsonl")
+    assert {result.value("top1") for result in kept} == {one.results[0].value("top1") for one in first} and not others
+    monkeypatch.setattr(distillation, "distill", None)
+    monkeypatch.setattr(distillation, "finetune", None)
+    (again,) = run_study(made, digits, out=tmp_path, seeds=[0])
+    assert table(made, arms, again) == table(made, arms, first)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +306,8 @@ def test_a_dry_run_counts_and_trains_nothing(tmp_path, digits, monkeypatch, caps
         ({"item": "figure-9", "data": "digits", "seeds": 0}, {}, "--seeds was 0"),
         ({"item": "figure-9", "data": "digits", "points": "batch 7"}, {}, "no point 'batch 7'"),
         ({"item": "table-4", "data": "digits"}, {"views_per_image": 4}, "Point margin: --views-per-image"),
+        ({"item": "table-4", "data": "digits"}, {"knn_every": 0}, "Point margin: .* --knn-every 0"),
+        ({"item": "figure-9", "data": "digits"}, {"epochs": 3}, "--epochs was given, and figure-9 compares"),
         ({"item": "moco-head", "data": "digits", "scale": "paper"}, {}, "leave --scale out"),
     ],
 )

@@ -4,11 +4,16 @@ import difflib
 from collections.abc import Callable, Mapping
 
 from simclr.errors import UserError
-from simclr.studies import moco, simclr_v1, simclr_v2
+from simclr.studies import claims, moco, simclr_v1, simclr_v2
 from simclr.studies.study import Scale, Study
 
-STUDIES: Mapping[str, Callable[[Scale], Study]] = {**simclr_v1.STUDIES, **simclr_v2.STUDIES, **moco.STUDIES}
+STUDIES: Mapping[str, Callable[[Scale], Study]] = {
+    **simclr_v1.STUDIES, **simclr_v2.STUDIES, **moco.STUDIES, **claims.STUDIES,
+}  # fmt: skip
 """Name -> the study at a scale."""
+
+SECTIONS = {"b.1": "table-b.1", "b.9": "figure-b.7"}
+"""Section of the appendix -> the study of its table or figure."""
 
 
 def find_study(name: str, scale: Scale) -> Study:
@@ -17,6 +22,7 @@ def find_study(name: str, scale: Scale) -> Study:
     Raises:
         UserError: There is none, or not at this scale.
     """
+    name = SECTIONS.get(name, name)
     if name not in STUDIES:
         near = difflib.get_close_matches(name, STUDIES, n=1)
         hint = f" Perhaps {near[0]} is meant." if near else ""

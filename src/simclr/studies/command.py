@@ -19,7 +19,7 @@ from simclr.errors import UserError
 from simclr.methods import find_method
 from simclr.studies.catalogue import STUDIES, find_study
 from simclr.studies.options import Study as StudyOptions
-from simclr.studies.run import Measurement, run_study
+from simclr.studies.run import Measurement, run_folder, run_study
 from simclr.studies.study import Arm, Study
 from simclr.studies.tables import as_json, draw, report
 from simclr.tasks.opening import write
@@ -27,6 +27,7 @@ from simclr.tasks.options.pretraining import Plan as PlanOptions
 from simclr.tasks.plan import plan
 from simclr.tasks.pretrain_images import check_settings
 from simclr.training.progress import duration, say
+from simclr.training.run import RunFolder
 
 TIME_MATTERS = (
     "recipe", "method", "batch_size", "size", "encoder", "width", "stem", "sk", "feature", "head", "head_layers",
@@ -55,16 +56,17 @@ def study(options: StudyOptions, overrides: Overrides) -> list[Measurement]:
     first = overrides.values.get("seed", 0)
     require_seed(first, count=options.seeds)
     settings = {name: value for name, value in overrides.values.items() if name != "seed"}
+    _refuse_what_is_compared(found, arms, settings)
     for arm in arms:
         for training in found.trainings(arm):
             check_arm(arm, training | settings)
     data = part_of(options.data, options.images, options.out) if options.images is not None else options.data
     _require_test_part(data)
+    seeds = range(first, first + options.seeds)
     if options.dry_run:
-        estimate(found, arms, data, settings, options.seeds)
+        estimate(found, arms, data, settings, seeds, options.out)
         return []
     measured: list[Measurement] = []
-    seeds = range(first, first + options.seeds)
     for of_seed in run_study(found, data, out=options.out, seeds=seeds, settings=settings, arms=arms):
         measured += of_seed
         page = report(found, arms, measured, _how(options, settings, len({one.seed for one in measured})))
@@ -83,36 +85,84 @@ def check_arm(arm: Arm, settings: Mapping[str, Any]) -> PretrainConfig:
     Raises:
         UserError: They do not go together.
     """
-    recipe = find_recipe(settings["recipe"]).config
+    if arm.candidates and settings.get("knn_every") == 0:
+        raise UserError(
+            f"Point {arm.name}: its settings are chosen by kNN accuracy within the training images, which --knn-every "
+            "0 leaves out; leave the flag out."
+        )
     try:
-        config = Overrides({name: value for name, value in settings.items() if name != "recipe"})(recipe)
-        check_settings(config, DistributedContext())
+        config = check_settings_of(settings)
         find_method(config.method).check(config, DistributedContext())
     except UserError as error:
         raise UserError(f"Point {arm.name}: {error}") from None
     return config
 
 
-def estimate(study: Study, arms: Sequence[Arm], data: str, settings: Mapping[str, Any], seeds: int) -> float:
+def check_settings_of(settings: Mapping[str, Any]) -> PretrainConfig:
+    """Recipe and settings as one, checked.
+
+    Raises:
+        UserError: They do not go together.
+    """
+    recipe = find_recipe(settings["recipe"]).config
+    config = Overrides({name: value for name, value in settings.items() if name != "recipe"})(recipe)
+    check_settings(config, DistributedContext())
+    return config
+
+
+def _refuse_what_is_compared(study: Study, arms: Sequence[Arm], settings: Mapping[str, Any]) -> None:
+    """A flag on top of every arm may not take away what the arms differ in."""
+    configs = [check_arm(arm, training) for arm in arms for training in study.trainings(arm)]
+    for name in settings:
+        values = list(dict.fromkeys(getattr(config, name) for config in configs))
+        if len(values) > 1:
+            raise UserError(
+                f"--{name.replace('_', '-')} was given, and {study.name} compares {', '.join(map(str, values))}; leave "
+                "it out, or choose points with --points."
+            )
+
+
+def estimate(
+    study: Study, arms: Sequence[Arm], data: str, settings: Mapping[str, Any], seeds: Sequence[int], out: Path
+) -> float:  # fmt: skip
     """Print how many trainings there are, and how long they take by a few steps of each kind; the seconds."""
     num_images = len(open_data(data, split="train"))
     step_seconds: dict[str, float] = {}
-    total, count = 0.0, 0
-    for arm in arms:
-        runs = (max(len(arm.candidates) - 1, 0) + seeds) / max(len(arm.candidates), 1)
-        for training in study.trainings(arm):
-            given = training | dict(settings)
-            config = check_arm(arm, given)
-            kind = json.dumps({name: given[name] for name in TIME_MATTERS if name in given}, default=str)
-            if kind not in step_seconds:
-                step_seconds[kind] = _seconds_of_a_step(data, given)
-            total += runs * step_seconds[kind] * config.steps(num_images)
-        count += max(len(arm.candidates) - 1, 0) + seeds
+    trainings = _missing_trainings(study, arms, data, settings, seeds, out)
+    total = 0.0
+    for given in trainings:
+        config = check_settings_of(given)
+        kind = json.dumps({name: given[name] for name in TIME_MATTERS if name in given}, default=str)
+        if kind not in step_seconds:
+            step_seconds[kind] = _seconds_of_a_step(data, given)
+        total += step_seconds[kind] * config.steps(num_images)
     print(
-        f"{study.name}: {len(arms)} points, {seeds} seeds, {count} trainings on {num_images:,} images, about "
-        f"{duration(total)} on this machine; evaluation takes additional time."
+        f"{study.name}: {len(arms)} points, {len(seeds)} seeds: {len(trainings)} trainings on {num_images:,} images, "
+        f"about {duration(total)} on this machine, and {len(arms) * len(seeds)} evaluations, which take additional "
+        "time. Trainings that are finished already are not counted."
     )
     return total
+
+
+def _missing_trainings(
+    study: Study, arms: Sequence[Arm], data: str, settings: Mapping[str, Any], seeds: Sequence[int], out: Path
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Settings of the trainings that are still to be made, each once.
+
+    Of an arm with candidates all are trained with the first seed, and one with each further seed: the first stands
+    for it, as which one is chosen is not known.
+    """
+    missing: dict[Path, dict[str, Any]] = {}
+    for arm in arms:
+        candidates = list(study.trainings(arm))
+        for seed in seeds:
+            for training in candidates if seed == seeds[0] else candidates[:1]:
+                given = {**training, **settings, "seed": seed}
+                missing[run_folder(data, out, given)] = given
+            if arm.distillation is not None and arm.distillation.start == "another base":
+                given = {**candidates[0], **settings, "seed": seed + 1}
+                missing[run_folder(data, out, given)] = given
+    return [given for folder, given in missing.items() if not RunFolder(folder).is_finished]
 
 
 def part_of(data: str, count: int, out: Path) -> str:

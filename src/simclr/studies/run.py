@@ -4,15 +4,16 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from simclr.errors import Diverged
-from simclr.evaluation.results import Result
+from simclr.errors import Diverged, NotFinite, UserError
+from simclr.evaluation.results import About, Measured, Result, ResultStore
 from simclr.files import write_atomically
+from simclr.studies.distillation import distilled
 from simclr.studies.study import Arm, Study
 from simclr.tasks.api import Run, evaluate, pretrain, resume
 from simclr.training.progress import say
@@ -55,6 +56,7 @@ def run_study(
         arms: Of the study; None: all.
     """
     arms = study.arms if arms is None else arms
+    store = ResultStore(out / "results.jsonl")
     chosen: dict[str, Mapping[str, Any]] = {}
     for seed in seeds:
         measured = []
@@ -62,24 +64,24 @@ def run_study(
             if arm.name not in chosen:
                 chosen[arm.name] = _choose(study, arm, data, out, seed, settings or {})
             training = {**study.settings, **arm.settings, **chosen[arm.name], **(settings or {}), "seed": seed}
-            run = trained(data, out, training)
-            say(f"{study.name}, {arm.name}, seed {seed}: {'diverged' if isinstance(run, str) else 'trained'}.")
-            if isinstance(run, str):
-                measured.append(
-                    Measurement(arm=arm.name, seed=seed, settings=chosen[arm.name], results=[], diverged=run)
-                )
-                continue
-            with redirect_stdout(StringIO()):  # of each evaluation the study prints one number
-                options = {**study.evaluation, **arm.evaluation}
-                results = evaluate(run, data, compare=[], seed=seed, **options)
-            measured.append(Measurement(arm=arm.name, seed=seed, settings=chosen[arm.name], results=results))
+            results, diverged = _measure(study, arm, data, out, training)
+            say(f"{study.name}, {arm.name}, seed {seed}: {'diverged' if diverged else 'measured'}.")
+            _keep(results, store)
+            measured.append(
+                Measurement(arm=arm.name, seed=seed, settings=chosen[arm.name], results=results, diverged=diverged)
+            )
         yield measured
+
+
+def run_folder(data: str, out: Path, settings: Mapping[str, Any]) -> Path:
+    """Where the training of these settings is, which name it."""
+    text = json.dumps([data, settings], sort_keys=True, default=str)
+    return out / "runs" / sha256(text.encode()).hexdigest()[:16]
 
 
 def trained(data: str, out: Path, settings: Mapping[str, Any]) -> Run | str:
     """The run of these settings, trained now or before; or, where it diverged, the sentence that says so."""
-    text = json.dumps([data, settings], sort_keys=True, default=str)
-    folder = out / "runs" / sha256(text.encode()).hexdigest()[:16]
+    folder = run_folder(data, out, settings)
     diverged = folder.with_suffix(".diverged.json")
     if diverged.exists():
         return str(json.loads(diverged.read_text())["sentence"])
@@ -98,6 +100,36 @@ def trained(data: str, out: Path, settings: Mapping[str, Any]) -> Run | str:
     return Run(folder)
 
 
+def _measure(
+    study: Study, arm: Arm, data: str, out: Path, training: Mapping[str, Any]
+) -> tuple[Sequence[Result], str]:  # fmt: skip
+    """The results of an arm with one seed; or none, and the sentence that says how it diverged."""
+    seed, plan = training["seed"], arm.distillation
+    run = trained(data, out, training)
+    if isinstance(run, str):
+        return [], run
+    base = run
+    if plan is not None and plan.start == "another base":
+        base = trained(data, out, {**training, "seed": seed + 1})
+        if isinstance(base, str):
+            return [], base
+    try:
+        with redirect_stdout(StringIO()):  # of each evaluation the study prints one number
+            if plan is not None:
+                return [distilled(plan, run, base, data, out=out / "runs", seed=seed)], ""
+            return evaluate(run, data, compare=[], seed=seed, **{**study.evaluation, **arm.evaluation}), ""
+    except (Diverged, NotFinite) as error:
+        return [], str(error)
+
+
+def _keep(results: Sequence[Result], store: ResultStore) -> None:
+    """Add results to the study's own file, which holds those of all studies in the folder."""
+    for result in results:
+        measured = Measured(metrics=result.metrics, details=result.details, description=result.description)
+        names = {field.name: getattr(result, field.name) for field in fields(About)}
+        store.get(result.key, lambda measured=measured: measured, About(**names))
+
+
 def _choose(
     study: Study, arm: Arm, data: str, out: Path, seed: int, settings: Mapping[str, Any]
 ) -> Mapping[str, Any]:  # fmt: skip
@@ -109,7 +141,12 @@ def _choose(
         run = trained(data, out, {**study.settings, **arm.settings, **candidate, **settings, "seed": seed})
         if isinstance(run, str):
             continue
-        accuracy = json.loads(RunFolder(run.path).summary.read_text())["final"].get(CHOOSE_BY, 0.0)
-        if accuracy > highest:
-            best, highest = candidate, accuracy
+        final = json.loads(RunFolder(run.path).summary.read_text())["final"]
+        if CHOOSE_BY not in final:
+            raise UserError(
+                f"The settings of {arm.name} are chosen by kNN accuracy within the training images, which was not "
+                "measured: leave --knn-every out, and give labelled images of two classes or more."
+            )
+        if final[CHOOSE_BY] > highest:
+            best, highest = candidate, final[CHOOSE_BY]
     return best

@@ -12,6 +12,21 @@ Scale = Literal["cpu", "paper"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """A classifier that the pretrained encoder becomes, and a student that learns from it.
+
+    Attributes:
+        teacher: Options of `finetune`, such as the share of labels.
+        student: Options of `distill`; None: the teacher itself is measured.
+        start: The student's first weights: new ones, the teacher's own base, or the base of the next seed.
+    """
+
+    teacher: Mapping[str, Any]
+    student: Mapping[str, Any] | None = None
+    start: Literal["new weights", "own base", "another base"] = "new weights"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Arm:
     """One bar, one point of a line, or one cell of a matrix.
 
@@ -20,6 +35,7 @@ class Arm:
         point: Which place on the axis, or which column.
         settings: Of the training, on top of the study's.
         evaluation: Options of `evaluate` on top of the study's.
+        distillation: Measured in place of the evaluation; None: the encoder is evaluated.
         paper: Top-1 accuracy in % in the paper; None: not stated as a number.
         candidates: Settings of which the best are chosen by the kNN accuracy within the training images, on the first
             seed; each seed is then trained with them. Empty: there is no choice.
@@ -29,6 +45,7 @@ class Arm:
     point: str | float
     settings: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    distillation: Distillation | None = None
     paper: float | None = None
     candidates: Sequence[Mapping[str, Any]] = ()
 
