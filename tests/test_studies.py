@@ -4,10 +4,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from helpers import known
 from simclr import UserError
@@ -17,14 +22,17 @@ from simclr.config.overrides import Overrides
 from simclr.data.opening import open_data
 from simclr.errors import Diverged
 from simclr.evaluation.results import Result, read_results
+from simclr.evaluation.split import split_data
 from simclr.studies import command, distillation, run
 from simclr.studies.catalogue import STUDIES, find_study
 from simclr.studies.command import check_arm, study
 from simclr.studies.options import Study as StudyOptions
 from simclr.studies.run import Measurement, run_study, trained
-from simclr.studies.study import Arm, Distillation, Study
+from simclr.studies.study import Arm, Distillation, DrawnClasses, Study
 from simclr.studies.tables import draw, rank_agreement, report, table
 from simclr.tasks.options.labels import Distill
+
+PAPERS = Path(__file__).parents[1] / "docs" / "papers.md"
 
 WIDTHS = Study(
     name="widths",
@@ -69,7 +77,7 @@ def test_every_arm_has_settings_that_its_method_takes(name, scale):
     assert found.name == name
     assert len(found.arms) > 1 and len({arm.name for arm in found.arms}) == len(found.arms)
     seen = [
-        (check_arm(arm, training), str((arm.evaluation, arm.distillation)))
+        (check_arm(arm, training), str((arm.evaluation, arm.distillation, arm.drawn_classes)))
         for arm in found.arms
         for training in found.trainings(arm)
     ]
@@ -267,6 +275,34 @@ def test_students_that_learn_from_labels_have_all_of_the_teachers(tmp_path, caps
         assert labelled, arm.name
 
 
+def test_accuracy_on_drawn_classes_is_that_of_a_probe_by_scikit_learn(tmp_path):
+    """On all classes, where nothing is drawn; on two classes chance is 50 %, so kappa is 2 a - 1."""
+    subjects = [DrawnClasses(count=None, subject="pixels"), DrawnClasses(count=2, subject="pixels")]
+    arms = [Arm(point=str(k), drawn_classes=plan) for k, plan in enumerate(subjects)]
+    made = replace(WIDTHS, settings={**WIDTHS.settings, "knn_every": 0, "batch_size": 512}, arms=arms)
+    ((of_all, of_two),) = run_study(made, "digits", out=tmp_path, seeds=[0])
+    split = split_data(open_data("digits"), open_data("digits", split="test"), seed=0, labels="20/class")
+    images = [
+        np.stack([np.asarray(image) for image in part.read(np.arange(len(part)))]) for part in (split.train, split.test)
+    ]
+    learn, test = (part.reshape(len(part), -1) for part in images)
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000)).fit(learn, split.train.labels)
+    expected = balanced_accuracy_score(known(split.test.labels), classifier.predict(test))
+    (result,) = of_all.results
+    assert result.value("top1") == pytest.approx(expected, abs=0.03)  # the probe chooses its l2
+    assert result.value("kappa") == pytest.approx((result.value("top1") - 0.1) / 0.9)
+    assert of_two.results[0].value("kappa") == pytest.approx(2 * of_two.results[0].value("top1") - 1)
+    with pytest.raises(UserError, match="has 10 classes, and 11 were asked for"):
+        list(
+            run_study(
+                replace(made, arms=[Arm(point="11", drawn_classes=DrawnClasses(count=11))]),
+                "digits",
+                out=tmp_path,
+                seeds=[0],
+            )
+        )
+
+
 def test_a_student_is_measured_and_made_once(tmp_path, digits, monkeypatch):
     """Teacher and student as their own commands report them; the student of its own base begins at that encoder."""
     teacher = {"labels": "4/class", "finetune_recipe": "small", "min_steps": 3, "epochs": 0}
@@ -315,6 +351,25 @@ def test_mistakes_end_before_an_image_is_read(options, settings, sentence, monke
     monkeypatch.setattr(command, "open_data", None)
     with pytest.raises(UserError, match=sentence):
         study(StudyOptions(**options), Overrides(settings))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_page_of_the_papers_has_the_cost_of_each_study(name):
+    rows = [line for line in PAPERS.read_text().splitlines() if f"`simclr study {name} " in line]
+    assert len(rows) == 1, name
+    here, paper = (cell.strip() for cell in rows[0].strip("|").split("|")[3:5])
+    for scale, cell in (("cpu", here), ("paper", paper)):
+        if scale == "paper" and name not in PAPER_SCALE:
+            assert not cell
+            continue
+        made = find_study(name, scale)
+        epochs = {
+            json.dumps(training, sort_keys=True): check_arm(arm, training).epochs
+            for arm in made.arms
+            for training in made.trainings(arm)
+        }
+        trainings = f"{len(epochs)} training" + "s" * (len(epochs) > 1)
+        assert cell == f"{trainings}, {sum(epochs.values()):,g} epochs", name
 
 
 def test_without_an_item_all_are_listed(capsys):

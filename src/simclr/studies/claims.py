@@ -6,7 +6,7 @@ The numbers of that paper are in no text that we could read: these are its quest
 from collections.abc import Callable, Mapping
 
 from simclr.studies.scales import base, pick
-from simclr.studies.study import Arm, Distillation, Scale, Study
+from simclr.studies.study import Arm, Distillation, DrawnClasses, Scale, Study
 
 _DEPTHS: Mapping[str | int, str] = {
     "none": "classifier alone",
@@ -75,6 +75,30 @@ def same_base(scale: Scale) -> Study:
     )
 
 
+def classes(scale: Scale) -> Study:
+    """Whether transfer is better where the target has fewer classes: one frozen encoder, a linear probe."""
+    return Study(
+        name="claims-classes",
+        title="number of classes, kappa",
+        source="arXiv:2108.00587, number of classes",
+        claim="The question: is transfer better, beyond what chance explains, where the target has fewer classes?",
+        settings={**base(scale), **_network(scale)},
+        arms=[
+            Arm(
+                series=subject,
+                point="all classes" if count is None else f"{count} classes",
+                drawn_classes=DrawnClasses(count=count, subject=subject),
+            )
+            for subject in ("encoder", "random", "pixels")
+            for count in (2, 5, None)
+        ],
+        evaluation={"protocol": "linear, drawn classes"},
+        axis="classes of the target",
+        shape="lines",
+        metric="kappa",
+    )
+
+
 def _at_one_temperature(plan: Distillation) -> Distillation:
     """By itself `distill` takes another temperature for a student of the teacher's shape than for a smaller one."""
     student = None if plan.student is None else {**plan.student, "temperature": 1.0, "head_layer": 0}
@@ -85,4 +109,6 @@ def _network(scale: Scale) -> Mapping[str, object]:
     return pick(scale, cpu={}, paper={"recipe": "v2-r50", "epochs": 800})
 
 
-STUDIES: Mapping[str, Callable[[Scale], Study]] = {"claims-depth": depth, "claims-base": same_base}
+STUDIES: Mapping[str, Callable[[Scale], Study]] = {
+    "claims-depth": depth, "claims-base": same_base, "claims-classes": classes,
+}  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 from simclr.errors import Diverged, NotFinite, UserError
 from simclr.evaluation.results import About, Measured, Result, ResultStore
 from simclr.files import write_atomically
+from simclr.studies.classes import drawn_classes
 from simclr.studies.distillation import distilled
 from simclr.studies.study import Arm, Study
 from simclr.tasks.api import Run, evaluate, pretrain, resume
@@ -64,7 +65,7 @@ def run_study(
             if arm.name not in chosen:
                 chosen[arm.name] = _choose(study, arm, data, out, seed, settings or {})
             training = {**study.settings, **arm.settings, **chosen[arm.name], **(settings or {}), "seed": seed}
-            results, diverged = _measure(study, arm, data, out, training)
+            results, diverged = _measure(study, arm, data, out, training, store)
             say(f"{study.name}, {arm.name}, seed {seed}: {'diverged' if diverged else 'measured'}.")
             _keep(results, store)
             measured.append(
@@ -101,7 +102,7 @@ def trained(data: str, out: Path, settings: Mapping[str, Any]) -> Run | str:
 
 
 def _measure(
-    study: Study, arm: Arm, data: str, out: Path, training: Mapping[str, Any]
+    study: Study, arm: Arm, data: str, out: Path, training: Mapping[str, Any], store: ResultStore
 ) -> tuple[Sequence[Result], str]:  # fmt: skip
     """The results of an arm with one seed; or none, and the sentence that says how it diverged."""
     seed, plan = training["seed"], arm.distillation
@@ -117,6 +118,8 @@ def _measure(
         with redirect_stdout(StringIO()):  # of each evaluation the study prints one number
             if plan is not None:
                 return [distilled(plan, run, base, data, out=out / "runs", seed=seed)], ""
+            if arm.drawn_classes is not None:
+                return [drawn_classes(arm.drawn_classes, run, data, seed=seed, store=store)], ""
             return evaluate(run, data, compare=[], seed=seed, **{**study.evaluation, **arm.evaluation}), ""
     except (Diverged, NotFinite) as error:
         return [], str(error)

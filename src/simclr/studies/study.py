@@ -27,6 +27,19 @@ class Distillation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DrawnClasses:
+    """A linear probe on random subsets of the classes.
+
+    Attributes:
+        count: Classes of a subset; None: all there are.
+        subject: Whose features: the pretrained encoder's, those of random weights of its shape, or the pixels.
+    """
+
+    count: int | None
+    subject: Literal["encoder", "random", "pixels"] = "encoder"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Arm:
     """One bar, one point of a line, or one cell of a matrix.
 
@@ -36,6 +49,7 @@ class Arm:
         settings: Of the training, on top of the study's.
         evaluation: Options of `evaluate` on top of the study's.
         distillation: Measured in place of the evaluation; None: the encoder is evaluated.
+        drawn_classes: Measured in place of the evaluation; None: the encoder is evaluated on all classes.
         paper: Top-1 accuracy in % in the paper; None: not stated as a number.
         candidates: Settings of which the best are chosen by the kNN accuracy within the training images, on the first
             seed; each seed is then trained with them. Empty: there is no choice.
@@ -46,6 +60,7 @@ class Arm:
     settings: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     distillation: Distillation | None = None
+    drawn_classes: DrawnClasses | None = None
     paper: float | None = None
     candidates: Sequence[Mapping[str, Any]] = ()
 
@@ -70,6 +85,7 @@ class Study:
         evaluation: Options of `evaluate`; "protocol" has the names of the protocols, of which the first is drawn.
         axis: What the points are.
         shape: How it is drawn.
+        metric: Of the results, in [0, 1], that is shown.
         second_hand: Whether the paper's values are known from memory or a reader alone, not from its text.
     """
 
@@ -82,6 +98,7 @@ class Study:
     evaluation: Mapping[str, Any] = field(default_factory=lambda: {"protocol": ("linear", "knn")})
     axis: str = ""
     shape: Literal["bars", "lines", "matrix"] = "bars"
+    metric: Literal["top1", "kappa"] = "top1"
     second_hand: bool = False
 
     def selected(self, points: str | None) -> Sequence[Arm]:

@@ -20,14 +20,14 @@ RANKED_FROM = 4
 """Values of the paper from which on their order is compared with ours."""
 
 
-def accuracies(measurements: Sequence[Measurement], arm: Arm, protocol: str) -> list[float]:
-    """Top-1 accuracies in % of an arm, one for each seed that did not diverge."""
+def accuracies(study: Study, measurements: Sequence[Measurement], arm: Arm, protocol: str) -> list[float]:
+    """The study's metric in % of an arm, one for each seed that did not diverge."""
     return [
-        100 * result.value("top1")
+        100 * result.value(study.metric)
         for measurement in measurements
         if measurement.arm == arm.name
         for result in measurement.results
-        if result.protocol == protocol and result.metrics["top1"] is not None
+        if result.protocol == protocol and result.metrics[study.metric] is not None
     ]
 
 
@@ -45,7 +45,7 @@ def table(study: Study, arms: Sequence[Arm], measurements: Sequence[Measurement]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     mark = "*" if study.second_hand else ""
     for arm in arms:
-        cells = [_spread(accuracies(measurements, arm, protocol)) or "diverged" for protocol in protocols]
+        cells = [_spread(accuracies(study, measurements, arm, protocol)) or "diverged" for protocol in protocols]
         if has_paper:
             cells.append("" if arm.paper is None else f"{arm.paper:.1f}{mark}")
         if has_choice:
@@ -76,7 +76,7 @@ def rank_agreement(study: Study, arms: Sequence[Arm], measurements: Sequence[Mea
     """Spearman's correlation of our means with the paper's values; None where there are too few, or all are equal."""
     pairs = []
     for arm in arms:
-        ours = accuracies(measurements, arm, _first_protocol(study, arm))
+        ours = accuracies(study, measurements, arm, _first_protocol(study, arm))
         if arm.paper is not None and ours:
             pairs.append((statistics.fmean(ours), arm.paper))
     if len(pairs) < RANKED_FROM or len({ours for ours, _ in pairs}) == 1:
@@ -103,7 +103,7 @@ def draw(study: Study, arms: Sequence[Arm], measurements: Sequence[Measurement])
     """The study's picture: our means, with the spread over seeds, in the paper's form. PNG."""
     means: dict[tuple[str, Any], tuple[float, float]] = {}
     for arm in arms:
-        values = accuracies(measurements, arm, _first_protocol(study, arm))
+        values = accuracies(study, measurements, arm, _first_protocol(study, arm))
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         means[arm.series, arm.point] = (statistics.fmean(values), spread) if values else (np.nan, 0.0)
     series = list(dict.fromkeys(arm.series for arm in arms))
@@ -116,7 +116,7 @@ def draw(study: Study, arms: Sequence[Arm], measurements: Sequence[Measurement])
         axes.set_title(f"{study.title} ({study.source})", fontsize=9, wrap=True)
         axes.set_xlabel(study.axis)
         if study.shape != "matrix":
-            axes.set_ylabel("top-1 accuracy, %")
+            axes.set_ylabel({"top1": "top-1 accuracy, %", "kappa": "kappa, %"}[study.metric])
             if any(series):
                 axes.legend(frameon=False)
         png = io.BytesIO()
