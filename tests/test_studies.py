@@ -83,6 +83,8 @@ def test_every_arm_has_settings_that_its_method_takes(name, scale):
     ]
     assert len(set(seen)) == len(seen)
     for arm in found.arms:
+        assert arm in found.selected(arm.name), "a name that --points would split"
+    for arm in found.arms:
         FinetuneConfig(**{**found.evaluation, **arm.evaluation}.get("finetune", {}))
         if arm.distillation is not None and arm.distillation.student is not None:
             known = {f.name for kind in (Distill, DistillConfig) for f in fields(kind)}
@@ -95,15 +97,15 @@ PAPER_SCALE = [name for name in STUDIES if not name.startswith("moco") and name 
 def test_the_papers_values_stand_at_their_settings():
     """Spot checks against the tables of the papers."""
     batch = {arm.name: arm for arm in find_study("table-b.1", "paper").arms}
-    assert batch["square root / batch 256, 100 epochs"].paper == 62.8
-    assert batch["linear / batch 8192, 400 epochs"].paper == 67.8
+    assert batch["square root / batch 256 for 100 epochs"].paper == 62.8
+    assert batch["linear / batch 8192 for 400 epochs"].paper == 67.8
     strength = {arm.name: arm for arm in find_study("table-1", "paper").arms}
     assert strength["SimCLR / 1 + blur"].paper == 64.5 and strength["SimCLR / 1 + blur"].settings["blur"] == 0.5
     assert strength["SimCLR / 1/8"].paper == 59.6 and strength["SimCLR / 1/8"].settings["strength"] == 1 / 8
     sizes = {arm.name: arm for arm in find_study("v2-table-1", "paper").arms}
     taught = {arm.name: arm for arm in find_study("v2-table-2", "paper").arms}
-    assert taught["1% / labels and teacher, labelled images"].paper == 23.6
-    assert taught["10% / teacher, all images"].paper == 74.3 and taught["10% / the teacher"].paper == 77.0
+    assert taught["1% / labels and teacher on labelled images"].paper == 23.6
+    assert taught["10% / teacher on all images"].paper == 74.3 and taught["10% / the teacher"].paper == 77.0
     assert sizes["resnet152 3x SK / 10%"].paper == 80.1 and sizes["resnet50 1x / 1%"].paper == 57.9
 
 
@@ -133,6 +135,15 @@ def test_equal_trainings_are_made_once_and_a_second_call_makes_none(tmp_path, di
     halves = [one.results[0].metrics for one in first if one.arm == "small / half"]
     assert [one.results[0].metrics for one in again if one.arm == "again"] == halves
     assert not list(tmp_path.glob("runs/*/checkpoints/*"))
+
+
+def test_changed_images_under_the_same_name_are_refused(tmp_path, digits):
+    settings = {**WIDTHS.settings, "seed": 0}
+    assert trained(digits, tmp_path, settings) == trained(digits, tmp_path, settings)
+    with np.load(digits) as arrays:
+        np.savez(digits, **{name: 15 - values if name == "x_train" else values for name, values in arrays.items()})
+    with pytest.raises(UserError, match="no longer holds the images"):
+        trained(digits, tmp_path, settings)
 
 
 def test_what_was_stopped_gives_the_same_table(tmp_path, digits, monkeypatch):

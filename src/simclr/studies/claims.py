@@ -11,9 +11,9 @@ from simclr.studies.study import Arm, Distillation, DrawnClasses, Scale, Study
 _DEPTHS: Mapping[str | int, str] = {
     "none": "classifier alone",
     4: "head and classifier",
-    3: "from block group 4 on",
-    2: "from block group 3 on",
-    1: "from block group 2 on",
+    3: "block group 4 on",
+    2: "block group 3 on",
+    1: "block group 2 on",
     "all": "whole network",
 }
 """What is trained, as `tune_from` takes it, and in words."""
@@ -30,7 +30,7 @@ def depth(scale: Scale) -> Study:
         settings={**base(scale), **_network(scale)},
         arms=[
             Arm(
-                series=f"{words}, head layer {layer}",
+                series=f"{words} (head layer {layer})",
                 point=share,
                 evaluation={
                     "labels": None if share == "100%" else share,
@@ -61,7 +61,7 @@ def same_base(scale: Scale) -> Study:
         "the same base": Distillation(teacher=teacher, student=length, start="own base"),
         "the base of another seed": Distillation(teacher=teacher, student=length, start="another base"),
         "new weights": Distillation(teacher=teacher, student=length),
-        "new weights, half as wide": Distillation(teacher=teacher, student={**length, **half}),
+        "new weights half as wide": Distillation(teacher=teacher, student={**length, **half}),
     }
     return Study(
         name="claims-base",

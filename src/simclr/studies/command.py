@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from hashlib import sha256
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from simclr.config.recipes import find_recipe
 from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
+from simclr.files import replacing
 from simclr.methods import find_method
 from simclr.studies.catalogue import STUDIES, find_study
 from simclr.studies.options import Study as StudyOptions
@@ -167,10 +169,11 @@ def _missing_trainings(
 
 def part_of(data: str, count: int, out: Path) -> str:
     """An .npz with `count` random training images of a data set of one size, and all of its test images."""
-    path = out / f"{Path(data).name}-{count}.npz"
+    train, test = open_data(data, split="train"), open_data(data, split="test")
+    identity = sha256(f"{train.fingerprint} {test.fingerprint}".encode()).hexdigest()[:8]
+    path = out / f"{Path(data).name}-{count}-{identity}.npz"
     if path.exists():
         return str(path)
-    train, test = open_data(data, split="train"), open_data(data, split="test")
     if train.labels is None or test.labels is None:
         raise UserError(f"{data} has no labels, which a study measures accuracy by.")
     if not 2 <= count <= len(train):
@@ -184,7 +187,8 @@ def part_of(data: str, count: int, out: Path) -> str:
         assert images.labels is not None
         arrays[f"y_{part}"] = images.labels[rows]
     out.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays)  # pyrefly: ignore[bad-argument-type]
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # pyrefly: ignore[bad-argument-type]
     return str(path)
 
 

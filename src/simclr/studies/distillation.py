@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from simclr.data.opening import open_data
 from simclr.evaluation.results import Result, read_results
 from simclr.studies.study import Distillation
 from simclr.tasks.api import Run, distill, finetune
@@ -25,7 +26,8 @@ def distilled(plan: Distillation, run: Run, base: Run, data: str, *, out: Path, 
     Raises:
         Diverged: One of the two did.
     """
-    teacher = _folder(out, "teacher", [run.path.name, seed, plan.teacher])
+    tested_on = open_data(data, split="test").fingerprint
+    teacher = _folder(out, "teacher", [run.path.name, seed, plan.teacher, tested_on])
     _finished(teacher, lambda: finetune(run, data, out=teacher, seed=seed, **plan.teacher))
     if plan.student is None:
         return _result(teacher, "encoder")

@@ -89,7 +89,7 @@ MEMORY = Study(
     settings=_SIMCLR,
     arms=[
         Arm(series=name, point=size, settings={"batch_size": size, **memory})
-        for name, memory in (("without", {}), ("4,096 keys", {"queue": 4096, "ema": 0.99}))
+        for name, memory in (("without", {}), ("4096 keys", {"queue": 4096, "ema": 0.99}))
         for size in (32, 256)
     ],
     axis="batch size",

@@ -10,6 +10,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from simclr.data.images import fit_channels
+from simclr.data.opening import open_data
 from simclr.errors import Diverged, NotFinite, UserError
 from simclr.evaluation.results import About, Measured, Result, ResultStore
 from simclr.files import write_atomically
@@ -17,6 +19,7 @@ from simclr.studies.classes import drawn_classes
 from simclr.studies.distillation import distilled
 from simclr.studies.study import Arm, Study
 from simclr.tasks.api import Run, evaluate, pretrain, resume
+from simclr.tasks.pretrain_images import same_data
 from simclr.training.progress import say
 from simclr.training.run import RunFolder
 
@@ -81,12 +84,19 @@ def run_folder(data: str, out: Path, settings: Mapping[str, Any]) -> Path:
 
 
 def trained(data: str, out: Path, settings: Mapping[str, Any]) -> Run | str:
-    """The run of these settings, trained now or before; or, where it diverged, the sentence that says so."""
+    """The run of these settings, trained now or before; or, where it diverged, the sentence that says so.
+
+    Raises:
+        UserError: The data have other images than when it was trained.
+    """
     folder = run_folder(data, out, settings)
     diverged = folder.with_suffix(".diverged.json")
     if diverged.exists():
         return str(json.loads(diverged.read_text())["sentence"])
     run = RunFolder(folder)
+    if run.exists:
+        origin = run.origin
+        same_data(fit_channels(open_data(data, split="train"), origin["data"]["channels"]), origin, folder)
     try:
         if not run.exists:
             pretrain(data, out=folder, **settings)

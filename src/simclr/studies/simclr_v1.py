@@ -42,8 +42,8 @@ def table_4(scale: Scale) -> Study:
     losses = {
         "margin": (50.9, {"loss": "margin"}, margins),
         "NT-Logistic": (51.6, {"loss": "nt-logistic"}, temperatures),
-        "margin, semi-hard": (57.5, {"loss": "margin", "negatives": "semi-hard"}, margins),
-        "NT-Logistic, semi-hard": (57.9, {"loss": "nt-logistic", "negatives": "semi-hard"}, temperatures),
+        "margin (semi-hard)": (57.5, {"loss": "margin", "negatives": "semi-hard"}, margins),
+        "NT-Logistic (semi-hard)": (57.9, {"loss": "nt-logistic", "negatives": "semi-hard"}, temperatures),
         "NT-Xent": (63.9, {"loss": "nt-xent"}, temperatures),
     }
     settings = base(scale)
@@ -254,7 +254,7 @@ def table_b1(scale: Scale) -> Study:
         arms=[
             Arm(
                 series=name,
-                point=f"batch {batch}, {epochs} epochs",
+                point=f"batch {batch} for {epochs} epochs",
                 paper=values[k],
                 settings={"batch_size": batch, "epochs": epochs, **rate},
             )
@@ -278,7 +278,7 @@ def figure_b7(scale: Scale) -> Study:
         evaluation=evaluation(scale),
         arms=[
             Arm(
-                series=f"temperature {temperature:g}, batch {batch}",
+                series=f"temperature {temperature:g} at batch {batch}",
                 point=f"{epochs} epochs",
                 settings={"temperature": temperature, "batch_size": batch, "epochs": epochs},
             )

@@ -82,10 +82,10 @@ def head_depth(scale: Scale) -> Study:
 
 _WAYS: Mapping[str, tuple[Mapping[str, Any], tuple[float | None, float | None]]] = {
     "labels alone": ({"only_labels": True, "labels": "100%", "alpha": 0.0}, (12.3, 52.0)),
-    "labels and teacher, labelled images": ({"only_labels": True, "labels": "100%", "alpha": 0.5}, (23.6, 66.2)),
-    "labels and teacher, all images": ({"labels": True, "alpha": 0.5}, (69.0, 75.1)),
-    "teacher, labelled images": ({"only_labels": True}, (None, None)),
-    "teacher, all images": ({}, (68.9, 74.3)),
+    "labels and teacher on labelled images": ({"only_labels": True, "labels": "100%", "alpha": 0.5}, (23.6, 66.2)),
+    "labels and teacher on all images": ({"labels": True, "alpha": 0.5}, (69.0, 75.1)),
+    "teacher on labelled images": ({"only_labels": True}, (None, None)),
+    "teacher on all images": ({}, (68.9, 74.3)),
 }
 """What a student learns from: options of `distill`, True standing for the share of labels (`labels` are a share of the
 images of `only_labels`); the paper's accuracies with 1 and 10 % of the labels."""
