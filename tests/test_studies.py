@@ -246,7 +246,9 @@ def test_a_dry_run_counts_and_trains_nothing(tmp_path, digits, monkeypatch, caps
     study(StudyOptions(item="widths", data=digits, out=tmp_path / "out", dry_run=True), Overrides({}))
     # 80 images at a batch of 16: 6 steps of 2 seconds; 2 x 3 trainings, and 3 + 2 where there is a choice
     said = capsys.readouterr().out
-    assert "3 points, 3 seeds: 11 trainings on 80 images, about 2:12" in said and "9 evaluations" in said
+    assert (
+        "3 points, 3 seeds: 11 trainings on 80 images, about 2:12" in said and "9 evaluations, 0 of which train" in said
+    )
     assert not count_trainings
 
 
@@ -258,7 +260,9 @@ def test_a_dry_run_counts_shared_and_finished_trainings_once(tmp_path, digits, m
     monkeypatch.setattr(command, "_seconds_of_a_step", lambda data, settings: 2.0)
     options = StudyOptions(item="widths", data=digits, out=tmp_path, seeds=2, dry_run=True)
     study(options, Overrides({}))
-    assert "2 seeds: 5 trainings" in capsys.readouterr().out  # half wide: seeds 0 and 1; of two bases: 0, 1 and 2
+    said = capsys.readouterr().out
+    assert "6 evaluations, 2 of which train" in said  # the distillation
+    assert "2 seeds: 5 trainings" in said  # half wide: seeds 0 and 1; of two bases: 0, 1 and 2
     list(run_study(replace(made, arms=made.arms[:1]), digits, out=tmp_path, seeds=[0]))
     capsys.readouterr()
     study(options, Overrides({}))

@@ -138,12 +138,20 @@ def estimate(
         if kind not in step_seconds:
             step_seconds[kind] = _seconds_of_a_step(data, given)
         total += step_seconds[kind] * config.steps(num_images)
+    train_too = sum(_trains_a_network(study, arm) for arm in arms) * len(seeds)
     print(
         f"{study.name}: {len(arms)} points, {len(seeds)} seeds: {len(trainings)} trainings on {num_images:,} images, "
-        f"about {duration(total)} on this machine, and {len(arms) * len(seeds)} evaluations, which take additional "
-        "time. Trainings that are finished already are not counted."
+        f"about {duration(total)} on this machine. Not in that time: {len(arms) * len(seeds)} evaluations, {train_too} "
+        "of which train a network themselves. Trainings that are finished already are not counted."
     )
     return total
+
+
+def _trains_a_network(study: Study, arm: Arm) -> bool:
+    """Whether the evaluation is a training of its own: fine-tuning, distillation, a linear classifier by SGD."""
+    options = {**study.evaluation, **arm.evaluation}
+    trains = {"finetune", "supervised"} & {*study.protocols(arm)} or options.get("linear") == "sgd"
+    return arm.distillation is not None or (arm.drawn_classes is None and bool(trains))
 
 
 def _missing_trainings(

@@ -122,3 +122,8 @@ class Study:
         """The settings of each training that may be the arm's: one, or those of its candidates."""
         for candidate in arm.candidates or ({},):
             yield {**self.settings, **arm.settings, **candidate}
+
+    def protocols(self, arm: Arm) -> Sequence[str]:
+        """Names of the protocols that the arm is measured by."""
+        protocol = {**self.evaluation, **arm.evaluation}["protocol"]
+        return [protocol] if isinstance(protocol, str) else list(protocol)

@@ -76,7 +76,7 @@ def rank_agreement(study: Study, arms: Sequence[Arm], measurements: Sequence[Mea
     """Spearman's correlation of our means with the paper's values; None where there are too few, or all are equal."""
     pairs = []
     for arm in arms:
-        ours = accuracies(study, measurements, arm, _first_protocol(study, arm))
+        ours = accuracies(study, measurements, arm, study.protocols(arm)[0])
         if arm.paper is not None and ours:
             pairs.append((statistics.fmean(ours), arm.paper))
     if len(pairs) < RANKED_FROM or len({ours for ours, _ in pairs}) == 1:
@@ -103,7 +103,7 @@ def draw(study: Study, arms: Sequence[Arm], measurements: Sequence[Measurement])
     """The study's picture: our means, with the spread over seeds, in the paper's form. PNG."""
     means: dict[tuple[str, Any], tuple[float, float]] = {}
     for arm in arms:
-        values = accuracies(study, measurements, arm, _first_protocol(study, arm))
+        values = accuracies(study, measurements, arm, study.protocols(arm)[0])
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         means[arm.series, arm.point] = (statistics.fmean(values), spread) if values else (np.nan, 0.0)
     series = list(dict.fromkeys(arm.series for arm in arms))
@@ -158,11 +158,6 @@ def _matrix(axes: Axes, means: Means, series: Sequence[str], points: Sequence[An
             axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="wk"[int(value > middle)])
     axes.set_xticks(range(len(points)), [str(point) for point in points])
     axes.set_yticks(range(len(series)), series)
-
-
-def _first_protocol(study: Study, arm: Arm) -> str:
-    protocol = {**study.evaluation, **arm.evaluation}["protocol"]
-    return protocol if isinstance(protocol, str) else protocol[0]
 
 
 def _chosen(measurements: Sequence[Measurement], arm: Arm) -> str:
