@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
@@ -219,6 +220,14 @@ def test_the_table_and_the_order_of_hand_made_numbers():
         "| 2 | 30.0 ± 0.0 | 30.0* |", "| 3 | 80.0 ± 14.1 | 40.0* |",
     ]  # fmt: skip
     assert rank_agreement(made, arms, measured) == pytest.approx(0.8)  # 1 - 6 (1 + 1) / (4 x 15)
+    assert "(Spearman): 0.80." in report(made, arms, measured, "how")
+    worse = [replace(arm, series="worse", paper=arm.paper and arm.paper / 100) for arm in arms]
+    both = [*(replace(arm, series="better") for arm in arms), *worse]
+    of_both = [replace(one, arm=f"better / {one.arm}") for one in measured]
+    of_both += [measurement(arm.name, 0, 0.05 - 0.01 * k) for k, arm in enumerate(worse)]
+    expected = spearmanr([15, 40, 30, 80, 5, 4, 3, 2], [10, 20, 30, 40, 0.1, 0.2, 0.3, 0.4]).statistic
+    said = f"(Spearman): {expected:.2f}, 0.80 within better, -1.00 within worse."
+    assert said in report(made, both, of_both, "how")
     for shape in ("bars", "lines", "matrix"):
         picture = draw(replace(made, shape=shape), arms, measured)
         assert picture.startswith(b"\x89PNG")

@@ -64,9 +64,9 @@ def report(study: Study, arms: Sequence[Arm], measurements: Sequence[Measurement
     diverged = sorted({one.arm for one in measurements if one.diverged})
     if diverged:
         parts.append(f"Diverged with one seed or more: {', '.join(diverged)}.")
-    agreement = rank_agreement(study, arms, measurements)
-    if agreement is not None:
-        parts.append(f"Rank correlation of our means with the paper's (Spearman): {agreement:.2f}.")
+    agreements = _agreements(study, arms, measurements)
+    if agreements:
+        parts.append(f"Rank correlation of our means with the paper's (Spearman): {', '.join(agreements)}.")
     if study.second_hand and any(arm.paper is not None for arm in arms):
         parts.append("* read off the figure or known second-hand, not from the paper's text.")
     return "\n\n".join(parts) + "\n"
@@ -82,6 +82,18 @@ def rank_agreement(study: Study, arms: Sequence[Arm], measurements: Sequence[Mea
     if len(pairs) < RANKED_FROM or len({ours for ours, _ in pairs}) == 1:
         return None
     return float(spearmanr(*zip(*pairs, strict=True)).statistic)
+
+
+def _agreements(study: Study, arms: Sequence[Arm], measurements: Sequence[Measurement]) -> list[str]:
+    """Over all points, and within each series where there are several; those that have enough values."""
+    series = list(dict.fromkeys(arm.series for arm in arms))
+    groups = {"": arms} | ({name: [arm for arm in arms if arm.series == name] for name in series} if series[1:] else {})
+    said = []
+    for name, group in groups.items():
+        agreement = rank_agreement(study, group, measurements)
+        if agreement is not None:
+            said.append(f"{agreement:.2f}" + (f" within {name}" if name else ""))
+    return said
 
 
 def as_json(study: Study, arms: Sequence[Arm], measurements: Sequence[Measurement]) -> dict[str, Any]:
