@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tyro
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
@@ -26,7 +28,7 @@ from simclr.evaluation.results import Result, read_results
 from simclr.evaluation.split import split_data
 from simclr.studies import command, distillation, run
 from simclr.studies.catalogue import STUDIES, find_study
-from simclr.studies.command import check_arm, study
+from simclr.studies.command import check_arm, command_of, study
 from simclr.studies.options import Study as StudyOptions
 from simclr.studies.run import Measurement, run_study, trained
 from simclr.studies.study import Arm, Distillation, DrawnClasses, Study
@@ -240,7 +242,7 @@ def test_the_command_writes_table_picture_and_record(tmp_path, digits, monkeypat
     assert len(measured) == 4
     page = (tmp_path / "out" / "widths.md").read_text()
     assert page in capsys.readouterr().out
-    assert "--images 60 --epochs 2`: 2 seeds" in page and "| small / whole |" in page
+    assert "--images 60 --seeds 2 --epochs 2`: 2 seeds" in page and "| small / whole |" in page
     assert (tmp_path / "out" / "widths.png").exists()
     record = json.loads((tmp_path / "out" / "widths.json").read_text())
     assert [one["arm"] for one in record["measurements"]] == ["small / half", "small / whole"] * 2
@@ -394,6 +396,17 @@ def test_the_page_of_the_papers_has_the_cost_of_each_study(name):
         }
         trainings = f"{len(epochs)} training" + "s" * (len(epochs) > 1)
         assert cell == f"{trainings}, {sum(epochs.values()):,g} epochs", name
+
+
+def test_the_page_has_the_command_that_makes_it_again():
+    """Read back by the command line, it gives the same options and settings."""
+    options = StudyOptions(item="figure-9", data="my data", points="batch 32 / *", images=500)
+    given = {"normalize": False, "temperature": 0.5}
+    words = shlex.split(command_of(options, given, 3))
+    assert words[:2] == ["simclr", "study"]
+    read = tyro.cli(StudyOptions, args=words[2:])
+    assert replace(read, config=options.config) == options
+    assert (read.config.normalize, read.config.temperature, read.config.seed) == (False, 0.5, 3)
 
 
 def test_without_an_item_all_are_listed(capsys):

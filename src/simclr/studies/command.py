@@ -1,6 +1,7 @@
 """`simclr study ITEM DATA`: a figure or table of the papers, from its definition to its picture."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -71,7 +72,7 @@ def study(options: StudyOptions, overrides: Overrides) -> list[Measurement]:
     measured: list[Measurement] = []
     for of_seed in run_study(found, data, out=options.out, seeds=seeds, settings=settings, arms=arms):
         measured += of_seed
-        page = report(found, arms, measured, _how(options, settings, len({one.seed for one in measured})))
+        page = report(found, arms, measured, _how(options, settings, first, len({one.seed for one in measured})))
         write(options.out / f"{found.name}.md", page.encode())
         write(options.out / f"{found.name}.png", draw(found, arms, measured))
         write(
@@ -219,13 +220,31 @@ def _seconds_of_a_step(data: str, settings: Mapping[str, Any]) -> float:
     return taken.step_seconds
 
 
-def _how(options: StudyOptions, settings: Mapping[str, Any], seeds: int) -> str:
-    flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in settings.items())
-    images = f" --images {options.images}" if options.images is not None else ""
-    scale = "" if options.scale == "cpu" else f" --scale {options.scale}"
+def command_of(options: StudyOptions, settings: Mapping[str, Any], first: int = 0) -> str:
+    """What is to be typed to make the same study again.
+
+    Args:
+        first: Of the seeds.
+    """
+    words = ["simclr", "study", str(options.item), str(options.data)]
+    for name, value, default in (
+        ("images", options.images, None), ("scale", options.scale, "cpu"), ("seeds", options.seeds, 3),
+        ("seed", first, 0), ("points", options.points, None),
+    ):  # fmt: skip
+        words += [f"--{name}", str(value)] if value != default else []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return shlex.join(words)
+
+
+def _how(options: StudyOptions, settings: Mapping[str, Any], first: int, seeds: int) -> str:
     number = f"{seeds} seed" + "s" * (seeds > 1)
     say(f"{options.item}: {number} done.")
     return (
-        f"`simclr study {options.item} {options.data}{images}{scale}{flags}`: {number}, test accuracy of the last "
-        "checkpoint, mean ± standard deviation."
+        f"`{command_of(options, settings, first)}`: {number}, test accuracy of the last checkpoint, mean ± standard "
+        "deviation."
     )
