@@ -19,6 +19,7 @@ from simclr.errors import Stopped, UserError
 from simclr.methods import method_name
 from simclr.methods.moco import MoCo
 from simclr.methods.simclr import SimCLR
+from simclr.methods.supervised import Supervised
 from simclr.tasks import pretrain_images as pretraining
 from simclr.training.batches import Batch
 from simclr.training.memory import measure
@@ -45,7 +46,7 @@ def sim_siam():
 
 METHODS = {
     "simclr": lambda: SimCLR, "simclr with memory": lambda: SimCLR, "simclr of many views": lambda: SimCLR,
-    "moco": lambda: MoCo, "the page's": sim_siam,
+    "moco": lambda: MoCo, "supervised": lambda: Supervised, "the page's": sim_siam,
 }  # fmt: skip
 MANY_VIEWS = replace(CONFIG, views_per_image=3, small_crops="2:5", crop_min=0.4, small_crop_min=0.2, small_crop_max=0.4)
 MOMENTUM = replace(CONFIG, queue=80, ema=0.9)  # no multiple of the batch of 48
@@ -140,7 +141,8 @@ def test_a_method_may_ask_for_any_number_of_views(images):
 
 
 def test_memory_is_counted_without_knowing_the_method(images, method, config):
-    built = pretraining.build_method(config, 1, DistributedContext(), method)
+    num_classes = pretraining.num_classes_of(images, method, config)
+    built = pretraining.build_method(config, 1, DistributedContext(), method, num_classes=num_classes)
     footprint = measure(built, config, images, torch.float32)
     assert footprint.need("plain", 64) > footprint.need("plain", 16) > 0
     assert (footprint.projections is not None) == method.grad_cache
@@ -162,6 +164,32 @@ def check_processes(folder, name, world):
     alone = weights(train(images, folder / f"alone-{world.rank}", method, config))
     for key, value in alone.items():
         torch.testing.assert_close(shared[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_supervised_training_sees_each_image_with_its_label(images, tmp_path):
+    """One view of each image, distorted as in pretraining; the classifier is kept beside the encoder."""
+    config = replace(CONFIG, epochs=40, crop_min=0.7, flip=0.0, optimizer="adamw", lr=1e-2, lr_scaling="none")
+    batch = Batch(images.read(np.arange(9), copy=False), np.full(9, 4), np.arange(9), lambda: np.arange(9))
+    make = pretraining._make_inputs(images, config, DistributedContext(), (8,), labelled=True)
+    (view, labels), (first,) = make(batch), pretraining._make_inputs(images, config, DistributedContext(), (8,))(batch)
+    assert torch.equal(view, first)
+    np.testing.assert_array_equal(labels, images.labels[:9])
+    run = train(images, tmp_path / "run", Supervised, config)
+    assert run.read_metrics()[0]["loss"] == pytest.approx(np.log(10), rel=0.2)
+    model = load(run.classifier)
+    assert model.classes == [str(digit) for digit in range(10)]
+    assert np.mean(np.asarray(model.classify(images), int) == images.labels) > 0.9
+
+
+def test_supervised_training_needs_a_label_of_each_image(images, tmp_path):
+    some = replace(images, labels=np.where(np.arange(150) < 5, -1, images.labels))
+    with pytest.raises(UserError, match="5 of 150 images have no label"):
+        train(some, tmp_path / "some", Supervised, CONFIG)
+    with pytest.raises(UserError, match="one class alone"):
+        train(replace(images, labels=np.zeros(150, np.int64)), tmp_path / "one", Supervised, CONFIG)
+    with pytest.raises(UserError, match="--queue has no effect on --method supervised"):
+        Supervised.check(replace(CONFIG, queue=64), DistributedContext())
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):

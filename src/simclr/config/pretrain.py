@@ -45,7 +45,7 @@ class PretrainConfig(TrainingConfig):
 
     # ---- method
     method: str = "simclr"
-    """simclr, moco, or MODULE:CLASS of a method of your own (docs/methods.md)."""
+    """simclr, moco, supervised (cross-entropy on labels), or MODULE:CLASS of a method of your own (docs/methods.md)."""
 
     queue: int = 0
     """Projections of earlier batches, made by a momentum encoder, that are further negatives: MoCo's queue, or the

@@ -7,7 +7,11 @@ from simclr.methods.method import Method
 
 __all__ = ["NAMES", "find_method", "method_name"]
 
-NAMES = {"simclr": "simclr.methods.simclr:SimCLR", "moco": "simclr.methods.moco:MoCo"}
+NAMES = {
+    "simclr": "simclr.methods.simclr:SimCLR",
+    "moco": "simclr.methods.moco:MoCo",
+    "supervised": "simclr.methods.supervised:Supervised",
+}
 """Methods that `simclr pretrain --method` knows by name, each as module:class."""
 
 

@@ -66,6 +66,14 @@ class Method(nn.Module, ABC):
         return cls(encoder, config, context)
 
     @classmethod
+    def takes_labels(cls, config: PretrainConfig) -> bool:
+        """Whether `forward` takes, after the views, the class of each item, (B,) int64 from 0 on.
+
+        `build` then takes `num_classes` too, and images without a label are refused.
+        """
+        return False
+
+    @classmethod
     def check(cls, config: PretrainConfig, context: DistributedContext, num_images: int | None = None) -> None:
         """Refuse settings that this method cannot take, in the user's words; before anything is built.
 

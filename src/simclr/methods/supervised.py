@@ -3,13 +3,14 @@
 Where an image may show several classes, cross-entropy is that of one two-way classifier for each.
 
 One module for every protocol of the papers that trains on labels: fine-tuning (SimCLR section 4.1 and B.5, SimCLR v2
-section 2), the linear probe (B.6) and training from scratch (B.3). They differ in what is trained.
+section 2), the linear probe (B.6) and training from scratch (B.3). They differ in what is trained. `Supervised` is the
+last one with the views and the schedule of pretraining.
 
 Shapes: B images on this process, C channels, S x S pixels.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from simclr.methods.method import Method
 from simclr.models.classifier import Classifier
 from simclr.models.encoder import Encoder
 from simclr.models.resnet import ResNet
+
+if TYPE_CHECKING:
+    from simclr.config.pretrain import PretrainConfig
 
 TuneFrom = Literal["all", 0, 1, 2, 3, 4, "none"]
 """What is trained besides the classifier, which always is. "all": everything. 0: everything after the stem. 1 to 4:
@@ -100,6 +104,38 @@ class Classify(Method):
         for part in self._frozen:
             part.eval()
         return self
+
+
+class Supervised(Classify):
+    """Supervised training as a method of pretraining: one view of each image, any augmentation, all labels.
+
+    The supervised networks of SimCLR's tables 1 and B.3 and figure 7 differ from the contrastive ones in their loss.
+    The classifier reads what the projection head would; its zero weights make the first loss log K.
+    """
+
+    @classmethod
+    def build(
+        cls, encoder: Encoder, config: "PretrainConfig", context: DistributedContext, *, num_classes: int = 0
+    ) -> Self:
+        """Encoder and classifier, as the settings say."""
+        return cls(Classifier(encoder, None, num_classes), world=context)
+
+    @classmethod
+    def takes_labels(cls, config: "PretrainConfig") -> bool:
+        """It learns from nothing else."""
+        return True
+
+    @classmethod
+    def check(cls, config: "PretrainConfig", context: DistributedContext, num_images: int | None = None) -> None:
+        """Refuse settings that have no effect."""
+        for name in ("queue", "ema", "symmetric", "bn_splits", "loss", "normalize", "negatives"):
+            if getattr(config, name) != getattr(type(config), name):
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} has no effect on --method supervised, which has no contrast; leave it out.")
+
+    def published(self) -> dict[str, nn.Module | None]:
+        """The encoder, and the network with its classifier."""
+        return {"encoder": self.encoder, "classifier": self.network}
 
 
 def many_classes(logits: Tensor, targets: Tensor) -> Tensor:

@@ -4,14 +4,23 @@ Values of the paper are top-1 accuracies on ImageNet in %, of a linear classifie
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from simclr.studies.scales import base, evaluation, pick
 from simclr.studies.study import Arm, Scale, Study
 
 
+def supervised_settings(scale: Scale) -> Mapping[str, Any]:
+    """Of a supervised network beside contrastive ones; at the paper's scale with the authors' rate and weight decay."""
+    rate = pick(scale, cpu={}, paper={"optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4, "epochs": 90})
+    return {"method": "supervised", **rate}
+
+
 def table_1(scale: Scale) -> Study:
     """Strength of the colour distortion."""
     paper = {"1/8": 59.6, "1/4": 61.0, "1/2": 62.6, "1": 63.2, "1 + blur": 64.5}
+    supervised = {"1/8": 77.0, "1/4": 76.7, "1/2": 76.5, "1": 75.7, "1 + blur": 75.4}
+    labelled = supervised_settings(scale)
     strengths = {"1/8": 0.125, "1/4": 0.25, "1/2": 0.5, "1": 1.0, "1 + blur": 1.0}
     return Study(
         name="table-1",
@@ -26,6 +35,15 @@ def table_1(scale: Scale) -> Study:
                 point=name,
                 paper=paper[name],
                 settings={"strength": strengths[name], "blur": 0.5 if name.endswith("blur") else 0.0},
+            )
+            for name in strengths
+        ]
+        + [
+            Arm(
+                series="supervised",
+                point=name,
+                paper=supervised[name],
+                settings={**labelled, "strength": strengths[name], "blur": 0.5 if name.endswith("blur") else 0.0},
             )
             for name in strengths
         ],
@@ -264,6 +282,31 @@ def table_b1(scale: Scale) -> Study:
     )
 
 
+def table_b3(scale: Scale) -> Study:
+    """Supervised networks with the views of contrastive training."""
+    views = {
+        "crop": {"jitter": 0.0, "grayscale": 0.0, "blur": 0.0},
+        "crop and colour": {"blur": 0.0},
+        "crop and colour and blur": {"blur": 0.5},
+    }
+    paper = {90: (76.5, 75.6, 75.3), 500: (76.2, 76.5, 76.7), 1000: (75.8, 75.2, 76.4)}
+    here: dict[int, tuple[float | None, ...]] = {4: (None,) * 3, 16: (None,) * 3}
+    return Study(
+        name="table-b.3",
+        title="views of supervised networks",
+        source="SimCLR, table B.3",
+        claim="Colour distortion and blur do nothing for a supervised network, but in long trainings.",
+        settings={**base(scale), **supervised_settings(scale)},
+        evaluation=evaluation(scale),
+        arms=[
+            Arm(series=name, point=f"{epochs} epochs", settings={**own, "epochs": epochs}, paper=values[k])
+            for k, (name, own) in enumerate(views.items())
+            for epochs, values in pick(scale, cpu=here, paper=paper).items()
+        ],
+        shape="lines",
+    )
+
+
 def figure_b7(scale: Scale) -> Study:
     """Temperature, batch size and length on CIFAR-10."""
     batches = pick(scale, cpu=(64, 256), paper=(256, 512, 1024, 2048, 4096))
@@ -299,5 +342,6 @@ STUDIES: Mapping[str, Callable[[Scale], Study]] = {
     "figure-8": figure_8,
     "figure-9": figure_9,
     "table-b.1": table_b1,
+    "table-b.3": table_b3,
     "figure-b.7": figure_b7,
 }

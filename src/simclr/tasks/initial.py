@@ -58,7 +58,7 @@ class InitialWeights:
         if head is None:
             return
         networks = method.published()
-        for network in (networks["head"], networks.get("key_head")):
+        for network in (networks.get("head"), networks.get("key_head")):
             if network is not None:
                 network.load_state_dict(head.state_dict())
 

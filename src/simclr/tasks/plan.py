@@ -22,11 +22,12 @@ from simclr.config.recipes import choose_recipe, find_recipe
 from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
+from simclr.methods import find_method
 from simclr.methods.method import Method
 from simclr.tasks.initial import InitialWeights, open_initial
 from simclr.tasks.opening import DataOptions, open_aloud, require_writable, write
 from simclr.tasks.pretrain import settled
-from simclr.tasks.pretrain_images import build_method, build_task, check_images, check_settings
+from simclr.tasks.pretrain_images import build_method, build_task, check_images, check_settings, num_classes_of
 from simclr.tasks.pretrain_views import describe_views
 from simclr.training.device import choose_kernels, precision_of
 from simclr.training.loop import Prefetcher, Task, take_step, training_module
@@ -176,7 +177,8 @@ def measure_plan(
         )
     check_images(images, config, world, initial=initial)
     choose_kernels(world, deterministic=config.deterministic)
-    method = build_method(config, images.channels, world, initial=initial)
+    num_classes = num_classes_of(images, find_method(config.method), config)
+    method = build_method(config, images.channels, world, initial=initial, num_classes=num_classes)
     budget = available(world) if budget is None else budget
     footprint = measure(method, config, images, precision_of(config.precision, world))
     strategies = []

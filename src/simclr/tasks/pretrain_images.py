@@ -22,8 +22,10 @@ from simclr.evaluation.metrics import accuracy
 from simclr.files import write_atomically
 from simclr.methods import find_method, method_name
 from simclr.methods.method import Method
+from simclr.methods.supervised import Classify
 from simclr.models.activation_checkpointing import checkpoint_blocks
 from simclr.models.batchnorm import set_global_batch_norm, track_once
+from simclr.models.classifier import Classifier
 from simclr.models.encoder import Encoder, build_encoder, encoder_of, read_as, trained_encoder_of
 from simclr.models.heads import ProjectionHead
 from simclr.models.inference import extract, scaled
@@ -47,7 +49,7 @@ from simclr.training.optim import build_optimizer
 from simclr.training.progress import Outcome, say
 from simclr.training.run import RunFolder, describe_machine
 from simclr.views.views import make_views
-from simclr.weights.folder import save_encoder
+from simclr.weights.folder import save_classifier, save_encoder
 from simclr.weights.training_progress import TrainingProgress
 
 MONITOR_ROWS = 10_000  # labelled training images that the kNN check during training looks at
@@ -87,6 +89,28 @@ def check_images(
     check_views(config, method)
     check_small_crops(config)
     method.check(config, world, len(images))
+    if method.takes_labels(config):
+        class_targets(images)
+
+
+def class_targets(images: Images) -> tuple[list[str], np.ndarray]:
+    """The names of the K classes that occur, and the class of each image, (n,) int64 from 0 to K - 1.
+
+    Raises:
+        UserError: An image has no label, or there is one class alone.
+    """
+    without = len(images) if images.labels is None else int((images.labels < 0).sum())
+    if without:
+        raise UserError(
+            f"{images.name}: {without:,} of {len(images):,} images have no label, which this method learns from; leave "
+            "them out, give --labels-file, or take --method simclr."
+        )
+    assert images.labels is not None
+    labels, targets = np.unique(images.labels, return_inverse=True)
+    if len(labels) < 2:
+        raise UserError(f"{images.name} has images of one class alone, and a classifier needs two; take other images.")
+    names = [str(label) if images.classes is None else images.classes[label] for label in labels]
+    return names, targets.astype(np.int64)
 
 
 def pretrain_images(
@@ -161,7 +185,10 @@ def settle_memory(
         saved = run.config
         return replace(config, memory="plain" if saved.memory == "auto" else saved.memory, chunk=saved.chunk)
     choose_kernels(world, deterministic=config.deterministic)
-    build = partial(build_method, config, images.channels, DistributedContext(device=world.device), method, initial)
+    build = partial(
+        build_method, config, images.channels, DistributedContext(device=world.device), method, initial,
+        num_classes=num_classes_of(images, method, config),
+    )  # fmt: skip
     precision = precision_of(config.precision, world)
     config, sentence = settle(config, images, build, world, precision=precision, budget=budget)
     say(sentence, main=world.is_main and bool(sentence))
@@ -174,7 +201,8 @@ def build_task(
 ) -> Task:  # fmt: skip
     """The task of these settings."""
     kind = kind or find_method(config.method)
-    method = build_method(config, images.channels, world, kind, initial)
+    num_classes = num_classes_of(images, kind, config)
+    method = build_method(config, images.channels, world, kind, initial, num_classes=num_classes)
     if config.global_bn and world.size > 1:
         set_global_batch_norm(method, world.group)
     if config.memory == "checkpointing":
@@ -200,17 +228,23 @@ def build_task(
                     returned_encoder(encoder, images, config), folder, preprocessing=config.augmentation, origin=made,
                     head=head, progress=progress,
                 )  # fmt: skip
+        classifier = networks.get("classifier")
+        if isinstance(classifier, Classifier):
+            save_classifier(
+                classifier, run.classifier, classes=class_targets(images)[0], preprocessing=config.augmentation,
+                origin=origin, progress=progress,
+            )  # fmt: skip
 
     return Task(
         method=method,
         batch=make_batches(
-            images, _make_inputs(images, config, world, method.view_sizes),
+            images, _make_inputs(images, config, world, method.view_sizes, labelled=num_classes is not None),
             batch_size=batch_size, seed=config.seed, world=world,
             chunk=config.chunk if config.memory == "grad-cache" else 0, verbose=True,
         ),
         optimizer=build_optimizer(
             config.optimizer, method, lr=config.peak, weight_decay=config.weight_decay, momentum=config.momentum,
-            nesterov=config.nesterov, decay_all=config.decay_all,
+            nesterov=config.nesterov, decay_all=config.decay_all, supervised=isinstance(method, Classify),
         ),
         learning_rate=config.learning_rate(n),
         total_steps=total_steps,
@@ -228,26 +262,40 @@ def build_task(
 
 
 def _make_inputs(
-    images: Images, config: PretrainConfig, world: DistributedContext, view_sizes: Sequence[int]
-) -> Callable[[Batch], Inputs]:
-    """Batch -> its views, (B, C, S, S) each, on the device of this process."""
+    images: Images, config: PretrainConfig, world: DistributedContext, view_sizes: Sequence[int], *,
+    labelled: bool = False,
+) -> Callable[[Batch], Inputs]:  # fmt: skip
+    """Batch -> its views, (B, C, S, S) each, and, if `labelled`, its classes (B,), on the device of this process."""
+    targets = class_targets(images)[1] if labelled else None
     policies = policies_of(config, images.channels, view_sizes)
     dtype = precision_of(config.precision, world)  # autocast would round the views to it anyway
 
     def views(batch: Batch) -> Inputs:
-        return make_views(
+        made = make_views(
             batch.pixels, policies, seed=config.seed, epoch=batch.epochs, indices=batch.indices,
             views=range(len(policies)), device=world.device, dtype=dtype,
         )  # fmt: skip
+        if targets is None:
+            return made
+        return *made, torch.from_numpy(targets[images.items_read(batch.indices)]).to(world.device)
 
     return views
 
 
+def num_classes_of(images: Images, kind: type[Method], config: PretrainConfig) -> int | None:
+    """Classes of the images, for a method that takes labels; None for one that takes none."""
+    return len(class_targets(images)[0]) if kind.takes_labels(config) else None
+
+
 def build_method(
     config: PretrainConfig, channels: int, world: DistributedContext, kind: type[Method] | None = None,
-    initial: InitialWeights | None = None,
+    initial: InitialWeights | None = None, *, num_classes: int | None = None,
 ) -> Method:  # fmt: skip
-    """Encoder and loss, on the device of this process."""
+    """Encoder and loss, on the device of this process.
+
+    Args:
+        num_classes: For a method that takes labels.
+    """
     kind = kind or find_method(config.method)
     if initial is None:
         encoder = build_encoder(trained_encoder_of(config, channels), seed=config.seed)
@@ -256,7 +304,8 @@ def build_method(
     require_small_inputs(encoder, config)
     with torch.random.fork_rng([]):  # weights that a method draws from torch's generator depend on the seed alone
         torch.manual_seed(config.seed % 2**63)
-        method = kind.build(encoder, config, world)
+        labelled = {} if num_classes is None else {"num_classes": num_classes}
+        method = kind.build(encoder, config, world, **labelled)
     if initial is not None:
         initial.put_head(method)
     return method.to(world.device).to(memory_format=torch.channels_last)

@@ -57,6 +57,11 @@ class RunFolder:
         return self.path / "encoder"
 
     @property
+    def classifier(self) -> Path:
+        """Folder of the network with its classifier, where the method trains one."""
+        return self.path / "classifier"
+
+    @property
     def key_encoder(self) -> Path:
         """Folder of the momentum encoder of a run that has one."""
         return self.path / "key_encoder"
