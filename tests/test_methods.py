@@ -90,6 +90,15 @@ def weights(run):
 
 
 def test_a_run_stopped_by_a_signal_ends_with_the_same_bits(images, method, config, tmp_path, monkeypatch):
+    assert_resume_is_exact(images, method, config, tmp_path, monkeypatch)
+
+
+def test_what_a_loss_draws_at_each_step_is_drawn_again_on_resume(images, tmp_path, monkeypatch):
+    config = replace(CONFIG, loss="generalised", prior="normal")
+    assert_resume_is_exact(images, SimCLR, config, tmp_path, monkeypatch)
+
+
+def assert_resume_is_exact(images, method, config, tmp_path, monkeypatch):
     whole = train(images, tmp_path / "whole", method, config)
     real, calls = pretraining.make_views, []
 

@@ -227,6 +227,7 @@ def test_each_image_is_seen_once_an_epoch_whatever_the_number_of_processes(image
 
 
 MANY_VIEWS = {"views_per_image": 3, "small_crops": "2:5"}
+PRIOR = {"loss": "generalised", "prior": "normal"}
 
 
 def gradients_of_a_step(rank, size, store, dtype, result, settings):
@@ -255,8 +256,13 @@ def gradients_of_a_step(rank, size, store, dtype, result, settings):
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "settings"),
-    [(torch.float64, 1e-10, {}), (torch.float32, 1e-5, {}), (torch.float64, 1e-10, MANY_VIEWS)],
-    ids=["fp64", "fp32", "fp64, many views"],
+    [
+        (torch.float64, 1e-10, {}),
+        (torch.float32, 1e-5, {}),
+        (torch.float64, 1e-10, MANY_VIEWS),
+        (torch.float64, 1e-10, PRIOR),
+    ],
+    ids=["fp64", "fp32", "fp64, many views", "fp64, prior"],
 )
 def test_loss_and_every_gradient_are_those_of_one_process(tmp_path, dtype, tolerance, settings):
     """Encoder, head, global batch norm, loss and DDP together: 1, 2 and 4 processes, one global batch."""

@@ -82,12 +82,16 @@ def generalised_contrastive(
         else:
             if draw is None or draw.rows.shape != z.shape:
                 raise UserError(f"prior {prior!r} needs a draw of {tuple(z.shape)}: see draw_slices")
-            match = sliced_wasserstein(z, draw, normalize=normalize)
+            # One order for any number of processes: it decides which of two equal rows is sorted first.
+            rows = torch.cat([first.flatten(0, 1), second.flatten(0, 1)])
+            match = sliced_wasserstein(rows, draw, normalize=normalize)
         return alignment + weight * match
 
 
 def sliced_wasserstein(z: Tensor, draw: Draw, *, normalize: bool) -> Tensor:
     """Mean over directions and ranks of the squared difference between sorted coordinates.
+
+    Of equal coordinates, that of the earlier row is sorted first.
 
     Args:
         z: (N, D) rows.
@@ -98,7 +102,7 @@ def sliced_wasserstein(z: Tensor, draw: Draw, *, normalize: bool) -> Tensor:
     if normalize:
         target = l2_normalize(target)
     ours, theirs = (x @ rotation for x in (z, target))
-    return (ours.sort(dim=0).values - theirs.sort(dim=0).values).square().mean()
+    return (ours.sort(dim=0, stable=True).values - theirs.sort(dim=0).values).square().mean()
 
 
 def draw_slices(
