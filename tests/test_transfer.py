@@ -17,6 +17,7 @@ from simclr.data.presets import TransferSet
 from simclr.distributed import DistributedContext
 from simclr.errors import Diverged, UserError
 from simclr.evaluation import grid as grid_module
+from simclr.evaluation import protocols
 from simclr.evaluation.cache import FeatureCache
 from simclr.evaluation.finetune import finetune
 from simclr.evaluation.grid import (
@@ -29,7 +30,8 @@ from simclr.evaluation.grid import (
     settings,
 )
 from simclr.evaluation.knn import knn
-from simclr.evaluation.measure import train_subject
+from simclr.evaluation.measure import EvaluationContext, train_subject
+from simclr.evaluation.protocols import transfer_results
 from simclr.evaluation.results import About, Result, ResultStore
 from simclr.evaluation.subjects import EvaluatedModel, open_subject
 from simclr.evaluation.transfer import differences, linear_transfer, score_and_credits, transfer, true_labels
@@ -461,6 +463,25 @@ def test_from_scratch_is_shared_by_encoders_of_one_shape(tmp_path, monkeypatch):
     monkeypatch.setattr(grid_module, "train_subject", None)
     other = finetune_transfer(standin("b", tiny_encoder()), picture_set(), grid=small, seed=0, folder=tmp_path)
     assert replace(other, subject="a") == one_of_them
+
+
+def test_transfer_from_scratch_trains_the_network_of_the_first_alone(monkeypatch):
+    """By default over the paper's grid for random weights: 40,000 steps, 7 rates to 1, 8 decays to 10^-1.5."""
+    trained = []
+
+    def note(subject, data, *, grid, seed, folder, progress):
+        trained.append((subject.name, grid))
+        return finetune_transfer(subject, data, grid=replace(grid, steps=2, rates=(0.1,), decays=(1e-4,)), seed=seed)
+
+    monkeypatch.setattr(protocols, "finetune_transfer", note)
+    subjects = [standin("a", tiny_encoder()), standin("b", tiny_encoder())]
+    context = EvaluationContext(store=ResultStore(None))
+    results = transfer_results(subjects, [picture_set()], 0, grid=PAPER_GRID_FROM_SCRATCH, context=context)
+    assert [result.subject for result in results] == ["from scratch"]
+    ((name, grid),) = trained
+    assert name == "a" and grid.from_scratch and grid.steps == 40_000 and len(grid.cells) == 56
+    assert (grid.rates[0], grid.rates[-1]) == pytest.approx((1e-3, 1.0))
+    assert (grid.decays[0], grid.decays[-1]) == pytest.approx((1e-5, 10**-1.5))
 
 
 def test_losses_of_several_classes_by_hand():

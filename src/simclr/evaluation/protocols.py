@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from simclr.config.finetune import SMALL
@@ -26,6 +27,9 @@ from simclr.evaluation.split import Split
 from simclr.evaluation.subjects import EvaluatedModel
 from simclr.evaluation.transfer import Measure, linear_transfer, transfer
 from simclr.training.fit import Execution
+
+FROM_SCRATCH = "from scratch"
+"""Subject of a transfer by a network with random weights."""
 
 
 def curve_results(
@@ -131,7 +135,8 @@ def transfer_results(
     """Every subject on every set, as `transfer` returns it.
 
     Args:
-        grid: Of trainings, for which subjects without a network are left out; None: logistic regression.
+        grid: Of trainings, for which subjects without a network are left out; from scratch, the network of the first
+            alone is trained, and the results are those of "from scratch". None: logistic regression.
     """
 
     def linearly(subject: EvaluatedModel, data: TransferSet) -> Result:
@@ -145,4 +150,7 @@ def transfer_results(
             finetune_transfer, grid=grid, seed=seed, folder=context.folder,
             progress=lambda text: context.say(f"  {text}"),
         )  # fmt: skip
-    return transfer(subjects, sets, measure, progress=lambda text: context.say(f"  transfer: {text}"))
+    if grid is not None and grid.from_scratch:
+        subjects = subjects[:1]
+    results = transfer(subjects, sets, measure, progress=lambda text: context.say(f"  transfer: {text}"))
+    return [replace(result, subject=FROM_SCRATCH) for result in results] if grid and grid.from_scratch else results

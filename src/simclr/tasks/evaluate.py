@@ -11,7 +11,7 @@ from simclr.config.finetune import FinetuneConfig, find_finetune_recipe
 from simclr.config.pretrain import require_seed
 from simclr.errors import Stopped, UserError
 from simclr.evaluation.curve import Curve
-from simclr.evaluation.grid import PAPER_GRID
+from simclr.evaluation.grid import PAPER_GRID, PAPER_GRID_FROM_SCRATCH
 from simclr.evaluation.measure import ACCURACIES, Protocol, Settings
 from simclr.evaluation.protocols import curve_results, label_free_result, probe_result, transfer_results
 from simclr.evaluation.results import Result
@@ -192,16 +192,17 @@ def _label_free(session: Session) -> Report:
 def _transfer(session: Session) -> Report:
     """Several sets, each with its metric, in one table; and whether encoders differ by more than chance."""
     options = session.options
-    grid = replace(
-        PAPER_GRID, steps=options.grid_steps, rates=options.grid_rates or PAPER_GRID.rates,
-        decays=options.grid_decays or PAPER_GRID.decays,
-    )  # fmt: skip
+    grid = None
+    if options.transfer_by != "linear":
+        papers = PAPER_GRID_FROM_SCRATCH if options.transfer_by == "scratch" else PAPER_GRID
+        steps = papers.steps if options.grid_steps is None else options.grid_steps
+        rates, decays = options.grid_rates or papers.rates, options.grid_decays or papers.decays
+        grid = replace(papers, steps=steps, rates=rates, decays=decays)
     results: list[Result] = []
     for seed in session.seeds:
         results += transfer_results(
-            session.subjects(seed), session.sets(seed), seed, grid=grid if options.transfer_by == "finetune" else None,
-            context=session.context,
-        )  # fmt: skip
+            session.subjects(seed), session.sets(seed), seed, grid=grid, context=session.context
+        )
     tests = differences(results)
     return Report(results=results, text=transfer_text(results, tests), summary=transfer_summary(results, tests))
 

@@ -92,11 +92,12 @@ class Evaluate:
     counts: tuple[int, ...] = ()
     """Points of the curve, in labels per class; unset: 1, 2, 5, 10, 20, ... and all."""
 
-    transfer_by: Literal["linear", "finetune"] = "linear"
-    """Transfer by logistic regression on frozen features, or by fine-tuning over the papers' grid."""
+    transfer_by: Literal["linear", "finetune", "scratch"] = "linear"
+    """Transfer by logistic regression on frozen features, by fine-tuning over the papers' grid, or, for RUN's network
+    with random weights, by training from scratch over the papers' grid for that."""
 
-    grid_steps: int = 20_000
-    """Steps of each training of the grid."""
+    grid_steps: int | None = None
+    """Steps of each training of the grid; unset: the papers' 20,000, and 40,000 from scratch."""
 
     grid_rates: tuple[float, ...] = ()
     """Learning rates of the grid; unset: the seven of the papers."""
