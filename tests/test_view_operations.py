@@ -15,6 +15,7 @@ from simclr.config.pretrain import PretrainConfig
 from simclr.methods.moco import MoCo
 from simclr.methods.simclr import SimCLR
 from simclr.tasks.pretrain_views import check_views, policies_of
+from simclr.views import params
 from simclr.views.operations import cut_out, cutout_ends, equalise, motion_blur, motion_reach, sobel
 from simclr.views.params import draw
 from simclr.views.policy import OPERATIONS, Policy
@@ -65,6 +66,15 @@ def test_a_view_does_not_depend_on_its_batch():
     whole = views_of(always)
     alone = make_views(IMAGES[4:5], always, seed=3, epoch=5, indices=np.array([4]), views=(1,), backend="reference")[0]
     assert torch.equal(alone[0], whole[4])
+
+
+@pytest.mark.parametrize("blocks", [1, 400, 2**20])
+def test_noise_does_not_depend_on_how_many_views_are_drawn_at_a_time(blocks, monkeypatch):
+    drawn = draw(replace(PLAIN, noise=1.0), SIZES, seed=3, epoch=5, indices=np.arange(12), view=1).operations
+    assert drawn is not None
+    alone = [drawn.normals(np.array([row]), 3, 9)[0] for row in range(12)]  # 61 blocks each
+    monkeypatch.setattr(params, "_NOISE_BLOCKS", blocks)
+    np.testing.assert_array_equal(drawn.normals(np.arange(12), 3, 9), np.stack(alone))
 
 
 def test_an_operation_changes_no_draw_of_another():

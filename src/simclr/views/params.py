@@ -35,6 +35,7 @@ DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))
 
 _FIRST_CROP_BLOCK = 16
 _FIRST_NOISE_BLOCK = 2**16
+_NOISE_BLOCKS = 2**15  # at a time, or those of one view if it has more: temporaries stay in megabytes
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,17 @@ class OperationParams:
 
     def normals(self, rows: np.ndarray, channels: int, size: int) -> np.ndarray:
         """Standard normal numbers of some views, (rows, C, S, S) float32, by Box and Muller's transform."""
-        blocks = _FIRST_NOISE_BLOCK + np.arange(-(-channels * size * size // 4))
-        epoch, index, view = (self.counter[rows, k, None] for k in range(3))
-        u = uniforms(self.seed, epoch, index, view, blocks)  # (rows, blocks, 4)
-        radius, angle = np.sqrt(-2 * np.log1p(-u[..., :2])), 2 * np.pi * u[..., 2:]
-        normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(len(u), -1)
-        return normal[:, : channels * size * size].reshape(-1, channels, size, size).astype(np.float32)
+        values = channels * size * size
+        blocks = _FIRST_NOISE_BLOCK + np.arange(-(-values // 4))
+        normals = np.empty((len(rows), values), np.float32)
+        step = max(1, _NOISE_BLOCKS // len(blocks))  # views
+        for first in range(0, len(rows), step):
+            epoch, index, view = (self.counter[rows[first : first + step], k, None] for k in range(3))
+            u = uniforms(self.seed, epoch, index, view, blocks)  # (views, blocks, 4)
+            radius, angle = np.sqrt(-2 * np.log1p(-u[..., :2])), 2 * np.pi * u[..., 2:]
+            pairs = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
+            normals[first : first + step] = pairs.reshape(len(u), -1)[:, :values]
+        return normals.reshape(-1, channels, size, size)
 
 
 @dataclass(frozen=True)
