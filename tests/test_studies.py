@@ -23,7 +23,7 @@ from simclr.config.distill import DistillConfig
 from simclr.config.finetune import FinetuneConfig
 from simclr.config.overrides import Overrides
 from simclr.data.opening import open_data
-from simclr.errors import Diverged
+from simclr.errors import Diverged, Stopped
 from simclr.evaluation.results import Result, read_results
 from simclr.evaluation.split import split_data
 from simclr.studies import command, distillation, run
@@ -34,6 +34,8 @@ from simclr.studies.run import Measurement, run_study, trained
 from simclr.studies.study import Arm, Distillation, DrawnClasses, Study
 from simclr.studies.tables import draw, rank_agreement, report, table
 from simclr.tasks.options.labels import Distill
+from simclr.training import loop
+from simclr.training.run import RunFolder
 
 PAPERS = Path(__file__).parents[1] / "docs" / "papers.md"
 
@@ -150,21 +152,33 @@ def test_changed_images_under_the_same_name_are_refused(tmp_path, digits):
 
 
 def test_what_was_stopped_gives_the_same_table(tmp_path, digits, monkeypatch):
-    """Stopped after the first training, and in the middle of the second, whose run is then resumed."""
-    whole = [one for of_seed in run_study(WIDTHS, digits, out=tmp_path / "a", seeds=[0]) for one in of_seed]
-    real = run.pretrain
+    """Stopped in the middle of the second training, which is then resumed; the first is not made again."""
+    real, calls, stop_at = loop.take_step, [], 0
 
-    def stops(*args, **kwargs):
-        if kwargs["width"] == 1.0:
+    def counts(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == stop_at:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(run, "pretrain", stops)
+    monkeypatch.setattr(loop, "take_step", counts)
+    whole = [one for of_seed in run_study(WIDTHS, digits, out=tmp_path / "a", seeds=[0]) for one in of_seed]
+    stop_at = len(calls) - 2
+    calls.clear()
     with pytest.raises(KeyboardInterrupt):
         list(run_study(WIDTHS, digits, out=tmp_path / "b", seeds=[0]))
-    monkeypatch.undo()
+    stop_at = 0
+    runs = [RunFolder(path) for path in (tmp_path / "b" / "runs").iterdir()]
+    (unfinished,) = [one.path for one in runs if not one.is_finished]
+    assert len(runs) == 2
+    resumed: list[Any] = []
+    real_resume = run.resume
+    monkeypatch.setattr(run, "resume", lambda folder: resumed.append(folder) or real_resume(folder))
+    monkeypatch.setattr(run, "pretrain", None)
     parts = [one for of_seed in run_study(WIDTHS, digits, out=tmp_path / "b", seeds=[0]) for one in of_seed]
+    assert resumed == [unfinished]
     assert table(WIDTHS, WIDTHS.arms, parts) == table(WIDTHS, WIDTHS.arms, whole)
+    assert [one.results[0].weights for one in parts] == [one.results[0].weights for one in whole]
 
 
 def test_candidates_are_chosen_by_accuracy_within_the_training_images(tmp_path, digits, count_trainings):
@@ -247,6 +261,17 @@ def test_the_command_writes_table_picture_and_record(tmp_path, digits, monkeypat
     record = json.loads((tmp_path / "out" / "widths.json").read_text())
     assert [one["arm"] for one in record["measurements"]] == ["small / half", "small / whole"] * 2
     assert record["measurements"][0]["results"][0]["num_train"] == 60
+
+
+def test_a_study_that_is_stopped_says_how_it_goes_on(tmp_path, digits, monkeypatch):
+    def stops(*args, **kwargs):
+        raise Stopped("simclr resume continues it", 2)
+
+    monkeypatch.setitem(command.STUDIES, "widths", lambda _scale: WIDTHS)
+    monkeypatch.setattr(run, "pretrain", stops)
+    with pytest.raises(Stopped, match="the same command goes on") as stopped:
+        study(StudyOptions(item="widths", data=digits, out=tmp_path), Overrides({}))
+    assert stopped.value.signal == 2
 
 
 def test_a_dry_run_counts_and_trains_nothing(tmp_path, digits, monkeypatch, capsys, count_trainings):

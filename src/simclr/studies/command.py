@@ -17,7 +17,7 @@ from simclr.config.pretrain import PretrainConfig, require_seed
 from simclr.config.recipes import find_recipe
 from simclr.data.opening import open_data
 from simclr.distributed import DistributedContext
-from simclr.errors import UserError
+from simclr.errors import Stopped, UserError
 from simclr.files import replacing
 from simclr.methods import find_method
 from simclr.studies.catalogue import STUDIES, find_study
@@ -44,6 +44,7 @@ def study(options: StudyOptions, overrides: Overrides) -> list[Measurement]:
 
     Raises:
         UserError: There is no such study or point, or settings and images do not go together.
+        Stopped: A signal asked to stop; the same call goes on.
     """
     if options.item is None:
         for name, make in STUDIES.items():
@@ -70,14 +71,20 @@ def study(options: StudyOptions, overrides: Overrides) -> list[Measurement]:
         estimate(found, arms, data, settings, seeds, options.out)
         return []
     measured: list[Measurement] = []
-    for of_seed in run_study(found, data, out=options.out, seeds=seeds, settings=settings, arms=arms):
-        measured += of_seed
-        page = report(found, arms, measured, _how(options, settings, first, len({one.seed for one in measured})))
-        write(options.out / f"{found.name}.md", page.encode())
-        write(options.out / f"{found.name}.png", draw(found, arms, measured))
-        write(
-            options.out / f"{found.name}.json", (json.dumps(as_json(found, arms, measured), indent=1) + "\n").encode()
-        )
+    try:
+        for of_seed in run_study(found, data, out=options.out, seeds=seeds, settings=settings, arms=arms):
+            measured += of_seed
+            page = report(found, arms, measured, _how(options, settings, first, len({one.seed for one in measured})))
+            write(options.out / f"{found.name}.md", page.encode())
+            write(options.out / f"{found.name}.png", draw(found, arms, measured))
+            write(
+                options.out / f"{found.name}.json",
+                (json.dumps(as_json(found, arms, measured), indent=1) + "\n").encode(),
+            )
+    except Stopped as stopped:
+        raise Stopped(
+            f"Stopped; what is trained is in {options.out}, and the same command goes on.", stopped.signal
+        ) from None
     print((options.out / f"{found.name}.md").read_text())
     return measured
 
