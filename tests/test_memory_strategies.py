@@ -119,6 +119,18 @@ def test_caching_is_exact_with_other_losses(loss):
     assert_close(gradients(method, *chunks_of(views(), 4)), whole)
 
 
+def test_caching_passes_labels_on():
+    """Each chunk brings those of its own images."""
+    method = without_batch_norm(criterion=ContrastiveLoss(name="supcon"))
+    labels = torch.tensor([0, 1, 2, 3, 1, 0, 0, 2] * 2)
+    whole = gradients(method, *views(), labels)
+    of_chunks = zip(views().chunk(4, dim=1), labels.chunk(4), strict=True)
+    chunks = [lambda part=part, own=own: (*part, own) for part, own in of_chunks]
+    assert_close(gradients(method, *chunks), whole)
+    other = gradients(method, *views(), labels.roll(1))
+    assert not torch.equal(other["loss"], whole["loss"])
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_caching_with_batch_norm_is_that_of_ghost_batches(count):
     """Gradients as if all chunks had one graph; running statistics as if the chunks had passed one after the other."""

@@ -46,13 +46,18 @@ def sim_siam():
 
 METHODS = {
     "simclr": lambda: SimCLR, "simclr with memory": lambda: SimCLR, "simclr of many views": lambda: SimCLR,
-    "moco": lambda: MoCo, "supervised": lambda: Supervised, "the page's": sim_siam,
+    "simclr with SupCon": lambda: SimCLR, "moco": lambda: MoCo,
+    "supervised": lambda: Supervised, "the page's": sim_siam,
 }  # fmt: skip
 MANY_VIEWS = replace(CONFIG, views_per_image=3, small_crops="2:5", crop_min=0.4, small_crop_min=0.2, small_crop_max=0.4)
 MOMENTUM = replace(CONFIG, queue=80, ema=0.9)  # no multiple of the batch of 48
 MOCO = replace(MOMENTUM, ema=0.99, temperature=0.2, loss_scale=1.0, optimizer="adamw", lr=3e-3, lr_scaling="none",
                head_norm=False, bn_splits=4, global_bn=False)  # fmt: skip
-SETTINGS = {"simclr with memory": MOMENTUM, "simclr of many views": MANY_VIEWS, "moco": MOCO}
+SUPCON = replace(MANY_VIEWS, loss="supcon")
+SETTINGS = {
+    "simclr with memory": MOMENTUM, "simclr of many views": MANY_VIEWS, "simclr with SupCon": SUPCON,
+    "moco": MOCO,
+}  # fmt: skip
 """Name -> settings where they are not `CONFIG`."""
 
 

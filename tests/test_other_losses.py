@@ -258,6 +258,7 @@ def test_one_image_has_no_negatives():
         ({"loss": "generalised", "prior": "uniform"}, "--no-normalize"),
         ({"loss": "dcl", "prior_weight": 2.0}, "--prior-weight"),
         ({"loss": "margin", "queue": 64}, "--queue"),
+        ({"loss": "supcon", "queue": 64}, "--queue"),
         ({"queue": 64, "normalize": False}, "--no-normalize"),
         ({"loss": "nt-logistic", "views_per_image": 3}, "--views-per-image"),
         ({"loss": "generalised", "small_crops": "2:16"}, "--small-crops"),

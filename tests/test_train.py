@@ -242,7 +242,7 @@ def gradients_of_a_step(rank, size, store, dtype, result, settings):
     model = task.method.to(dtype)
     if size > 1:
         model = _over_processes(model)
-    inputs = tuple(views.to(dtype) for views in task.batch(0))
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in task.batch(0))
     loss, metrics = model(*inputs, detail=True)
     loss.backward()
     if rank == 0:
@@ -261,8 +261,9 @@ def gradients_of_a_step(rank, size, store, dtype, result, settings):
         (torch.float32, 1e-5, {}),
         (torch.float64, 1e-10, MANY_VIEWS),
         (torch.float64, 1e-10, PRIOR),
+        (torch.float64, 1e-10, {"loss": "supcon"}),
     ],
-    ids=["fp64", "fp32", "fp64, many views", "fp64, prior"],
+    ids=["fp64", "fp32", "fp64, many views", "fp64, prior", "fp64, SupCon"],
 )
 def test_loss_and_every_gradient_are_those_of_one_process(tmp_path, dtype, tolerance, settings):
     """Encoder, head, global batch norm, loss and DDP together: 1, 2 and 4 processes, one global batch."""

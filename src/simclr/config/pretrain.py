@@ -28,11 +28,14 @@ MIN_SIZE = 4
 MAX_VIEWS = 999
 """Views of an image, and small crops of one, that a step may have."""
 
-LossName = Literal["nt-xent", "dcl", "nt-logistic", "margin", "generalised"]
+LossName = Literal["nt-xent", "dcl", "nt-logistic", "margin", "generalised", "supcon"]
 Prior = Literal["logsumexp", "normal", "uniform"]
 
-MULTI_VIEW_LOSSES: tuple[LossName, ...] = ("nt-xent", "dcl")
-"""Losses that take more than two views of an image, and keys of earlier batches."""
+QUEUE_LOSSES: tuple[LossName, ...] = ("nt-xent", "dcl")
+"""Losses that take keys of earlier batches."""
+
+MULTI_VIEW_LOSSES: tuple[LossName, ...] = (*QUEUE_LOSSES, "supcon")
+"""Losses that take more than two views of an image."""
 
 _SMALL_CROPS = re.compile(r"[1-9][0-9]{0,2}:([4-9]|[1-9][0-9]{1,3})")
 
@@ -180,7 +183,8 @@ class PretrainConfig(TrainingConfig):
     # ---- loss
     loss: LossName = "nt-xent"
     """Loss: NT-Xent of the paper; DCL, which leaves the positive out of the denominator (arXiv:2110.06848); NT-Logistic
-    and margin triplet, those of the paper's table 4; or the generalised contrastive loss (arXiv:2011.02803)."""
+    and margin triplet, those of the paper's table 4; the generalised contrastive loss (arXiv:2011.02803); or SupCon,
+    whose positives are all views of an image's class, for images with labels (arXiv:2004.11362)."""
 
     temperature: float = 0.1
     """Temperature of the loss: 0.1 for ImageNet, 0.5 for CIFAR (table 5, B.9); none in the margin triplet loss."""
@@ -301,18 +305,16 @@ class PretrainConfig(TrainingConfig):
                 f"--no-normalize was given, but the keys of a queue (--queue is {self.queue}) have unit length; leave "
                 "it out, or give --queue 0."
             )
-        if self.loss in MULTI_VIEW_LOSSES:
-            return
-        suited = " or ".join(MULTI_VIEW_LOSSES)
-        if self.queue:
+        if self.queue and self.loss not in QUEUE_LOSSES:
             raise UserError(
                 f"--loss was {self.loss}, which takes no queue of keys (--queue is {self.queue}); "
-                f"give --loss {suited}, or --queue 0."
+                f"give --loss {' or '.join(QUEUE_LOSSES)}, or --queue 0."
             )
-        if len(self.view_sizes) > 2:
+        if len(self.view_sizes) > 2 and self.loss not in MULTI_VIEW_LOSSES:
             name = "--small-crops" if self.small_crops else "--views-per-image"
             raise UserError(
-                f"{name} goes with --loss {suited}; --loss {self.loss} takes two views, so leave {name} out."
+                f"{name} was given, and --loss {self.loss} takes two views of each image; leave it out, or give --loss "
+                f"{', '.join(MULTI_VIEW_LOSSES[:-1])} or {MULTI_VIEW_LOSSES[-1]}."
             )
 
     @property

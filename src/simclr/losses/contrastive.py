@@ -1,15 +1,16 @@
-"""The loss of SimCLR's method as its settings choose it: one of those that compare views of images without labels."""
+"""The loss of SimCLR's method as its settings choose it."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from simclr.config.pretrain import MULTI_VIEW_LOSSES, LossName, Prior
+from simclr.config.pretrain import MULTI_VIEW_LOSSES, QUEUE_LOSSES, LossName, Prior
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.losses.generalised import draw_slices, generalised_contrastive
 from simclr.losses.nt_xent import nt_xent, nt_xent_views
 from simclr.losses.pairwise import margin_triplet, nt_logistic
+from simclr.losses.supcon import supcon
 
 __all__ = ["ContrastiveLoss"]
 
@@ -35,12 +36,23 @@ class ContrastiveLoss:
     """Of what `generalised` draws at each step."""
 
     @property
-    def multi_view(self) -> bool:
-        """Whether the loss takes more than two views, and keys of earlier batches."""
-        return self.name in MULTI_VIEW_LOSSES
+    def takes_labels(self) -> bool:
+        """Whether the loss needs the class of each image."""
+        return self.name == "supcon"
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can replay it (`Method.capturable`)."""
+        return self.name in QUEUE_LOSSES
 
     def __call__(
-        self, views: Tensor, *, world: DistributedContext, bank: Tensor | None = None, step: int = 0
+        self,
+        views: Tensor,
+        *,
+        world: DistributedContext,
+        bank: Tensor | None = None,
+        step: int = 0,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """The loss, a scalar.
 
@@ -49,17 +61,24 @@ class ContrastiveLoss:
             world: The processes that share the batch, as in `nt_xent`.
             bank: (K, D) keys of earlier batches, which are further negatives (of `nt-xent` and `dcl`).
             step: Of the training, which decides what is drawn.
+            labels: (n,) class of each image, where the loss takes labels.
 
         Raises:
-            UserError: The loss cannot take these views.
+            UserError: The loss cannot take these views, or lacks labels.
         """
+        if bank is not None and self.name not in QUEUE_LOSSES:
+            raise UserError(f"the loss {self.name} takes no keys of earlier batches")
+        if len(views) != 2 and self.name not in MULTI_VIEW_LOSSES:
+            raise UserError(f"the loss {self.name} takes two views of each image, and was given {len(views)}")
+        if self.name == "supcon":
+            if labels is None:
+                raise UserError("the loss supcon needs the class of each image")
+            return supcon(views, labels, self.temperature, self.normalize, world=world)
         decoupled = self.name == "dcl"
-        if self.multi_view and len(views) > 2:
+        if len(views) > 2:
             return nt_xent_views(
                 views, self.temperature, self.normalize, world=world, decoupled=decoupled, bank=bank
             )  # fmt: skip
-        if len(views) != 2 or (bank is not None and not self.multi_view):
-            raise UserError(f"the loss {self.name} takes two views of each image, and no keys of earlier batches")
         za, zb = views.unbind()
         if self.name == "nt-logistic":
             return nt_logistic(za, zb, self.temperature, self.normalize, world=world, semi_hard=self.semi_hard)

@@ -113,8 +113,14 @@ class Method(nn.Module, ABC):
     def observe(self, *inputs: Any) -> None:
         """With gradient caching: called once with the inputs of each chunk, without gradient, before `encode` is."""
 
-    def loss(self, features: Tensor, projections: Tensor, *, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """What `forward` returns, from what `encode` returned for the whole batch of this process."""
+    def loss(
+        self, features: Tensor, projections: Tensor, *others: Tensor, detail: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `forward` returns, from what `encode` returned for the whole batch of this process.
+
+        Args:
+            others: The inputs after the views, such as labels, (B, ...) each.
+        """
         raise TypeError(f"{type(self).__name__} does not split its forward pass")
 
     def trial_inputs(self, n: int) -> tuple[Any, ...]:

@@ -41,6 +41,7 @@ class SimCLR(Method):
         memory: Keys of earlier batches that are further negatives of every view (SimCLR v2, arXiv:2006.10029, section 2
             and appendix D); None: none.
         view_sizes: Height and width of each view in pixels, those of a size side by side; None: two of the encoder's.
+        num_classes: Of the images, where the loss takes labels (SupCon); `forward` then takes them after the views.
     """
 
     multi_view: ClassVar[bool] = True
@@ -61,6 +62,7 @@ class SimCLR(Method):
         world: DistributedContext,
         memory: "Memory | None" = None,
         view_sizes: Sequence[int] | None = None,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -69,10 +71,11 @@ class SimCLR(Method):
         self.loss_scale = loss_scale
         self.world = world
         self.memory = memory
-        self.capturable = memory is None and criterion.multi_view
+        self.capturable = memory is None and criterion.capturable
         self.step = 0
         self.num_views = 2 if view_sizes is None else len(view_sizes)
         self._view_sizes = None if view_sizes is None else tuple(view_sizes)
+        self._num_classes = num_classes
 
     @property
     def view_sizes(self) -> tuple[int, ...]:
@@ -80,7 +83,9 @@ class SimCLR(Method):
         return super().view_sizes if self._view_sizes is None else self._view_sizes
 
     @classmethod
-    def build(cls, encoder: Encoder, config: PretrainConfig, context: DistributedContext) -> Self:
+    def build(
+        cls, encoder: Encoder, config: PretrainConfig, context: DistributedContext, *, num_classes: int = 0
+    ) -> Self:
         """The method with a fresh projection head, as the settings say."""
         head = build_head(encoder, config)
         memory = None
@@ -88,8 +93,13 @@ class SimCLR(Method):
             memory = Memory(encoder, head, length=config.queue, momentum=config.ema, seed=config.seed)
         return cls(
             encoder, head, criterion=_criterion(config), loss_scale=config.loss_scale, world=context, memory=memory,
-            view_sizes=config.view_sizes,
+            view_sizes=config.view_sizes, num_classes=num_classes,
         )  # fmt: skip
+
+    @classmethod
+    def takes_labels(cls, config: PretrainConfig) -> bool:
+        """With SupCon."""
+        return _criterion(config).takes_labels
 
     @classmethod
     def check(cls, config: PretrainConfig, context: DistributedContext, num_images: int | None = None) -> None:
@@ -108,41 +118,54 @@ class SimCLR(Method):
         if self.memory is not None:
             self.memory.encoder.follow(self.encoder, self.head, self.memory.momentum)
 
-    def forward(self, *views: Tensor, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, *inputs: Tensor, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss to optimise, and metrics that need no labels.
 
         Args:
-            views: V views of B images, (B, C, S, S) in [0, 1] each, S as in `view_sizes`; row i of each shows image i.
+            inputs: V views of B images, (B, C, S, S) in [0, 1] each, S as in `view_sizes`; row i of each shows image i.
+                Where the loss takes labels, the (B,) int64 class of each image follows.
             detail: Also compute contrastive accuracy and the measures of collapse, over the images of all processes.
 
         Returns:
             The scaled global loss (scalar), and detached scalars: `loss` is the mean over 2N.
         """
-        self.observe(*views)
-        return self.loss(*self.encode(*views), detail=detail)
+        self.observe(*inputs)
+        return self.loss(*self.encode(*inputs), *inputs[self.num_views :], detail=detail)
 
-    def observe(self, *views: Tensor) -> None:
+    def observe(self, *inputs: Tensor) -> None:
         """Make keys for the queue of the V views of b images, but for small crops: SwAV's queue takes none either."""
         if self.memory is not None:
+            views = inputs[: self.num_views]
             self.memory.observe(*(view for view in views if view.shape == views[0].shape))
 
-    def encode(self, *views: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (V B, F) and projections (V B, D) of V views, (B, C, S, S) each."""
+    def encode(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (V B, F) and projections (V B, D) of V views, (B, C, S, S) each; labels after them are ignored."""
+        views = inputs[: self.num_views]
         of_sizes = [torch.cat(list(group)) for _, group in groupby(views, key=lambda view: view.shape)]
         h = torch.cat([self.encoder(x) for x in of_sizes])  # batch-norm statistics over all views of a size
         return h, self.head(h)
 
-    def loss(self, features: Tensor, projections: Tensor, *, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """What `forward` returns, from the features (V B, F) and projections (V B, D) of all views."""
+    def loss(
+        self, features: Tensor, projections: Tensor, *others: Tensor, detail: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `forward` returns, from features (V B, F) and projections (V B, D) of all views, and any labels (B,)."""
+        labels = others[0] if others else None
         z = projections.unflatten(0, (self.num_views, -1))  # (V, B, D)
         bank = None if self.memory is None else self.memory.queue.keys
-        loss = self.criterion(z, world=self.world, bank=bank, step=self.step)
+        loss = self.criterion(z, world=self.world, bank=bank, step=self.step, labels=labels)
         if self.memory is not None:
             self.memory.store(self.world)
         metrics = {"loss": loss.detach()}
         if detail:
             metrics |= self._health(features.detach()[: z.shape[1]], *z.detach()[:2])
         return self.loss_scale * loss, metrics
+
+    def trial_inputs(self, n: int) -> tuple[Tensor, ...]:
+        """Random views of n images, and a class of each where the loss takes labels."""
+        views = super().trial_inputs(n)
+        if not self.criterion.takes_labels:
+            return views
+        return *views, torch.randint(max(self._num_classes, 1), (n,), device=views[0].device)
 
     def warnings(self, record: Mapping[str, float]) -> list[str]:
         """Signs of collapse."""

@@ -321,13 +321,15 @@ def _loss_seconds(method: Method, n: int, world: DistributedContext) -> float:
         return 0.0
     timed = min(n, LOSS_UP_TO)
     with torch.no_grad():
-        features, projections = method.encode(*method.trial_inputs(2))
+        inputs = method.trial_inputs(2)
+        features, projections = method.encode(*inputs)
+    others = [x[torch.arange(timed, device=x.device) % 2] for x in inputs[method.num_views :]]  # labels, if any
     rows = timed * method.num_views
     h = torch.randn(rows, features.shape[1], device=world.device)
     z = torch.randn(rows, projections.shape[1], device=world.device, requires_grad=True)
-    method.loss(h, z)[0].backward()
+    method.loss(h, z, *others)[0].backward()
     begun = _now(world)
-    method.loss(h, z)[0].backward()
+    method.loss(h, z, *others)[0].backward()
     return (_now(world) - begun) * (n / timed) ** 2
 
 

@@ -103,7 +103,7 @@ def class_targets(images: Images) -> tuple[list[str], np.ndarray]:
     if without:
         raise UserError(
             f"{images.name}: {without:,} of {len(images):,} images have no label, which this method learns from; leave "
-            "them out, give --labels-file, or take --method simclr."
+            "them out, give --labels-file, or take --method simclr with a --loss other than supcon."
         )
     assert images.labels is not None
     labels, targets = np.unique(images.labels, return_inverse=True)

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from simclr.methods.method import Method
 
 MakeInputs = Callable[[], tuple[Tensor, ...]]
-"""Makes the views (b, C, S, S) of a chunk's images: the same whenever it is called."""
+"""Makes the views (b, C, S, S) of a chunk's images, and what else the method takes: the same whenever it is called."""
 
 
 class GradCache(nn.Module):
@@ -42,21 +42,21 @@ class GradCache(nn.Module):
     def forward(self, *chunks: MakeInputs, detail: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics as of the method; gradients of all its parameters that want them."""
         parameters = [p for p in self.method.parameters() if p.requires_grad]
-        features, projections = _Cached.apply(self.method, chunks, *parameters)  # (V B, F), (V B, D)
-        return self.method.loss(features, projections, detail=detail)
+        features, projections, *others = _Cached.apply(self.method, chunks, *parameters)  # (V B, F), (V B, D)
+        return self.method.loss(features, projections, *others, detail=detail)
 
 
 class _Cached(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, method: Method, chunks: Sequence[MakeInputs], *parameters: nn.Parameter
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         device = parameters[0].device
         ctx.method, ctx.chunks, ctx.device = method, chunks, device
         ctx.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         ctx.random_states = []
         ctx.save_for_backward(*parameters)
-        features, projections = [], []
+        features, projections, others = [], [], []
         for make_inputs in chunks:
             ctx.random_states.append(_random_state(device))
             inputs = make_inputs()
@@ -64,9 +64,11 @@ class _Cached(torch.autograd.Function):
             h, z = method.encode(*inputs)
             features.append(h.unflatten(0, (method.num_views, -1)))  # (V, b, F)
             projections.append(z.unflatten(0, (method.num_views, -1)))  # (V, b, D)
+            others.append(inputs[method.num_views :])
         h, z = (torch.cat(parts, dim=1).flatten(0, 1) for parts in (features, projections))
-        ctx.mark_non_differentiable(h)
-        return h, z
+        rest = [torch.cat(parts) for parts in zip(*others, strict=True)]  # (B, ...) each
+        ctx.mark_non_differentiable(h, *rest)
+        return h, z, *rest
 
     @staticmethod
     @once_differentiable
