@@ -12,7 +12,7 @@ STUDIES: Mapping[str, Callable[[Scale], Study]] = {
 }  # fmt: skip
 """Name -> the study at a scale."""
 
-SECTIONS = {"b.1": "table-b.1", "b.9": "figure-b.7"}
+SECTIONS = {"b.1": "table-b.1", "b.3": "table-b.3", "b.9": "figure-b.7"}
 """Section of the appendix -> the study of its table or figure."""
 
 

@@ -170,7 +170,8 @@ def figure_7(scale: Scale) -> Study:
         settings={**base(scale), **stem},
         evaluation=evaluation(scale),
         arms=[
-            Arm(series=name, point=width, settings={"encoder": name, "width": width})
+            Arm(series=f"{name}{after}", point=width, settings={"encoder": name, "width": width, **method})
+            for after, method in (("", {}), (" supervised", supervised_settings(scale)))
             for name in networks
             for width in widths
         ],

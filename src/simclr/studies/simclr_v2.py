@@ -15,8 +15,13 @@ _FINE_TUNED = {
     ("resnet50", 2.0, False): (66.3, 73.9, 79.1),
     ("resnet50", 2.0, True): (70.6, 77.0, 81.3),
     ("resnet101", 1.0, False): (62.1, 71.4, 78.2),
+    ("resnet101", 1.0, True): (68.3, 75.1, 80.6),
+    ("resnet101", 2.0, False): (69.1, 75.8, 80.7),
     ("resnet101", 2.0, True): (73.2, 78.8, 82.4),
     ("resnet152", 1.0, False): (64.0, 73.0, 79.3),
+    ("resnet152", 1.0, True): (70.0, 76.5, 81.3),
+    ("resnet152", 2.0, False): (70.2, 76.6, 81.1),
+    ("resnet152", 2.0, True): (74.2, 79.4, 82.9),
     ("resnet152", 3.0, True): (74.9, 80.1, 83.1),
 }
 """Network, width, selective kernels -> fine-tuned on 1, 10 and 100 % of the labels (table 1)."""
@@ -56,7 +61,7 @@ def model_size(scale: Scale) -> Study:
 
 def head_depth(scale: Scale) -> Study:
     """Layers of the projection head, and the layer that fine-tuning begins from."""
-    labels = pick(scale, cpu="1%", paper="1%")
+    recipe = pick(scale, cpu={}, paper={"finetune_recipe": "v2-1%"})  # of all heads, whatever their depth
     return Study(
         name="v2-figure-5",
         title="layers of the projection head and layer of fine-tuning",
@@ -74,7 +79,7 @@ def head_depth(scale: Scale) -> Study:
             for layers in (2, 3, 4)
             for layer in range(layers)
         ],
-        evaluation={"protocol": "finetune", "labels": labels},
+        evaluation={"protocol": "finetune", "labels": "1%", **recipe},
         axis="fine-tuned from",
         shape="lines",
     )
