@@ -46,7 +46,7 @@ def sim_siam():
 
 METHODS = {
     "simclr": lambda: SimCLR, "simclr with memory": lambda: SimCLR, "simclr of many views": lambda: SimCLR,
-    "simclr with SupCon": lambda: SimCLR, "moco": lambda: MoCo,
+    "simclr with SupCon": lambda: SimCLR, "simclr with a probe": lambda: SimCLR, "moco": lambda: MoCo,
     "supervised": lambda: Supervised, "the page's": sim_siam,
 }  # fmt: skip
 MANY_VIEWS = replace(CONFIG, views_per_image=3, small_crops="2:5", crop_min=0.4, small_crop_min=0.2, small_crop_max=0.4)
@@ -56,7 +56,7 @@ MOCO = replace(MOMENTUM, ema=0.99, temperature=0.2, loss_scale=1.0, optimizer="a
 SUPCON = replace(MANY_VIEWS, loss="supcon")
 SETTINGS = {
     "simclr with memory": MOMENTUM, "simclr of many views": MANY_VIEWS, "simclr with SupCon": SUPCON,
-    "moco": MOCO,
+    "simclr with a probe": replace(CONFIG, probe=True), "moco": MOCO,
 }  # fmt: skip
 """Name -> settings where they are not `CONFIG`."""
 
@@ -126,8 +126,11 @@ def test_it_learns_and_its_encoder_is_published(images, method, config, tmp_path
     run = train(images, tmp_path / "run", method, replace(config, epochs=12))
     records = run.read_metrics()
     assert records[-1]["loss"] < records[0]["loss"]
-    shown = [text.format(records[0][name]) for name, text in method.metric_formats.items()]
-    assert len(shown) == len(method.metric_formats) > 0
+    shown = {
+        name for name, text in method.metric_formats.items() if name in records[0] and text.format(records[0][name])
+    }
+    assert shown and method.metric_formats.keys() - shown <= {"probe_accuracy"}
+    assert ("probe_accuracy" in records[0]) == (config.probe and method is SimCLR)
     assert run.method == method_name(method)
     features = load(run.path).embed(images)
     assert features.shape == (150, load(run.path).encoder.num_features) and np.isfinite(features).all()
@@ -178,6 +181,28 @@ def check_processes(folder, name, world):
     alone = weights(train(images, folder / f"alone-{world.rank}", method, config))
     for key, value in alone.items():
         torch.testing.assert_close(shared[key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw", "muon"])
+def test_a_probe_changes_no_bit_of_the_rest(images, tmp_path, optimizer):
+    config = replace(CONFIG, epochs=2, optimizer=optimizer, lr=0.01)
+    without = weights(train(images, tmp_path / "without", SimCLR, config))
+    run = train(images, tmp_path / "with", SimCLR, replace(config, probe=True))
+    beside = weights(run)
+    own = {"probe.weight", "probe.bias"}
+    assert beside.keys() - without.keys() == own and all(torch.equal(beside[name], without[name]) for name in without)
+    assert beside["probe.bias"].any()
+    assert all(0 <= record["probe_accuracy"] <= 1 for record in run.read_metrics())
+
+
+def test_a_probe_learns_what_a_linear_classifier_can(images, tmp_path):
+    config = replace(CONFIG, epochs=40, crop_min=0.7, flip=0.0, probe=True)
+    records = train(images, tmp_path / "run", SimCLR, config).read_metrics()
+    assert records[-1]["probe_accuracy"] > 0.6 > 0.3 > records[0]["probe_accuracy"]
+    with pytest.raises(UserError, match="have no label"):
+        train(replace(images, labels=None), tmp_path / "none", SimCLR, config)
+    with pytest.raises(UserError, match="--probe is a setting of SimCLR"):
+        MoCo.check(replace(MOCO, probe=True), DistributedContext())
 
 
 def test_supervised_training_sees_each_image_with_its_label(images, tmp_path):

@@ -211,6 +211,10 @@ class PretrainConfig(TrainingConfig):
     loss_scale: float = 2.0
     """Factor on the loss: the authors' code optimises twice the paper's mean over 2N."""
 
+    probe: bool = False
+    """Train a linear classifier of the images' labels beside, on the features of the views and without a gradient to
+    the encoder (B.6); its accuracy on the views is recorded. SimCLR only, and every image needs a label."""
+
     # ---- optimiser and schedule
     optimizer: Literal["lars", "sgd", "adamw", "muon"] = "lars"
     lr: float = 0.3

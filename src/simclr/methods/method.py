@@ -34,7 +34,8 @@ class Method(nn.Module, ABC):
     grad_cache: ClassVar[bool] = False
     """Whether `encode` and `loss` are defined, so that gradients can be cached (training/grad_cache.py)."""
     metric_formats: ClassVar[Mapping[str, str]] = {}
-    """How metrics print while training: name -> format, such as {"contrastive_accuracy": "accuracy {:.1%}"}."""
+    """How metrics print while training: name -> format, such as {"contrastive_accuracy": "accuracy {:.1%}"}; those that
+    a record lacks are left out."""
     remedy: ClassVar[str] = "Try a lower --lr, or a longer --warmup-epochs, in a new run."
     """What to try where the loss or the weights are no longer finite."""
 

@@ -84,6 +84,8 @@ class MoCo(Method):
             )
         if config.loss != "nt-xent":
             raise UserError(f"--loss was {config.loss}, which is SimCLR's; MoCo has InfoNCE alone, so leave it out.")
+        if config.probe:
+            raise UserError("--probe is a setting of SimCLR; leave it out, or give --method simclr.")
         if not config.normalize:
             raise UserError("--no-normalize was given, but MoCo compares projections of unit length; leave it out.")
         if config.batch_size % config.bn_splits:

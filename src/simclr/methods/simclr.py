@@ -16,6 +16,7 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from simclr.config.pretrain import PretrainConfig
 from simclr.distributed import DistributedContext
@@ -24,7 +25,7 @@ from simclr.losses.contrastive import ContrastiveLoss
 from simclr.losses.metrics import alignment, contrastive_accuracy_and_entropy, effective_rank, uniformity
 from simclr.methods.method import Method, build_head, collapse_signs
 from simclr.models.encoder import Encoder
-from simclr.models.heads import ProjectionHead
+from simclr.models.heads import LinearClassifier, ProjectionHead
 from simclr.models.momentum import KeyQueue, MomentumEncoder
 
 
@@ -41,7 +42,12 @@ class SimCLR(Method):
         memory: Keys of earlier batches that are further negatives of every view (SimCLR v2, arXiv:2006.10029, section 2
             and appendix D); None: none.
         view_sizes: Height and width of each view in pixels, those of a size side by side; None: two of the encoder's.
-        num_classes: Of the images, where the loss takes labels (SupCon); `forward` then takes them after the views.
+        num_classes: Of the images, where the loss (SupCon) or the probe takes labels; `forward` then takes them after
+            the views.
+
+    Attributes:
+        probe: A linear classifier of `num_classes` that learns beside, from what the encoder returns for every view,
+            without a gradient to the encoder (paper B.6, and tf2/run.py of the authors); None: none.
     """
 
     multi_view: ClassVar[bool] = True
@@ -49,6 +55,7 @@ class SimCLR(Method):
     metric_formats: ClassVar[Mapping[str, str]] = {
         "contrastive_accuracy": "accuracy {:.1%}",
         "effective_rank": "rank {:.1f}",
+        "probe_accuracy": "probe {:.1%}",
     }
     remedy: ClassVar[str] = "Try a lower --lr, a longer --warmup-epochs, or a higher --temperature in a new run."
 
@@ -76,6 +83,7 @@ class SimCLR(Method):
         self.num_views = 2 if view_sizes is None else len(view_sizes)
         self._view_sizes = None if view_sizes is None else tuple(view_sizes)
         self._num_classes = num_classes
+        self.probe: LinearClassifier | None = None
 
     @property
     def view_sizes(self) -> tuple[int, ...]:
@@ -91,15 +99,18 @@ class SimCLR(Method):
         memory = None
         if config.queue:
             memory = Memory(encoder, head, length=config.queue, momentum=config.ema, seed=config.seed)
-        return cls(
+        method = cls(
             encoder, head, criterion=_criterion(config), loss_scale=config.loss_scale, world=context, memory=memory,
             view_sizes=config.view_sizes, num_classes=num_classes,
         )  # fmt: skip
+        if config.probe:
+            method.probe = LinearClassifier(encoder.num_features, num_classes, seed=config.seed)
+        return method
 
     @classmethod
     def takes_labels(cls, config: PretrainConfig) -> bool:
-        """With SupCon."""
-        return _criterion(config).takes_labels
+        """With SupCon, and with a probe."""
+        return _criterion(config).takes_labels or config.probe
 
     @classmethod
     def check(cls, config: PretrainConfig, context: DistributedContext, num_images: int | None = None) -> None:
@@ -152,18 +163,28 @@ class SimCLR(Method):
         labels = others[0] if others else None
         z = projections.unflatten(0, (self.num_views, -1))  # (V, B, D)
         bank = None if self.memory is None else self.memory.queue.keys
-        loss = self.criterion(z, world=self.world, bank=bank, step=self.step, labels=labels)
+        of_loss = labels if self.criterion.takes_labels else None
+        loss = self.criterion(z, world=self.world, bank=bank, step=self.step, labels=of_loss)
         if self.memory is not None:
             self.memory.store(self.world)
         metrics = {"loss": loss.detach()}
         if detail:
             metrics |= self._health(features.detach()[: z.shape[1]], *z.detach()[:2])
-        return self.loss_scale * loss, metrics
+        optimised = self.loss_scale * loss
+        if self.probe is not None:
+            assert labels is not None
+            of_views = labels.repeat(self.num_views)  # (V B,)
+            logits = self.probe(features.detach().to(self.probe.weight.dtype))  # (V B, K)
+            optimised = optimised + functional.cross_entropy(logits, of_views)
+            if detail:
+                right = (logits.detach().argmax(1) == of_views).to(loss.dtype).mean()
+                metrics["probe_accuracy"] = self.world.all_reduce_mean(right)
+        return optimised, metrics
 
     def trial_inputs(self, n: int) -> tuple[Tensor, ...]:
-        """Random views of n images, and a class of each where the loss takes labels."""
+        """Random views of n images, and a class of each where the loss or the probe takes labels."""
         views = super().trial_inputs(n)
-        if not self.criterion.takes_labels:
+        if not (self.criterion.takes_labels or self.probe is not None):
             return views
         return *views, torch.randint(max(self._num_classes, 1), (n,), device=views[0].device)
 

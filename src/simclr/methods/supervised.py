@@ -128,7 +128,7 @@ class Supervised(Classify):
     @classmethod
     def check(cls, config: "PretrainConfig", context: DistributedContext, num_images: int | None = None) -> None:
         """Refuse settings that have no effect."""
-        for name in ("queue", "ema", "symmetric", "bn_splits", "loss", "normalize", "negatives"):
+        for name in ("queue", "ema", "symmetric", "bn_splits", "loss", "normalize", "negatives", "probe"):
             if getattr(config, name) != getattr(type(config), name):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} has no effect on --method supervised, which has no contrast; leave it out.")
