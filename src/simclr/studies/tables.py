@@ -20,6 +20,10 @@ RANKED_FROM = 4
 """Values of the paper from which on their order is compared with ours."""
 
 
+LETTERS_IN_A_ROW = 40
+"""Of all names below the bars, up to which they stand side by side."""
+
+
 def accuracies(study: Study, measurements: Sequence[Measurement], arm: Arm, protocol: str) -> list[float]:
     """The study's metric in % of an arm, one for each seed that did not diverge."""
     return [
@@ -148,7 +152,8 @@ def _bars(axes: Axes, means: Means, series: Sequence[str], points: Sequence[Any]
             [place + (k - (len(series) - 1) / 2) * width for place, _ in there], [mean for _, (mean, _) in there],
             width, yerr=[spread for _, (_, spread) in there], label=name, capsize=2,
         )  # fmt: skip
-    axes.set_xticks(range(len(points)), [str(point) for point in points], rotation=20 * (len(points) > 5))
+    names = [str(point) for point in points]
+    axes.set_xticks(range(len(points)), names, rotation=20 * (sum(map(len, names)) > LETTERS_IN_A_ROW))
     lowest = min((mean - spread for mean, spread in means.values() if np.isfinite(mean)), default=0.0)
     axes.set_ylim(bottom=max(0.0, lowest - 5))
 
