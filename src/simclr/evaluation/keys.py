@@ -63,7 +63,7 @@ def features_key(subject: "EvaluatedModel", images: Images, crop: float | None) 
         "version": {"features": FEATURES_VERSION},
         "model": subject.model,
         "data": {"images": pixels_digest(images)},
-        "settings": {"crop": crop},
+        "settings": {"crop": crop, **_layer_settings(subject)},
     }
 
 
@@ -99,7 +99,7 @@ def accuracy_key(
         "version": versions | {"metrics": METRICS_VERSION},
         "model": _initial_network(subject, config, from_scratch=protocol == "supervised"),
         "data": data,
-        "settings": settings,
+        "settings": settings | _layer_settings(subject),
         "seed": seed,
     }
 
@@ -148,7 +148,7 @@ def curve_key(subject: "EvaluatedModel", split: "Split", count: int | str, seed:
         "version": {"features": FEATURES_VERSION, "logistic": LOGISTIC_VERSION, "curve": CURVE_VERSION},
         "model": subject.model,
         "data": {"train": labelled_digest(split.train), "test": labelled_digest(split.test)},
-        "settings": {"labels_per_class": count, **_linear_settings()},
+        "settings": {"labels_per_class": count, **_linear_settings(), **_layer_settings(subject)},
         "seed": seed,
     }
 
@@ -197,7 +197,7 @@ def label_free_key(subject: "EvaluatedModel", images: Images, test: Images | Non
         "version": {"features": FEATURES_VERSION, "label_free": LABEL_FREE_VERSION},
         "model": subject.model,
         "data": {"train": pixels_digest(images), "test": None if test is None else pixels_digest(test)},
-        "settings": {"copies": copies, "data_name": images.name},
+        "settings": {"copies": copies, "data_name": images.name, **_layer_settings(subject)},
         "seed": seed,
     }
 
@@ -213,7 +213,7 @@ def linear_transfer_key(
         },
         "model": subject.model,
         "data": transfer_data(data) | {"test": labelled_digest(data.test)},
-        "settings": {**_logistic_settings(l2_values), "crop": crop},
+        "settings": {**_logistic_settings(l2_values), "crop": crop, **_layer_settings(subject)},
         "seed": seed,
     }  # fmt: skip
 
@@ -271,13 +271,20 @@ def _training_settings(config: FinetuneConfig, subject: "EvaluatedModel") -> Ent
     return config.result_fields() | {"precision": str(precision_of(config.precision, subject.world))}
 
 
+def _layer_settings(subject: "EvaluatedModel") -> Entry:
+    """The layer whose output is taken as features, where it is not what the encoder returns."""
+    return {} if subject.layer is None else {"layer": subject.layer}
+
+
 def _pseudo_labels_versions() -> Entry:
     return {"propagation": PROPAGATION_VERSION, "pseudo_labels": PSEUDO_LABELS_VERSION}
 
 
 def _pseudo_labels_settings(subject: "EvaluatedModel") -> Entry:
     """What determines pseudo-labels beside images and labels; the digest of the model whose features are taken."""
-    return {"features": subject.identity, **propagation_settings(), **_linear_settings()}
+    return {
+        "features": subject.identity, **propagation_settings(), **_linear_settings(), **_layer_settings(subject),
+    }  # fmt: skip
 
 
 def _pool_data(split: "Split") -> Entry:

@@ -288,6 +288,20 @@ def _by_sgd(protocol: Protocol, subject: EvaluatedModel, split: Split, settings:
     return protocol == "linear" and by_sgd and subject.encoder is not None
 
 
+def _classifier_layer(subject: EvaluatedModel) -> int:
+    """Layers of the projection head under a linear classifier that is trained by SGD.
+
+    Raises:
+        UserError: The features are those of a stage.
+    """
+    if subject.layer is not None and subject.layer.startswith("stage"):
+        raise UserError(
+            f"--layer was {subject.layer}, and a linear classifier by SGD stands on h or on the projection head; give "
+            "--linear optimum."
+        )
+    return subject.head_layer
+
+
 def _training(
     protocol: Protocol, subject: EvaluatedModel, split: Split, settings: Settings
 ) -> tuple[FinetuneConfig | None, list[str]]:
@@ -296,7 +310,8 @@ def _training(
     if _by_sgd(protocol, subject, split, settings):
         name = _linear_recipe(subject.size, num_images)
         note = f"Recipe {name} ({num_images:,} labels, images of {subject.size} pixels)."
-        return _flipped(FINETUNE_RECIPES[name], settings.flip), [note]
+        config = replace(FINETUNE_RECIPES[name], head_layer=_classifier_layer(subject))
+        return _flipped(config, settings.flip), [note]
     if protocol == SUPERVISED:
         assert subject.encoder is not None
         return supervised_recipe(subject.encoder, num_images, settings.flip), []

@@ -110,6 +110,11 @@ class Result:
         """SHA-256 (hexadecimal) of the weights under test."""
         return self.model.get("weights")
 
+    @property
+    def layer(self) -> str | None:
+        """Layer of the network whose output was taken as features; None: the encoder's features."""
+        return self.settings.get("layer")
+
     def value(self, metric: str) -> float:
         """A metric that is defined for this result."""
         number = self.metrics[metric]

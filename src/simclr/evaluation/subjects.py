@@ -23,9 +23,11 @@ from simclr.evaluation.hog import HogFeatures
 from simclr.evaluation.keys import features_key
 from simclr.evaluation.patches import MAX_PATCHES_SIDE, PatchFeatures
 from simclr.evaluation.results import name_of
+from simclr.models.classifier import read_for
 from simclr.models.encoder import Encoder, build_encoder, read_as
 from simclr.models.heads import ProjectionHead
 from simclr.models.inference import extract, outputs, pixels_of, scaled
+from simclr.models.layers import LayerOutput, reads_head
 from simclr.training.progress import counting
 from simclr.views.policy import AugmentationPreset
 from simclr.weights.folder import Model, digest_of, load_quietly
@@ -54,6 +56,8 @@ class EvaluatedModel:
     hand_made: HogFeatures | PatchFeatures | None = None
     """Features that take the place of the encoder's; None: there is an encoder, or pixels are the features."""
     head: ProjectionHead | None = None
+    layer: str | None = None
+    """Layer whose output is taken as features (`LayerOutput`); None: what the encoder returns."""
     preprocessing: AugmentationPreset = "google"
     size: int
     """Side of the images that it sees, in pixels."""
@@ -73,7 +77,7 @@ class EvaluatedModel:
             UserError: Colour images for an encoder of gray ones, or features that are not finite.
         """
         images = self.fitted(images)
-        source = self.encoder or self.hand_made
+        source = self._reader or self.hand_made
         if source is None:
             return pixels_of(images, size=self.size, preset=self.preprocessing, crop=crop)
 
@@ -82,8 +86,8 @@ class EvaluatedModel:
                 options: dict[str, Any] = {
                     "preset": self.preprocessing, "crop": crop, "world": self.world, "progress": progress,
                 }  # fmt: skip
-                if self.encoder is not None:
-                    return extract(self.encoder, images, **options)  # (n, F)
+                if self._reader is not None:
+                    return extract(self._reader, images, **options)  # (n, F)
                 assert self._hand_made_network is not None
                 return outputs(self._hand_made_network, images, source.num_features, size=self.size, **options)
 
@@ -121,6 +125,38 @@ class EvaluatedModel:
             return self
         return replace(self, encoder=read_as(self.encoder, feature), head=None)
 
+    def at_layer(self, layer: str) -> "EvaluatedModel":
+        """The same weights with the output of this layer as features; itself where it has those, or no network.
+
+        Raises:
+            UserError: There is no such layer, or the network does not have it.
+        """
+        if self.encoder is None:
+            return self
+        reader = LayerOutput(self.encoder, self.head, layer, who=self.name)
+        if reader.is_default:
+            return self
+        head = self.head if reads_head(reader.name) else None
+        return replace(self, encoder=reader.encoder, head=head, layer=reader.name)
+
+    def with_random_head(self, like: ProjectionHead, *, seed: int) -> "EvaluatedModel":
+        """The same with a projection head of this shape, of random weights."""
+        assert self.encoder is not None
+        head = ProjectionHead(read_for(self.encoder, like).num_features, **like.to_dict(), seed=seed)
+        return replace(self, head=head.to(self.world.device).eval())
+
+    @cached_property
+    def _reader(self) -> Encoder | LayerOutput | None:
+        """What gives the features; None: there is no network."""
+        if self.encoder is None or self.layer is None:
+            return self.encoder
+        return LayerOutput(self.encoder, self.head, self.layer, who=self.name)
+
+    @property
+    def head_layer(self) -> int:
+        """Layers of the projection head that the features have passed."""
+        return self._reader.head_layer if isinstance(self._reader, LayerOutput) else 0
+
     @property
     def description(self) -> str:
         """What takes the place of an encoder, in words; empty where there is one."""
@@ -139,7 +175,10 @@ class EvaluatedModel:
         Read once: the weights of a subject do not change while it lives.
         """
         hand_made = {} if self.hand_made is None else {"features": self.hand_made.record}
-        return hand_made | {
+        head = {"head": self.head_weights} if self.head_layer else {}
+        return {
+            **hand_made,
+            **head,
             "weights": None if self.encoder is None else digest_of(self.encoder),
             "network": None if self.encoder is None else self.encoder.config.to_dict(),
             "preprocessing": self.preprocessing,

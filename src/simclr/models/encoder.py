@@ -54,11 +54,17 @@ class Encoder(nn.Module):
         Raises:
             UserError: Not a batch, not floating point, or other channels than the encoder's.
         """
-        self._check(x)
-        if self.mean is not None and self.std is not None:
-            x = (x - self.mean) / self.std
-        h = self.backbone(x)
+        h = self.backbone(self.normalised(x))
         return h if self.scaling is None else self.scaling(h)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """What the backbone is given: the images of `forward`, by mean and standard deviation where it has them.
+
+        Raises:
+            UserError: As of `forward`.
+        """
+        self._check(x)
+        return x if self.mean is None or self.std is None else (x - self.mean) / self.std
 
     def _check(self, x: Tensor) -> None:
         channels = self.config.channels

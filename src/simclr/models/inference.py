@@ -14,6 +14,7 @@ from simclr.data.images import Images
 from simclr.distributed import DistributedContext
 from simclr.errors import NotFinite, UserError
 from simclr.models.encoder import Encoder, read_as, with_config
+from simclr.models.layers import LayerOutput
 from simclr.views.policy import AugmentationPreset
 from simclr.views.views import eval_images
 
@@ -24,7 +25,7 @@ the evaluation preprocessing (crop, resizing), the networks' forward passes or w
 
 
 def extract(
-    encoder: Encoder,
+    encoder: Encoder | LayerOutput,
     images: Images,
     *,
     preset: AugmentationPreset = "google",
@@ -33,10 +34,10 @@ def extract(
     world: DistributedContext = ALONE,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Features h of every image, in the order of the data, with the encoder in inference mode.
+    """Features of every image, in the order of the data, with the encoder in inference mode.
 
     Args:
-        encoder: On the device where the work is to be done; its mode is restored afterwards.
+        encoder: On the device where the work is to be done; its mode is restored afterwards. Or one of its layers.
         preset: Whose evaluation preprocessing: the one that the encoder was trained with.
         crop: Share of the shorter side that is kept; None: the authors' rule (`eval_images`).
         world: The processes that share the work; all must call.

@@ -41,6 +41,10 @@ class ResNet(nn.Module):
         sk: Selective kernels and ResNet-D.
         grids: Cells a side that the maps of the last stages are averaged to, the earliest of these stages first
             (`EncoderConfig.grids`); empty: h.
+
+    Attributes:
+        num_features: Of what is returned.
+        stage_channels: Of the feature map of each stage.
     """
 
     recompute = False
@@ -60,7 +64,7 @@ class ResNet(nn.Module):
         self.stem = _stem(stem, channels, int(64 * width), sk=sk)
         self.groups = nn.Sequential()
         in_channels = int(64 * width)
-        channels_of_stages = []
+        self.stage_channels: list[int] = []
         for index, num_blocks in enumerate(shape.blocks):
             inner = 64 * 2**index * width  # not yet whole: the authors cut each convolution's own count
             group = nn.Sequential()
@@ -69,9 +73,9 @@ class ResNet(nn.Module):
                 group.append(_block(shape.bottleneck, in_channels, inner, stride=stride, project=block == 0, sk=sk))
                 in_channels = int(4 * inner) if shape.bottleneck else int(inner)
             self.groups.append(group)
-            channels_of_stages.append(in_channels)
+            self.stage_channels.append(in_channels)
         self.grids = grids
-        read = zip(channels_of_stages[-len(grids) :], grids, strict=True) if grids else [(in_channels, 1)]
+        read = zip(self.stage_channels[-len(grids) :], grids, strict=True) if grids else [(in_channels, 1)]
         self.num_features = sum(channels * side * side for channels, side in read)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,6 +84,10 @@ class ResNet(nn.Module):
         if not self.grids:
             return maps[-1].mean((2, 3))  # from (B, num_features, H/32, W/32); H/16 with a strided stem, H/8 cifar
         return torch.cat([_on_grid(map_, side) for map_, side in zip(maps, self.grids, strict=True)], dim=1)
+
+    def stage(self, x: Tensor, count: int) -> Tensor:
+        """Feature map of stage `count`, the first is 1: (B, C, H, W) -> (B, stage_channels[count - 1], H', W')."""
+        return self.groups[:count](self.stem(x))
 
     def _last_maps(self, x: Tensor) -> list[Tensor]:
         """Feature maps (B, C', H', W') of the stages that are read, the earliest first."""

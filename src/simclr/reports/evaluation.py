@@ -34,10 +34,21 @@ def accuracy_text(results: Sequence[Result]) -> str:
         for description, subjects in subjects_by_description.items():
             whose = f" of {', '.join(subjects)}" if len(subjects_by_description) > 1 else ""
             lines.append(f"{protocol}{whose}: {description}.")
+    if note := layer_note(results):
+        lines.append(note)
     num_test = results[0].num_test
     if num_test is not None:
         lines.append(f"Test images: {num_test:,}, so {error_note(num_test)}.")
     return "\n".join(lines)
+
+
+def layer_note(results: Sequence[Result]) -> str:
+    """Whose features are the output of another layer than usual, and of which; empty where nobody's are."""
+    subjects_by_layer: dict[str, dict[str, None]] = {}
+    for result in results:
+        if result.layer is not None:
+            subjects_by_layer.setdefault(result.layer, {})[result.subject] = None
+    return " ".join(f"Features of {', '.join(names)}: layer {layer}." for layer, names in subjects_by_layer.items())
 
 
 def accuracy_rows(results: Sequence[Result], metric: str = "top1") -> list[Row]:

@@ -14,11 +14,14 @@ from simclr.evaluation.measure import TITLES
 from simclr.evaluation.metrics import BASELINES, SUPERVISED
 from simclr.evaluation.results import Result, name_of, read_results
 from simclr.evaluation.subjects import INIT, is_initial
+from simclr.models.encoder import read_as
 from simclr.reports.table import Row
 from simclr.training.run import RunFolder
 from simclr.weights.folder import Model, digest_of
 
 OWN = "encoder"  # row of the model under test
+LAYER = ", layer "
+"""Between the name of a row and the layer whose output was taken as features."""
 BESIDE = {"teacher": "its teacher", "pixels": "kNN on raw pixels"}
 """Model that was measured beside a classifier -> its row."""
 
@@ -37,9 +40,13 @@ class Table:
     @property
     def rows(self) -> list[Row]:
         """The encoder's first, then what it has to beat."""
-        names = sorted(self.values, key=lambda name: name in BASELINES)
+
+        def is_baseline(name: str) -> bool:
+            return name.partition(LAYER)[0] in BASELINES
+
+        names = sorted(self.values, key=is_baseline)
         columns = {name: {title: list(seeds.values()) for title, seeds in self.values[name].items()} for name in names}
-        return [Row(name, columns[name], baseline=name in BASELINES) for name in names]
+        return [Row(name, columns[name], baseline=is_baseline(name)) for name in names]
 
 
 def results_of(folder: Path, model: Model) -> list[Table]:
@@ -50,7 +57,8 @@ def results_of(folder: Path, model: Model) -> list[Table]:
         model: What was loaded from it.
     """
     if RunFolder(folder).is_pretraining:
-        return _tables(_accuracies(folder / "evaluation" / "results.jsonl"), digest_of(model.encoder))
+        results = _accuracies(folder / "evaluation" / "results.jsonl")
+        return _tables(results, digest_of(model.encoder), digest_of(read_as(model.encoder, "h")))
     if model.classifier is not None:
         results = _read(folder / "evaluation" / "results.jsonl")
         if tables := _of_classifier(results, digest_of(model.classifier)):
@@ -91,14 +99,23 @@ def _reported(folder: Path) -> list[Table]:
     return [Table(data, split, {name: {"top-1": {0: value}} for name, value in rows.items()})]
 
 
-def _tables(results: list[Result], weights: str) -> list[Table]:
-    """Every split on which the encoder itself was measured, with all rows of that split."""
-    own = [result.data for result in results if result.weights == weights]
+def _tables(results: list[Result], weights: str, unscaled: str) -> list[Table]:
+    """Every split on which the encoder itself was measured, with all rows of that split.
+
+    Args:
+        weights: Digest of the encoder.
+        unscaled: Digest of the encoder without the scaling of its features, as it is where another layer is read.
+    """
+
+    def digest(result: Result) -> str:
+        return weights if result.layer is None else unscaled
+
+    own = [result.data for result in results if result.weights == digest(result)]
     tables: dict[str, Table] = {}
     for result in results:
-        of_other_weights = result.subject == OWN and result.weights != weights
+        of_other_weights = result.subject == OWN and result.weights != digest(result)
         if result.data in own and not of_other_weights:
-            _add(tables, result, weights)
+            _add(tables, result, digest(result))
     return list(tables.values())
 
 
@@ -120,6 +137,7 @@ def _add(tables: dict[str, Table], result: Result, weights: str | None) -> None:
         row = INIT
     elif not row.startswith((TIMM, TORCHVISION)):
         row = Path(row).name  # another run's folder: paths of this machine stay here
+    row += "" if result.layer is None else f"{LAYER}{result.layer}"
     column = table.values.setdefault(row, {}).setdefault(TITLES[result.protocol], {})
     column[result.seed] = result.value("top1")
 

@@ -66,9 +66,10 @@ def comparisons(
     under_test = results[0].subject
     if under_test in BASELINES:
         return []
+    of_layer = "" if results[0].layer is None else f" on layer {results[0].layer}"
     by_column: dict[str, dict[str, dict[int, Result]]] = {}  # column -> subject -> seed -> result
     for result in results:
-        column = by_column.setdefault(TITLES[result.protocol], {})
+        column = by_column.setdefault(TITLES[result.protocol] + of_layer, {})
         if result.subject == under_test or against(result.subject):
             column.setdefault(result.subject, {})[_seed(result)] = result
     compared = []

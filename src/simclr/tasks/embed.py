@@ -17,7 +17,9 @@ from simclr.data.images import Images, fit_channels
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.files import replacing, writing
+from simclr.models.encoder import Encoder
 from simclr.models.inference import device_of, inference, require_finite
+from simclr.models.layers import LayerOutput, require_layer
 from simclr.tasks.opening import (
     DataOptions,
     LeftOut,
@@ -28,8 +30,8 @@ from simclr.tasks.opening import (
     tell_if_replaced,
 )
 from simclr.training.progress import counting, say
+from simclr.views.policy import AugmentationPreset
 from simclr.views.stream import stream_views
-from simclr.weights.folder import Model
 
 if TYPE_CHECKING:
     from simclr.tasks.options.using import Embed
@@ -41,8 +43,13 @@ _FEATURES = "features.npy"
 def embed(options: "Embed") -> None:
     """`simclr embed RUN DATA --out FILE.npz`: features, keys and labels of every image of every split."""
     require_writable(options.out)
+    if options.layer is not None:
+        require_layer(options.layer)
     tell_if_replaced(options.out)
     model = load_model(options.run, device=options.device)
+    network: Encoder | LayerOutput = model.encoder
+    if options.layer is not None:
+        network = LayerOutput(model.encoder, model.head, options.layer, who=str(options.run)).eval()
     world, opened = DistributedContext(), DataOptions.of(options)
     opened = replace(opened, side=side_of(options.run, options.data, options.pack_side))
     reading = replace(opened.reading(world), memory_budget=0)  # each image is read once
@@ -52,27 +59,30 @@ def embed(options: "Embed") -> None:
     with writing(options.out):
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(options.out) as temporary:
-            kept = _write(temporary, model, images, bad)
+            kept = _write(temporary, network, model.preprocessing, images, bad)
     bad.tell(len(kept))
-    say(f"{len(kept):,} features of width {model.encoder.num_features} are in {options.out}.")
+    of_layer = f" of {network.name}" if isinstance(network, LayerOutput) else ""
+    say(f"{len(kept):,} features{of_layer} of width {network.num_features} are in {options.out}.")
 
 
-def _write(path: Path, model: Model, images: Images, bad: LeftOut) -> np.ndarray:
+def _write(
+    path: Path, network: Encoder | LayerOutput, preprocessing: AugmentationPreset, images: Images, bad: LeftOut
+) -> np.ndarray:
     """Write the archive; which images have features in it.
 
     The shape of an array stands before its numbers, and how many images can be decoded is known behind them: where
     some are damaged, the rows of the others are copied to a second archive that takes the place of the first.
     """
-    width, parts = model.encoder.num_features, []
+    width, parts = network.num_features, []
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive, counting("Embedding") as progress:
         with _member(archive, _FEATURES, (len(images), width), np.dtype("<f4")) as file:
             batches = stream_views(
-                images, size=model.encoder.config.size, preset=model.preprocessing, leave_out=bad.add,
-                device=device_of(model.encoder), progress=progress,
+                images, size=network.config.size, preset=preprocessing, leave_out=bad.add,
+                device=device_of(network), progress=progress,
             )  # fmt: skip
-            with inference(model.encoder):
+            with inference(network):
                 for batch in batches:
-                    features = model.encoder(batch.views).float().cpu().numpy()  # (B, F)
+                    features = network(batch.views).float().cpu().numpy()  # (B, F)
                     require_finite(features, "network's", first=int(batch.indices[0]))
                     parts.append(batch.indices)
                     file.write(np.ascontiguousarray(features, "<f4").data)

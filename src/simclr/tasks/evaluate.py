@@ -15,10 +15,11 @@ from simclr.evaluation.grid import PAPER_GRID, PAPER_GRID_FROM_SCRATCH
 from simclr.evaluation.measure import ACCURACIES, Protocol, Settings
 from simclr.evaluation.protocols import curve_results, label_free_result, probe_result, transfer_results
 from simclr.evaluation.results import Result
-from simclr.evaluation.subjects import is_initial
+from simclr.evaluation.subjects import WITHOUT_NETWORK, is_initial
 from simclr.evaluation.transfer import differences
+from simclr.models.layers import require_layer
 from simclr.reports.curve import curve_table, draw_curve, when_it_pays
-from simclr.reports.evaluation import accuracy_summary, accuracy_text, mean_accuracies, records
+from simclr.reports.evaluation import accuracy_summary, accuracy_text, layer_note, mean_accuracies, records
 from simclr.reports.label_free import label_free_pictures, label_free_summary, label_free_text
 from simclr.reports.probe import probe_summary, probe_text
 from simclr.reports.transfer import transfer_summary, transfer_text
@@ -127,6 +128,7 @@ def check_flags(
         raise UserError(
             f"--leave-one-out is about nearest neighbours; --protocol was {options.protocol!r}, give knn alone."
         )
+    _check_layer(options, protocols)
     if options.labels is not None and (ignoring := [name for name in protocols if name in REPORTS]):
         raise UserError(
             f"--labels was {options.labels!r}, and has no effect on {', '.join(ignoring)}: it is for "
@@ -146,6 +148,29 @@ def check_flags(
         )
 
 
+def _check_layer(options: "Evaluate", protocols: Sequence[str]) -> None:
+    """Reject a layer that there is not, or that has no effect.
+
+    Raises:
+        UserError: One sentence about it.
+    """
+    if options.layer is None:
+        return
+    require_layer(options.layer)
+    if ignoring := [name for name in protocols if name not in OF_LAYERS]:
+        raise UserError(
+            f"--layer was {options.layer}, and has no effect on {', '.join(ignoring)}: it is for "
+            f"{', '.join(OF_LAYERS)}. Ask for these in a call without --layer (fine-tuning has --finetune.head-layer, "
+            "and probe shows every layer)."
+        )
+    if options.feature != "auto":
+        raise UserError(
+            f"--layer {options.layer} and --feature {options.feature} both say which features are read; give one."
+        )
+    if options.run in WITHOUT_NETWORK:
+        raise UserError(f"--layer was {options.layer}, and RUN is {options.run}, which has no layers; leave it out.")
+
+
 # ---- protocols with a table of their own
 
 
@@ -157,7 +182,8 @@ def _curve(session: Session) -> Report:
         flip=session.flip, context=session.context,
     )  # fmt: skip
     curve = Curve.from_results(results, notes)
-    text = f"{curve_table(curve)}\n{when_it_pays(curve, source=subjects[0].name)}"
+    lines = [curve_table(curve), when_it_pays(curve, source=subjects[0].name), layer_note(results)]
+    text = "\n".join(line for line in lines if line)
     return Report(results=results, text=text, summary=curve.to_dict(), pictures={"curve.png": draw_curve(curve)})
 
 
@@ -207,6 +233,8 @@ def _transfer(session: Session) -> Report:
     return Report(results=results, text=transfer_text(results, tests), summary=transfer_summary(results, tests))
 
 
+OF_LAYERS = ("knn", "linear", "logistic", "curve")
+"""The protocols whose features may be those of any layer."""
 REPORTS: dict[str, Callable[[Session], Report]] = {
     "transfer": _transfer,
     "probe": _probe,
@@ -272,6 +300,7 @@ def _summary(session: Session, results: list[Result], reports: dict[str, Report]
             "data": options.data,
             "split": None if first is None else first.split,
             "labels": options.labels,
+            "layer": options.layer,
             "seeds": list(session.seeds),
             "test_images": None if first is None else first.num_test,
         },

@@ -35,6 +35,8 @@ from simclr.evaluation.subjects import (
     subject_of,
 )
 from simclr.models.encoder import encoder_of, with_config
+from simclr.models.heads import ProjectionHead
+from simclr.models.layers import reads_head
 from simclr.tasks.initial import kept_weights
 from simclr.tasks.opening import DataOptions, open_parts, require_writable, side_of
 from simclr.training.progress import say
@@ -63,6 +65,8 @@ class Session:
     """The data's own test part, if any."""
     like: EncoderConfig
     """Configuration of the encoder under test, or of the network that its name stands for."""
+    like_head: ProjectionHead | None = None
+    """Projection head of the model under test where features are read from it; `random` has one of its shape."""
     preprocessing: AugmentationPreset
     cache: FeatureCache
     store: ResultStore
@@ -94,11 +98,14 @@ class Session:
         else:
             source = options.data[0]
             train, test = open_parts(source, world, _data_options(options, source))
-        cache, opened = open_cache(options.cache), {}
+        cache, opened, head = open_cache(options.cache), {}, None
         if model is not None:
             subject = subject_of(model, options.run, cache=cache, world=world)
             if options.feature != "auto":
                 subject = subject.read_as(options.feature)
+            if options.layer is not None:
+                subject = subject.at_layer(options.layer)
+                head = model.head if reads_head(options.layer) else None
             assert subject.encoder is not None
             like, preprocessing = subject.encoder.config, model.preprocessing
             opened[options.run, None] = subject
@@ -121,7 +128,7 @@ class Session:
             folder = None
         return cls(
             options=options, protocols=protocols, train=train, test=test, like=like, preprocessing=preprocessing,
-            cache=cache, store=store, world=world, folder=folder, _opened=opened, _first=first,
+            like_head=head, cache=cache, store=store, world=world, folder=folder, _opened=opened, _first=first,
         )  # fmt: skip
 
     @property
@@ -211,6 +218,10 @@ class Session:
                 name, like=self.like, preprocessing=self.preprocessing, seed=seed, cache=self.cache, world=self.world,
                 size=self.options.size or EXTERNAL_SIZE, pretrained=pretrained,
             )  # fmt: skip
+            if name == RANDOM and self.like_head is not None:
+                subject = subject.with_random_head(self.like_head, seed=seed)
+            if self.options.layer is not None:
+                subject = subject.at_layer(self.options.layer)
             if name in (PATCHES, RANDOM):
                 subject = subject.learnt_from(self._training_images(seed), seed=seed)
             self._opened[key] = subject
@@ -225,6 +236,8 @@ class Session:
         subject = subject_of(model, initial_subject_name(kept.name), cache=self.cache, world=self.world)
         if self.options.feature != "auto":
             return subject.read_as(self.options.feature)
+        if self.options.layer is not None:
+            return subject.at_layer(self.options.layer)
         encoder = with_config(kept.encoder, replace(kept.encoder.config, scaling=self.like.scaling))
         return replace(subject, encoder=encoder).learnt_from(
             self._training_images(self.options.seed), seed=self.options.seed
@@ -296,8 +309,17 @@ def _fitting_compare(options: "Evaluate", like: EncoderConfig, world: Distribute
     if like.size < MIN_SIZE:
         compare = tuple(name for name in compare if name != HOG)
         say(f"hog is left out: it needs images of {MIN_SIZE} pixels a side.", main=world.is_main)
-    if _pretraining_of(Path(options.run)).init.is_dir():
-        compare = (INIT, *compare)
+    run = _pretraining_of(Path(options.run))
+    if run.init.is_dir():
+        kept = kept_weights(run) if options.layer is not None and reads_head(options.layer) else None
+        if kept is not None and kept.head is None:
+            say(
+                f"{INIT} is left out: the weights that the run began from have no projection head, and --layer is "
+                f"{options.layer}.",
+                main=world.is_main,
+            )
+        else:
+            compare = (INIT, *compare)
     return replace(options, compare=compare)
 
 

@@ -69,6 +69,11 @@ class Evaluate:
     """Read other features from the same weights, of RUN, `init` and `random`: h, the average over the image, or the
     feature maps of these stages on grids of at most 4 x 4; auto: what RUN's head was trained on."""
 
+    layer: str | None = None
+    """With the protocols knn, linear, logistic and curve: layer of RUN and of the other networks whose output is
+    evaluated: h, the average over the image; z, the projection; head.K, after K layers of the projection head (head.0:
+    what the head reads); stageK, stage K averaged over the image; unset: the encoder's features."""
+
     leave_one_out: bool = False
     """With --protocol knn: classify each labelled image by all others, instead of splitting the images."""
 

@@ -65,6 +65,11 @@ class Embed:
     out: Path
     """File to write (.npz)."""
 
+    layer: str | None = None
+    """Layer whose output is written: h, the average over the image; z, the projection; head.K, after K layers of the
+    projection head (head.0: what the head reads); stageK, stage K averaged over the image; unset: the encoder's
+    features."""
+
     labels_file: Path | None = None
     """CSV file with lines path,label for a folder of images."""
 
