@@ -38,7 +38,7 @@ from simclr.evaluation.metrics import accuracies
 from simclr.evaluation.results import About, Measured, Result, ResultStore
 from simclr.models.classifier import Classifier, usual_names
 from simclr.models.inference import outputs, require_channels
-from simclr.tasks.opening import DataOptions, open_aloud
+from simclr.tasks.opening import DataOptions, open_aloud, require_writable
 from simclr.training.device import find_device
 from simclr.training.progress import counting
 from simclr.weights.importers.import_tf import import_tf
@@ -155,8 +155,12 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate all that is found; the exit code.
 
     Raises:
-        UserError: There is no such folder, none of the checkpoints is in it, or the images cannot be used.
+        UserError: There is no such folder, none of the checkpoints is in it, the images cannot be used, or OUT cannot
+            be written.
     """
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size was {args.batch_size}; it must be at least 1.")
+    require_writable(args.out / "checkpoints.json")
     asked = [item for item in released() if any(fnmatch(item.name, pattern) for pattern in args.only or ["*"])]
     if not asked:
         raise UserError(f"--only was {' '.join(args.only)}; names are such as {released()[0].name}, with * and ?.")
@@ -302,11 +306,10 @@ def report(rows: Sequence[Row], missing: Sequence[str], num_images: int) -> int:
     failed = [row for row in rows if row.result is None]
     differing = [row.released.name for row in rows if row.verdict.startswith("differs")]
     agreeing = sum(row.verdict == "agrees" for row in rows)
-    print(f"\n{agreeing} of {len(rows)} checkpoints agree with the authors' accuracies within {TOLERANCE} points.")
-    if num_images != NUM_IMAGES:
-        print(
-            f"These are {num_images:,} images; the authors' accuracies are of {NUM_IMAGES:,}, so there is no verdict."
-        )
+    if num_images == NUM_IMAGES:
+        print(f"\n{agreeing} of {len(rows)} checkpoints agree with the authors' accuracies within {TOLERANCE} points.")
+    else:
+        print(f"\nNo verdict: these are {num_images:,} images, and the authors' accuracies are of {NUM_IMAGES:,}.")
     for row in failed:
         print(f"{row.released.name}: {row.error}")
     if differing:

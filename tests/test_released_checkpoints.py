@@ -155,26 +155,31 @@ def test_checkpoints_are_evaluated_as_they_are(
     monkeypatch.setattr(script, "outputs", None)  # nothing is computed again
     assert run(script, monkeypatch, *call, "--only", names[0]) == 0
     assert len((out / "results.jsonl").read_text().splitlines()) == 2
+    capsys.readouterr()
     monkeypatch.setattr(script, "NUM_IMAGES", 50_000)
     assert run(script, monkeypatch, *call, "--only", names[0]) == 0
-    assert "no verdict from 5 images" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "no verdict from 5 images" in shown and "agree" not in shown
 
 
 def test_mistakes_end_in_a_sentence(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "file").touch()
     for arguments, sentence in (
         ((tmp_path / "none", tmp_path), "There is no folder"),
         ((tmp_path, tmp_path), "None of the 74 checkpoints is below"),
         ((tmp_path, tmp_path, "--only", "r50"), "--only was r50"),
+        ((tmp_path, tmp_path, "--batch-size", 0), "--batch-size was 0"),
+        ((tmp_path, tmp_path, "--out", tmp_path / "file"), "cannot be written"),
     ):
-        assert run(script, monkeypatch, *arguments) == 2
+        assert run(script, monkeypatch, "--out", tmp_path / "out", *arguments) == 2
         assert sentence in capsys.readouterr().err
     images = tmp_path / "images"
     images.mkdir()
     Image.new("RGB", (SIZE, SIZE)).save(images / "a.png")
     (tmp_path / "pretrain" / "1x").mkdir(parents=True)
-    assert run(script, monkeypatch, tmp_path, images) == 2
+    assert run(script, monkeypatch, tmp_path, images, "--out", tmp_path / "out") == 2
     assert "has no labels" in capsys.readouterr().err
 
 
