@@ -158,9 +158,9 @@ def figure_5(scale: Scale) -> Study:
 def figure_7(scale: Scale) -> Study:
     """Depth and width of the network."""
     networks = pick(
-        scale, cpu=("small", "resnet10"), paper=("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+        scale, cpu=("resnet10", "resnet18"), paper=("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
     )
-    widths = pick(scale, cpu=(0.5, 1.0, 2.0), paper=(1.0, 2.0, 4.0))
+    widths = pick(scale, cpu=(0.125, 0.25, 0.5), paper=(1.0, 2.0, 4.0))
     stem = pick(scale, cpu={"stem": "strided"}, paper={})
     return Study(
         name="figure-7",
