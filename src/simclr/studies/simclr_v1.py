@@ -189,7 +189,7 @@ def figure_8(scale: Scale) -> Study:
         title="projection head and its output dimension",
         source="SimCLR, figure 8",
         claim="A nonlinear head is better than a linear one (3 points), which is better than none (10 points); the "
-        "output dimension hardly matters.",
+        "output dimension hardly matters; h is better than z (10 points).",
         settings=base(scale),
         evaluation=evaluation(scale),
         arms=[
@@ -199,6 +199,15 @@ def figure_8(scale: Scale) -> Study:
                 for dim in dims
             ),
             Arm(series="none", point="all of h", settings={"head": "none"}, paper=50.0),
+            *(
+                Arm(
+                    series="z of nonlinear",
+                    point=dim,
+                    settings={"head": "nonlinear", "head_dim": dim},
+                    evaluation={"layer": "z"},
+                )
+                for dim in dims
+            ),
         ],
         axis="output dimension",
         second_hand=True,
