@@ -12,7 +12,6 @@ What is measured is kept: the script can be stopped and called again.
 """
 
 import argparse
-import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from simclr.evaluation.selection import SELECTION_VERSION, select_typical
 from simclr.evaluation.split import split_data
 from simclr.evaluation.subjects import EvaluatedModel, subject_of
 from simclr.random import shuffled
+from simclr.reports.png import png
 from simclr.reports.table import Row, markdown_table
 from simclr.training.run import open_run
 from simclr.weights.folder import load_quietly
@@ -138,7 +138,6 @@ def select_table(results: list[Result]) -> str:
 
 def draw(results: list[Result], what: str) -> bytes:
     """Mean accuracy and a band of ± one standard deviation over the number of labels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -161,10 +160,7 @@ def draw(results: list[Result], what: str) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel(f"accuracy on {what}, %")
     figure.axes[0].legend(frameon=False, loc="lower right")
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)
 
 
 # ---- pseudo-labels

@@ -1,6 +1,5 @@
 """The label-efficiency curve as a table, as sentences and as a picture (PNG bytes)."""
 
-import io
 import itertools
 import math
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from simclr.evaluation.curve import Count, Curve, Saved, count_name, labels_saved
 from simclr.evaluation.metrics import BASELINES, mean_and_spread
+from simclr.reports.png import png
 from simclr.reports.table import Row, markdown_table, seeds_note, text_table
 
 COLOURS = {
@@ -93,7 +93,6 @@ def _ahead(curve: Curve, source: str, baseline: str) -> str:
 
 def draw_curve(curve: Curve) -> bytes:
     """Mean accuracy and a band of ± one standard deviation over labels per class (log axis); above, labels in all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
@@ -139,10 +138,7 @@ def draw_curve(curve: Curve) -> bytes:
     axes.grid(alpha=0.25)
     for side in (axes, above):
         side.spines["right"].set_visible(False)
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _apart(heights: list[float], gap: float) -> list[float]:

@@ -1,6 +1,5 @@
 """Pictures: the views of a policy, and an evaluation at a glance. PNG bytes out; nothing is shown or written here."""
 
-import io
 import string
 import textwrap
 from collections.abc import Callable, Sequence
@@ -9,7 +8,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from simclr.data.images import Images
@@ -18,6 +16,7 @@ from simclr.evaluation.label_free import Neighbours, Outlier, nearest_neighbours
 from simclr.evaluation.measure import TITLES
 from simclr.evaluation.split import Split
 from simclr.reports.curve import COLOURS
+from simclr.reports.png import png
 from simclr.views.policy import Policy
 from simclr.views.views import make_views
 
@@ -81,7 +80,7 @@ def draw_evaluation(
     neighbours.set_title("test images and their nearest neighbours, with their cosine", fontsize=9)
     _draw_map(figure.add_subplot(grid[1, 1]), split.test, features)
     figure.suptitle(f"{split.test.name}: {split.description}", fontsize=10)
-    return _png(figure)
+    return png(figure)
 
 
 def draw_neighbours(images: Images, neighbours: list[Neighbours]) -> bytes:
@@ -126,7 +125,7 @@ def _draw_images(title: str, shown: list[list[Cell]], pixels: Pixels) -> bytes:
     figure = Figure(figsize=(1.1 * max(columns, 6), 1.25 * rows + 0.5), layout="constrained")
     _draw_grid(figure.subplots(), shown, pixels)
     figure.suptitle("\n".join(textwrap.wrap(title, 90)), fontsize=9)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_grid(axes: Axes, shown: list[list[Cell]], pixels: Pixels, *, word_height: float = 0.22) -> None:
@@ -221,10 +220,3 @@ def _show(axes: Axes, image: np.ndarray, extent: tuple[float, float, float, floa
         interpolation="nearest",
         extent=extent,
     )
-
-
-def _png(figure: Figure) -> bytes:
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()

@@ -1,7 +1,5 @@
 """A study's measurements as a table, as JSON, and as a picture in the paper's form."""
 
-import io
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -9,16 +7,17 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from simclr.evaluation.metrics import mean_and_spread
+from simclr.reports.png import png
+from simclr.reports.table import with_spread
 from simclr.studies.run import Measurement
 from simclr.studies.study import Arm, Study
 
 RANKED_FROM = 4
 """Values of the paper from which on their order is compared with ours."""
-
 
 LETTERS_IN_A_ROW = 40
 """Of all names below the bars, up to which they stand side by side."""
@@ -49,7 +48,8 @@ def table(study: Study, arms: Sequence[Arm], measurements: Sequence[Measurement]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     mark = "*" if study.second_hand else ""
     for arm in arms:
-        cells = [_spread(accuracies(study, measurements, arm, protocol)) or "diverged" for protocol in protocols]
+        by_protocol = [accuracies(study, measurements, arm, protocol) for protocol in protocols]
+        cells = [with_spread(values, percent=False) if values else "diverged" for values in by_protocol]
         if has_paper:
             cells.append("" if arm.paper is None else f"{arm.paper:.1f}{mark}")
         if has_choice:
@@ -82,7 +82,7 @@ def rank_agreement(study: Study, arms: Sequence[Arm], measurements: Sequence[Mea
     for arm in arms:
         ours = accuracies(study, measurements, arm, study.protocols(arm)[0])
         if arm.paper is not None and ours:
-            pairs.append((statistics.fmean(ours), arm.paper))
+            pairs.append((mean_and_spread(ours)[0], arm.paper))
     if len(pairs) < RANKED_FROM or len({ours for ours, _ in pairs}) == 1:
         return None
     return float(spearmanr(*zip(*pairs, strict=True)).statistic)
@@ -120,13 +120,12 @@ def draw(study: Study, arms: Sequence[Arm], measurements: Sequence[Measurement])
     means: dict[tuple[str, Any], tuple[float, float]] = {}
     for arm in arms:
         values = accuracies(study, measurements, arm, study.protocols(arm)[0])
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        means[arm.series, arm.point] = (statistics.fmean(values), spread) if values else (np.nan, 0.0)
+        mean, spread = mean_and_spread(values) if values else (np.nan, None)
+        means[arm.series, arm.point] = mean, spread or 0.0
     series = list(dict.fromkeys(arm.series for arm in arms))
     points = list(dict.fromkeys(arm.point for arm in arms))
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(max(5.0, 0.9 * len(points)), 3.8), layout="constrained")
-        canvas = FigureCanvasAgg(figure)
         axes = figure.subplots()
         {"bars": _bars, "lines": _lines, "matrix": _matrix}[study.shape](axes, means, series, points)
         axes.set_title(f"{study.title} ({study.source})", fontsize=9, wrap=True)
@@ -135,9 +134,7 @@ def draw(study: Study, arms: Sequence[Arm], measurements: Sequence[Measurement])
             axes.set_ylabel({"top1": "top-1 accuracy, %", "kappa": "kappa, %"}[study.metric])
             if any(series):
                 axes.legend(frameon=False)
-        png = io.BytesIO()
-        canvas.print_png(png)
-    return png.getvalue()
+        return png(figure, dpi=100)
 
 
 Means = Mapping[tuple[str, Any], tuple[float, float]]
@@ -180,10 +177,3 @@ def _matrix(axes: Axes, means: Means, series: Sequence[str], points: Sequence[An
 def _chosen(measurements: Sequence[Measurement], arm: Arm) -> str:
     settings = next((one.settings for one in measurements if one.arm == arm.name), {})
     return ", ".join(f"{name} {value}" for name, value in settings.items())
-
-
-def _spread(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{statistics.fmean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
