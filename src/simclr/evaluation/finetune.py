@@ -211,7 +211,7 @@ def _build_task(
         batch=_batches(network, train, targets, config, seed, preset, world),
         optimizer=build_optimizer(
             config.optimizer, method, lr=config.peak, weight_decay=config.weight_decay, momentum=config.momentum,
-            nesterov=config.nesterov, supervised=True,
+            nesterov=config.nesterov, supervised=method.supervised,
         ),
         learning_rate=config.learning_rate(len(train)),
         total_steps=config.steps(len(train)),

@@ -33,6 +33,8 @@ class Method(nn.Module, ABC):
     """Whether `forward` takes the views that the settings ask for, of any number and of two sizes."""
     grad_cache: ClassVar[bool] = False
     """Whether `encode` and `loss` are defined, so that gradients can be cached (training/grad_cache.py)."""
+    supervised: ClassVar[bool] = False
+    """Whether weights decay as in the authors' supervised training and fine-tuning (`optim.supervised_groups`)."""
     metric_formats: ClassVar[Mapping[str, str]] = {}
     """How metrics print while training: name -> format, such as {"contrastive_accuracy": "accuracy {:.1%}"}; those that
     a record lacks are left out."""

@@ -53,6 +53,7 @@ class Classify(Method):
     """
 
     num_views: int = 1
+    supervised: ClassVar[bool] = True
     metric_formats: ClassVar[Mapping[str, str]] = {"accuracy": "accuracy {:.1%}"}
     remedy: ClassVar[str] = "Try a lower --lr."
 

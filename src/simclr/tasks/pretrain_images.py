@@ -22,7 +22,6 @@ from simclr.evaluation.metrics import accuracy
 from simclr.files import write_atomically
 from simclr.methods import find_method, method_name
 from simclr.methods.method import Method
-from simclr.methods.supervised import Classify
 from simclr.models.activation_checkpointing import checkpoint_blocks
 from simclr.models.batchnorm import set_global_batch_norm, track_once
 from simclr.models.classifier import Classifier
@@ -244,7 +243,7 @@ def build_task(
         ),
         optimizer=build_optimizer(
             config.optimizer, method, lr=config.peak, weight_decay=config.weight_decay, momentum=config.momentum,
-            nesterov=config.nesterov, decay_all=config.decay_all, supervised=isinstance(method, Classify),
+            nesterov=config.nesterov, decay_all=config.decay_all, supervised=method.supervised,
         ),
         learning_rate=config.learning_rate(n),
         total_steps=total_steps,
