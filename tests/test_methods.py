@@ -209,7 +209,7 @@ def test_supervised_training_sees_each_image_with_its_label(images, tmp_path):
     """One view of each image, distorted as in pretraining; the classifier is kept beside the encoder."""
     config = replace(CONFIG, epochs=40, crop_min=0.7, flip=0.0, optimizer="adamw", lr=1e-2, lr_scaling="none")
     batch = Batch(images.read(np.arange(9), copy=False), np.full(9, 4), np.arange(9), lambda: np.arange(9))
-    make = pretraining._make_inputs(images, config, DistributedContext(), (8,), labelled=True)
+    make = pretraining._make_inputs(images, config, DistributedContext(), (8,), pretraining.class_targets(images)[1])
     (view, labels), (first,) = make(batch), pretraining._make_inputs(images, config, DistributedContext(), (8,))(batch)
     assert torch.equal(view, first)
     np.testing.assert_array_equal(labels, images.labels[:9])

@@ -6,7 +6,7 @@ that everything above sees one kind of data.
 Shapes: n images, B of them in a batch, H x W pixels, C = 1 (gray) or 3 (RGB) channels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -167,6 +167,10 @@ class Images:
                 following = (np.arange(len(self)) + i) % len(self) if int(self.rows[i]) in self.store.damaged else [i]
                 indices[position] = next((j for j in following if int(self.rows[j]) not in self.store.damaged), i)
         return indices
+
+    def label_names(self, labels: Iterable[int]) -> list[str]:
+        """What labels are called; a label without a name is its number."""
+        return [str(label) if self.classes is None else self.classes[label] for label in labels]
 
     @property
     def replaced(self) -> list[Skipped]:

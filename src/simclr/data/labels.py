@@ -59,7 +59,7 @@ def require_classes(learn: Images, test: Images) -> None:
         raise UserError(f"{learn.name} has a single class among the images to learn from; two are needed.")
     unknown = np.setdiff1d(test.labels, known)
     if len(unknown):
-        names = some([str(label) if test.classes is None else test.classes[label] for label in unknown])
+        names = some(test.label_names(unknown))
         raise UserError(
             f"{test.name} has test images of {len(unknown)} classes of which none is there to learn from ({names}); "
             "give labelled training images of each class, or more --labels."

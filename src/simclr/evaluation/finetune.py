@@ -100,7 +100,7 @@ def finetune(
     world = execution.world or DistributedContext(device=device_of(encoder))
     encoder = read_for(encoder, head)
     network = Classifier(deepcopy(encoder), deepcopy(head), len(labels), head_layer=config.head_layer)
-    classes = [str(label) if train.classes is None else train.classes[label] for label in labels]
+    classes = train.label_names(labels)
     inputs = _inputs(network, train, targets, seed, preset)
     world.require_equal("training", inputs | config.result_fields(), "Give every process the same flags and files.")
     network = network.to(world.device).to(memory_format=torch.channels_last)

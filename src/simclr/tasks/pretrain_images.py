@@ -108,8 +108,7 @@ def class_targets(images: Images) -> tuple[list[str], np.ndarray]:
     labels, targets = np.unique(images.labels, return_inverse=True)
     if len(labels) < 2:
         raise UserError(f"{images.name} has images of one class alone, and a classifier needs two; take other images.")
-    names = [str(label) if images.classes is None else images.classes[label] for label in labels]
-    return names, targets.astype(np.int64)
+    return images.label_names(labels), targets.astype(np.int64)
 
 
 def pretrain_images(
@@ -200,8 +199,8 @@ def build_task(
 ) -> Task:  # fmt: skip
     """The task of these settings."""
     kind = kind or find_method(config.method)
-    num_classes = num_classes_of(images, kind, config)
-    method = build_method(config, images.channels, world, kind, initial, num_classes=num_classes)
+    classes, targets = class_targets(images) if kind.takes_labels(config) else ([], None)
+    method = build_method(config, images.channels, world, kind, initial, num_classes=len(classes) or None)
     if config.global_bn and world.size > 1:
         set_global_batch_norm(method, world.group)
     if config.memory == "checkpointing":
@@ -230,14 +229,14 @@ def build_task(
         classifier = networks.get("classifier")
         if isinstance(classifier, Classifier):
             save_classifier(
-                classifier, run.classifier, classes=class_targets(images)[0], preprocessing=config.augmentation,
-                origin=origin, progress=progress,
+                classifier, run.classifier, classes=classes, preprocessing=config.augmentation, origin=origin,
+                progress=progress,
             )  # fmt: skip
 
     return Task(
         method=method,
         batch=make_batches(
-            images, _make_inputs(images, config, world, method.view_sizes, labelled=num_classes is not None),
+            images, _make_inputs(images, config, world, method.view_sizes, targets),
             batch_size=batch_size, seed=config.seed, world=world,
             chunk=config.chunk if config.memory == "grad-cache" else 0, verbose=True,
         ),
@@ -261,11 +260,14 @@ def build_task(
 
 
 def _make_inputs(
-    images: Images, config: PretrainConfig, world: DistributedContext, view_sizes: Sequence[int], *,
-    labelled: bool = False,
+    images: Images, config: PretrainConfig, world: DistributedContext, view_sizes: Sequence[int],
+    targets: np.ndarray | None = None,
 ) -> Callable[[Batch], Inputs]:  # fmt: skip
-    """Batch -> its views, (B, C, S, S) each, and, if `labelled`, its classes (B,), on the device of this process."""
-    targets = class_targets(images)[1] if labelled else None
+    """Batch -> its views, (B, C, S, S) each, on the device of this process, and its classes (B,) where there are any.
+
+    Args:
+        targets: (n,) int64 class of each image, for a method that takes labels.
+    """
     policies = policies_of(config, images.channels, view_sizes)
     dtype = precision_of(config.precision, world)  # autocast would round the views to it anyway
 

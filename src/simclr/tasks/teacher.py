@@ -50,7 +50,7 @@ def teachers_columns(teacher: Model, images: Images) -> np.ndarray:
         )
     columns = {name: column for column, name in enumerate(teacher.classes)}
     used_labels = np.unique(images.labels[images.labels >= 0])
-    names = {int(label): str(label) if images.classes is None else images.classes[label] for label in used_labels}
+    names = dict(zip(used_labels.tolist(), images.label_names(used_labels), strict=True))
     unknown = [name for name in names.values() if name not in columns]
     if unknown:
         raise UserError(
