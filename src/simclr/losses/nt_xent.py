@@ -26,6 +26,7 @@ from simclr.losses.operands import Operands, operands_for
 from simclr.losses.streamed import others_logsumexp
 
 __all__ = [
+    "check_stack",
     "check_views",
     "gather_rows",
     "l2_normalize",
@@ -106,7 +107,7 @@ def nt_xent_views(
         views: (V, n, D) projections, V from 2; `views[v, i]` shows this process's image i.
         temperature: As in `nt_xent`, like those that follow.
     """
-    _check_stack(views, temperature)
+    check_stack(views, temperature)
     images = views.shape[1] * (world.size if world else 1)
     if decoupled and images < 2:
         raise UserError("the decoupled loss was given 1 image, but its negatives are other images: give at least two")
@@ -257,7 +258,8 @@ def check_views(za: Tensor, zb: Tensor, temperature: float) -> None:
         raise UserError(f"the views have shape {tuple(za.shape)}, nothing to contrast: give at least one image")
 
 
-def _check_stack(views: Tensor, temperature: float) -> None:
+def check_stack(views: Tensor, temperature: float) -> None:
+    """Refuse what a loss of several views is not defined for."""
     if views.ndim != 3 or len(views) < 2:
         raise UserError(
             f"the views have shape {tuple(views.shape)}: it must be (views, images, width) with at least two views, "

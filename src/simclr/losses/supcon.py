@@ -13,7 +13,7 @@ from torch import Tensor
 from simclr.distributed import DistributedContext
 from simclr.errors import UserError
 from simclr.losses.anchors import mean_over_anchors
-from simclr.losses.nt_xent import check_views, l2_normalize, upcast
+from simclr.losses.nt_xent import check_stack, l2_normalize, upcast
 
 __all__ = ["supcon", "supcon_dense"]
 
@@ -83,11 +83,6 @@ def _of_anchors(z: Tensor, part: slice, image: Tensor, label: Tensor, temperatur
 
 
 def _check(views: Tensor, labels: Tensor, temperature: float) -> None:
-    if views.ndim != 3 or len(views) < 2:
-        raise UserError(
-            f"the views have shape {tuple(views.shape)}: it must be (views, images, width) with at least two views, "
-            "in each the same images in the same order"
-        )
-    check_views(views[0], views[1], temperature)
+    check_stack(views, temperature)
     if labels.shape != views.shape[1:2]:
         raise UserError(f"{tuple(labels.shape)} labels for {views.shape[1]} images: give one label for each image")
