@@ -11,14 +11,14 @@ from PIL import Image, ImageOps
 from scipy import ndimage, stats
 
 from simclr import UserError
-from simclr.config.pretrain import PretrainConfig
+from simclr.config.pretrain import OPERATIONS, PretrainConfig
 from simclr.methods.moco import MoCo
 from simclr.methods.simclr import SimCLR
 from simclr.tasks.pretrain_views import check_views, policies_of
 from simclr.views import params
 from simclr.views.operations import cut_out, cutout_ends, equalise, motion_blur, motion_reach, sobel
 from simclr.views.params import draw
-from simclr.views.policy import OPERATIONS, Policy
+from simclr.views.policy import Policy
 from simclr.views.views import Backend, make_views
 
 RNG = np.random.default_rng(0)

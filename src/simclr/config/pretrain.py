@@ -28,6 +28,10 @@ MIN_SIZE = 4
 MAX_VIEWS = 999
 """Views of an image, and small crops of one, that a step may have."""
 
+OPERATIONS = ("equalise", "solarise", "sobel", "motion_blur", "rotation", "cutout", "noise")
+"""Settings, and fields of a view's policy: probabilities of the operations beyond those of the authors' code, in the
+order in which they are applied."""
+
 LossName = Literal["nt-xent", "dcl", "nt-logistic", "margin", "generalised", "supcon"]
 Prior = Literal["logsumexp", "normal", "uniform"]
 
@@ -268,8 +272,7 @@ class PretrainConfig(TrainingConfig):
             self._require_positive(name)
         for name in ("strength", "knn_every"):
             self._require_min(name, 0)
-        operations = ("cutout", "rotation", "sobel", "noise", "equalise", "solarise", "motion_blur")
-        for name in ("jitter", "grayscale", *(["blur"] if self.blur is not None else []), *operations):
+        for name in ("jitter", "grayscale", *(["blur"] if self.blur is not None else []), *OPERATIONS):
             self._require_probability(name)
         require_seed(self.seed)
         self._require("chunk", self.chunk == 0 or self.memory == "grad-cache", "0, unless --memory is grad-cache")

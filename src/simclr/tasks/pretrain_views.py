@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from simclr.config.pretrain import PretrainConfig
+from simclr.config.pretrain import OPERATIONS, PretrainConfig
 from simclr.errors import UserError
 from simclr.methods.method import Method
 from simclr.models.encoder import Encoder
-from simclr.views.policy import OPERATIONS, Policy
+from simclr.views.policy import Policy
 
 
 def policy_of(config: PretrainConfig, channels: int) -> Policy:

@@ -7,10 +7,8 @@ most other implementations use. The two differ in nearly every operation: params
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from simclr.config.pretrain import OPERATIONS
 from simclr.errors import UserError
-
-OPERATIONS = ("equalise", "solarise", "sobel", "motion_blur", "rotation", "cutout", "noise")
-"""Fields of a `Policy`: probabilities of the further operations, in the order in which they are applied."""
 
 AugmentationPreset = Literal["google", "torchvision"]
 
