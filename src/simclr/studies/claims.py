@@ -5,7 +5,7 @@ The numbers of that paper are in no text that we could read: these are its quest
 
 from collections.abc import Callable, Mapping
 
-from simclr.studies.scales import base, pick
+from simclr.studies.scales import base_v2, pick
 from simclr.studies.study import Arm, Distillation, DrawnClasses, Scale, Study
 
 _DEPTHS: Mapping[str | int, str] = {
@@ -27,7 +27,7 @@ def depth(scale: Scale) -> Study:
         title="what is fine-tuned",
         source="arXiv:2108.00587, depth of fine-tuning",
         claim="The question: how much of the network should be fine-tuned, with few and with many labels?",
-        settings={**base(scale), **_network(scale)},
+        settings=base_v2(scale),
         arms=[
             Arm(
                 series=f"{words} (head layer {layer})",
@@ -68,7 +68,7 @@ def same_base(scale: Scale) -> Study:
         title="what a student begins from",
         source="arXiv:2108.00587, base of the student",
         claim="The question: does distillation work better where student and teacher share their pretrained base?",
-        settings={**base(scale), **_network(scale)},
+        settings=base_v2(scale),
         arms=[Arm(point=name, distillation=_at_one_temperature(plan)) for name, plan in students.items()],
         evaluation={"protocol": "classifier"},
         axis="the student begins from",
@@ -82,7 +82,7 @@ def classes(scale: Scale) -> Study:
         title="number of classes, kappa",
         source="arXiv:2108.00587, number of classes",
         claim="The question: is transfer better, beyond what chance explains, where the target has fewer classes?",
-        settings={**base(scale), **_network(scale)},
+        settings=base_v2(scale),
         arms=[
             Arm(
                 series=subject,
@@ -103,10 +103,6 @@ def _at_one_temperature(plan: Distillation) -> Distillation:
     """By itself `distill` takes another temperature for a student of the teacher's shape than for a smaller one."""
     student = None if plan.student is None else {**plan.student, "temperature": 1.0, "head_layer": 0}
     return Distillation(teacher=plan.teacher, student=student, start=plan.start)
-
-
-def _network(scale: Scale) -> Mapping[str, object]:
-    return pick(scale, cpu={}, paper={"recipe": "v2-r50", "epochs": 800})
 
 
 STUDIES: Mapping[str, Callable[[Scale], Study]] = {

@@ -74,7 +74,9 @@ def study(options: StudyOptions, overrides: Overrides) -> list[Measurement]:
     try:
         for of_seed in run_study(found, data, out=options.out, seeds=seeds, settings=settings, arms=arms):
             measured += of_seed
-            page = report(found, arms, measured, _how(options, settings, first, len({one.seed for one in measured})))
+            number = len({one.seed for one in measured})
+            say(f"{options.item}: {number} seed{'s' * (number > 1)} done.")
+            page = report(found, arms, measured, _how(options, settings, first, number))
             write(options.out / f"{found.name}.md", page.encode())
             write(options.out / f"{found.name}.png", draw(found, arms, measured))
             write(
@@ -250,7 +252,6 @@ def command_of(options: StudyOptions, settings: Mapping[str, Any], first: int = 
 
 def _how(options: StudyOptions, settings: Mapping[str, Any], first: int, seeds: int) -> str:
     number = f"{seeds} seed" + "s" * (seeds > 1)
-    say(f"{options.item}: {number} done.")
     return (
         f"`{command_of(options, settings, first)}`: {number}, test accuracy of the last checkpoint, mean ± standard "
         "deviation."

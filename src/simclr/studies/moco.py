@@ -8,15 +8,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from simclr.errors import UserError
+from simclr.studies.scales import RATE, SIMCLR_ON_A_CPU
 from simclr.studies.study import Arm, Scale, Study
 
-_RATE = {"lr": 5e-3 / 16, "lr_scaling": "sqrt", "warmup_epochs": 0.5, "knn_every": 0}  # 5e-3 at 256 images
-_SIMCLR = {
-    "recipe": "cpu", "optimizer": "adamw", "momentum": 0.9, "feature": "h", "scaling": "none", **_RATE,
-}  # fmt: skip
-_MOCO = {"recipe": "moco-cpu", **_RATE}
-_NAMES = {"SimCLR": _SIMCLR, "MoCo": _MOCO}
-
+_MOCO = {"recipe": "moco-cpu", **RATE}
+_NAMES = {"SimCLR": SIMCLR_ON_A_CPU, "MoCo": _MOCO}
 
 BATCH = Study(
     name="moco-batch",
@@ -86,7 +82,7 @@ MEMORY = Study(
     title="SimCLR with the memory of v2",
     source="SimCLR v2, section 2 and appendix D",
     claim="The memory adds about 1 point at a batch of 4,096.",
-    settings=_SIMCLR,
+    settings=SIMCLR_ON_A_CPU,
     arms=[
         Arm(series=name, point=size, settings={"batch_size": size, **memory})
         for name, memory in (("without", {}), ("4096 keys", {"queue": 4096, "ema": 0.99}))

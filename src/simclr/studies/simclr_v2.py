@@ -6,7 +6,7 @@ Values of the paper are top-1 accuracies on ImageNet in %.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from simclr.studies.scales import base, pick
+from simclr.studies.scales import base_v2, pick
 from simclr.studies.study import Arm, Distillation, Scale, Study
 
 _FINE_TUNED = {
@@ -35,7 +35,7 @@ def model_size(scale: Scale) -> Study:
         for (name, width, sk), values in _FINE_TUNED.items()
     ]
     cpu = [(f"small {width:g}x", {"encoder": "small", "width": width}, (None, None)) for width in (0.5, 1.0, 2.0)]
-    settings = {**base(scale), **pick(scale, cpu={"head_layers": 3}, paper={"recipe": "v2-r50", "epochs": 800})}
+    settings = {**base_v2(scale), **pick(scale, cpu={"head_layers": 3}, paper={})}
     return Study(
         name="v2-table-1",
         title="model size and share of the labels, fine-tuned",
@@ -68,7 +68,7 @@ def head_depth(scale: Scale) -> Study:
         source="SimCLR v2, figure 5",
         claim="With 1 % of the labels a deeper head, fine-tuned from its first layer, is better than a shallow one "
         "(+14 % from two layers and h to three and the first layer).",
-        settings={**base(scale), **pick(scale, cpu={}, paper={"recipe": "v2-r50", "epochs": 800})},
+        settings=base_v2(scale),
         arms=[
             Arm(
                 series=f"{layers} layers",
@@ -108,7 +108,7 @@ def distillation(scale: Scale) -> Study:
         cpu={"encoder": "small", "width": 7 / 16, "stem": "strided", "epochs": 0, "min_steps": 1500},
         paper={"encoder": "resnet50", "recipe": "v2-distill"},
     )
-    network = pick(scale, cpu={}, paper={"recipe": "v2-r50", "epochs": 800, "width": 2.0, "sk": True})
+    network = pick(scale, cpu={}, paper={"width": 2.0, "sk": True})
     teachers = {"1%": 70.6, "10%": 77.0}
     arms = []
     for k, share in enumerate(shares):
@@ -125,7 +125,7 @@ def distillation(scale: Scale) -> Study:
         title="what a small student learns from",
         source="SimCLR v2, table 2",
         claim="A teacher on all images is worth far more than the labels, and labels beside it add nothing.",
-        settings={**base(scale), **network},
+        settings={**base_v2(scale), **network},
         arms=arms,
         evaluation={"protocol": "classifier"},
         axis="the student learns from",
