@@ -76,6 +76,16 @@ _V2 = PretrainConfig(  # SimCLR v2, without its memory, whose code the authors n
     knn_every=0,
 )
 
+_CIFAR = PretrainConfig(  # what the recipes of the authors and of their papers have in common
+    size=32,
+    strength=0.5,
+    encoder="resnet18",
+    weight_decay=1e-4,
+    epochs=1000,
+    warmup_epochs=10,
+    knn_every=20,
+)
+
 _MOCO = PretrainConfig(  # main_moco.py and moco/builder.py of facebookresearch/moco
     method="moco",
     size=224,
@@ -149,18 +159,12 @@ RECIPES: dict[str, Recipe] = {
             cost="hours on one GPU; not for a CPU",
             expect="the authors' 91 % linear accuracy on CIFAR-10 (README of google-research/simclr), not reproduced "
             "here",
-            config=PretrainConfig(
-                size=32,
-                strength=0.5,
-                encoder="resnet18",
+            config=replace(
+                _CIFAR,
                 head_layers=3,
                 temperature=0.5,
                 lr=1.0,
-                weight_decay=1e-4,
                 batch_size=512,
-                epochs=1000,
-                warmup_epochs=10,
-                knn_every=20,
             ),
         ),
         Recipe(
@@ -169,18 +173,14 @@ RECIPES: dict[str, Recipe] = {
             command="simclr pretrain cifar10 --recipe cifar-r50",
             cost="about a day on one GPU",
             expect="the paper's 94.0 % linear accuracy on CIFAR-10 (B.9), not reproduced here",
-            config=PretrainConfig(
-                size=32,
-                strength=0.5,
+            config=replace(
+                _CIFAR,
                 brightness="add",
                 encoder="resnet50",
                 temperature=0.5,
                 lr=1.0,
                 weight_decay=1e-6,
                 batch_size=1024,
-                epochs=1000,
-                warmup_epochs=10,
-                knn_every=20,
             ),
         ),
         Recipe(
@@ -190,19 +190,13 @@ RECIPES: dict[str, Recipe] = {
             command="simclr pretrain cifar10 --recipe cifar-small-batch",
             cost="as the recipe cifar; not for a CPU",
             expect="not measured here, and no figure of the authors is known for these settings",
-            config=PretrainConfig(
-                size=32,
-                strength=0.5,
-                encoder="resnet18",
+            config=replace(
+                _CIFAR,
                 head_dim=64,
                 temperature=0.2,
                 lr=0.2,
                 lr_scaling="sqrt",
-                weight_decay=1e-4,
                 batch_size=256,
-                epochs=1000,
-                warmup_epochs=10,
-                knn_every=20,
             ),
         ),
         Recipe(
@@ -215,19 +209,16 @@ RECIPES: dict[str, Recipe] = {
             expect="the paper's 96.4 % linear accuracy on CIFAR-10 (second-hand), not reproduced here; it also "
             "fine-tunes on 250, 4,000 and 50,000 labels (`simclr finetune` with --labels 25/class, 400/class or none), "
             "by settings that are not known here",
-            config=PretrainConfig(
-                size=32,
-                strength=0.5,
+            config=replace(
+                _CIFAR,
                 encoder="resnet101",
                 sk=True,
                 temperature=0.2,
                 lr=0.2,
                 lr_scaling="sqrt",
-                weight_decay=1e-4,
                 batch_size=512,
                 epochs=800,
                 warmup_epochs=40,
-                knn_every=20,
             ),
         ),
         Recipe(
