@@ -150,7 +150,9 @@ def transfer_results(
             finetune_transfer, grid=grid, seed=seed, folder=context.folder,
             progress=lambda text: context.say(f"  {text}"),
         )  # fmt: skip
-    if grid is not None and grid.from_scratch:
-        subjects = subjects[:1]
-    results = transfer(subjects, sets, measure, progress=lambda text: context.say(f"  transfer: {text}"))
-    return [replace(result, subject=FROM_SCRATCH) for result in results] if grid and grid.from_scratch else results
+    from_scratch = grid is not None and grid.from_scratch
+    results = transfer(
+        subjects[:1] if from_scratch else subjects, sets, measure,
+        progress=lambda text: context.say(f"  transfer: {text}"),
+    )  # fmt: skip
+    return [replace(result, subject=FROM_SCRATCH) for result in results] if from_scratch else results

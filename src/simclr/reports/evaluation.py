@@ -43,7 +43,7 @@ def accuracy_text(results: Sequence[Result]) -> str:
 
 
 def layer_note(results: Sequence[Result]) -> str:
-    """Whose features are the output of another layer than usual, and of which; empty where nobody's are."""
+    """The layers that features were taken from and the subjects of each; empty where all are the encoder's output."""
     subjects_by_layer: dict[str, dict[str, None]] = {}
     for result in results:
         if result.layer is not None:
